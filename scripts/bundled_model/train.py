@@ -1,0 +1,192 @@
+"""Trains the bundled model: GPT-2 architecture on State of the Union addresses, from random weights, on a CPU.
+
+    python scripts/bundled_model/train.py --addresses ADDRESSES --work_dir build/bundled_model
+
+Reruns continue from the last checkpoint in ``--work_dir``. ``package.py`` beside this file turns the result into what
+the package ships.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import json
+import math
+import time
+from pathlib import Path
+
+import torch
+from addresses import read_addresses, split_addresses
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+END_OF_TEXT = "<|endoftext|>"
+CONTEXT = 512
+
+
+def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
+    """Byte-level BPE, as GPT-2's, with one special token."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocabulary,
+        special_tokens=[END_OF_TEXT],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        bos_token=END_OF_TEXT,
+        eos_token=END_OF_TEXT,
+        unk_token=END_OF_TEXT,
+        model_max_length=CONTEXT,
+        clean_up_tokenization_spaces=False,
+    )
+
+
+def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor:
+    """All texts as one stream of token ids, each followed by end-of-text."""
+    ids: list[int] = []
+    for text in texts:
+        ids.extend(tokenizer(text, verbose=False)["input_ids"])
+        ids.append(tokenizer.eos_token_id)
+    return torch.tensor(ids)
+
+
+def make_optimizers(model: GPT2LMHeadModel, peak: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or ".h." not in name]
+    return [
+        torch.optim.Muon(matrices, lr=peak, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95), weight_decay=0.0),
+    ]
+
+
+def learning_rate(step: int, steps: int, peak: float) -> float:
+    """Linear warm-up over 2 % of the steps, constant, then linear to zero over the last half."""
+    warm_up = max(1, steps // 50)
+    return peak * min((step + 1) / warm_up, 2 * (steps - step) / steps, 1.0)
+
+
+@torch.no_grad()
+def bits_per_byte(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:
+    """Bits per UTF-8 byte: total negative log-likelihood in bits over total bytes, windows of 512 without overlap."""
+    model.eval()
+    nats, bytes_seen = 0.0, 0
+    for text in texts:
+        stream = encode(tokenizer, [text])
+        stream = torch.cat([stream[-1:], stream[:-1]])
+        bytes_seen += len(text.encode())
+        for start in range(0, len(stream) - 1, CONTEXT - 1):
+            ids = stream[start : start + CONTEXT][None]
+            with torch.autocast("cpu", torch.bfloat16):
+                loss = model(ids, labels=ids).loss
+            nats += loss.item() * (ids.shape[1] - 1)
+    model.train()
+    return nats / math.log(2) / bytes_seen
+
+
+def main(argv: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--addresses", type=Path, required=True, help="folder or .tar.gz of the addresses")
+    parser.add_argument("--work_dir", type=Path, default=Path("build/bundled_model"))
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--batch_size", type=int, default=16, help="windows of 512 tokens per step")
+    parser.add_argument("--vocabulary", type=int, default=4096)
+    parser.add_argument("--layers", type=int, default=6)
+    parser.add_argument("--heads", type=int, default=8)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--checkpoint_every", type=int, default=100)
+    args = parser.parse_args(argv)
+    args.work_dir.mkdir(parents=True, exist_ok=True)
+
+    addresses = read_addresses(args.addresses)
+    split = split_addresses(addresses)
+    tokenizer = train_tokenizer([addresses[name] for name in split["train"]], args.vocabulary)
+    tokenizer.save_pretrained(args.work_dir / "model")
+    stream = encode(tokenizer, [addresses[name] for name in split["train"]])
+    validation = [addresses[name] for name in split["validation"]]
+    print(json.dumps({"train_tokens": len(stream), **{part: len(names) for part, names in split.items()}}), flush=True)
+
+    torch.manual_seed(args.seed)
+    model = GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=CONTEXT,
+            n_embd=args.width,
+            n_layer=args.layers,
+            n_head=args.heads,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+    optimizers = make_optimizers(model, args.learning_rate)
+    checkpoint, curve = args.work_dir / "checkpoint.pt", args.work_dir / "training_curve.csv"
+    first_step, seconds = 0, 0.0
+    if checkpoint.exists():
+        state = torch.load(checkpoint, weights_only=True)
+        model.load_state_dict(state["model"])
+        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
+            optimizer.load_state_dict(optimizer_state)
+        first_step, seconds = state["step"], state["seconds"]
+    else:
+        curve.write_text("step,tokens,seconds,train_loss_nats,validation_bits_per_byte\n")
+
+    window_starts = torch.arange(0, len(stream) - CONTEXT - 1, CONTEXT)
+    windows_per_epoch = len(window_starts)
+    model.train()
+    losses: list[float] = []
+    for step in range(first_step, args.steps):
+        started = time.perf_counter()
+        position = step * args.batch_size
+        rows = []
+        for index in range(position, position + args.batch_size):
+            epoch, place = divmod(index, windows_per_epoch)
+            generator = torch.Generator().manual_seed(args.seed * 1000 + epoch)
+            order = torch.randperm(windows_per_epoch, generator=generator)
+            shift = int(torch.randint(CONTEXT, (), generator=generator))
+            start = min(int(window_starts[order[place]]) + shift, len(stream) - CONTEXT)
+            rows.append(stream[start : start + CONTEXT])
+        ids = torch.stack(rows)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(ids, labels=ids, use_cache=False).loss
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(step, args.steps, args.learning_rate)
+            optimizer.step()
+            optimizer.zero_grad(set_to_none=True)
+        losses.append(loss.item())
+        seconds += time.perf_counter() - started
+        done = step + 1
+        if done % args.checkpoint_every == 0 or done == args.steps:
+            bits = bits_per_byte(model, tokenizer, validation[:3] if done < args.steps else validation)
+            row = [done, done * args.batch_size * CONTEXT, f"{seconds:.0f}", f"{sum(losses) / len(losses):.4f}", f"{bits:.4f}"]
+            losses.clear()
+            with curve.open("a", newline="") as file:
+                csv.writer(file).writerow(row)
+            print(*row, flush=True)
+            state = {
+                "model": model.state_dict(),
+                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
+                "step": done,
+                "seconds": seconds,
+            }
+            torch.save(state, checkpoint.with_suffix(".tmp"))
+            checkpoint.with_suffix(".tmp").replace(checkpoint)
+    model.save_pretrained(args.work_dir / "model", safe_serialization=True)
+
+
+if __name__ == "__main__":
+    main()

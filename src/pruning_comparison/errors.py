@@ -1,0 +1,33 @@
+"""What can go wrong, as one small tree. Each message says what is wrong, gives the value, and says what to do."""
+
+from __future__ import annotations
+
+
+class PruningComparisonError(Exception):
+    """Base of every error this package raises on purpose. Command-line exit code 1."""
+
+    exit_code = 1
+
+
+class InputError(PruningComparisonError, ValueError):
+    """An option, file or combination that cannot work. Command-line exit code 2."""
+
+    exit_code = 2
+
+
+class ModelLoadError(InputError):
+    """A model that cannot be loaded: unknown, unreachable, corrupt, unsafe or of an unsupported architecture."""
+
+
+class MeasurementError(PruningComparisonError):
+    """A measurement that failed; what was measured before it stays."""
+
+
+class StoreError(PruningComparisonError):
+    """A run folder that cannot be read or written."""
+
+
+class Interrupted(PruningComparisonError):
+    """The user stopped the run (Ctrl-C). Command-line exit code 130; the same command continues it."""
+
+    exit_code = 130
