@@ -1,0 +1,174 @@
+"""The decode loop: batched, left-padded, with common random numbers, and its timings.
+
+Dimension letters: B batch, T time (prompt), N new tokens, V vocabulary.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison.measure.memory import PeakMemory, cache_bytes
+
+
+@dataclass(frozen=True)
+class Generation:
+    """New tokens, int64 [B, N] on the host, the cache in bytes after the last step, and the two times in seconds.
+
+    ``first_token_latency_s`` (TTFT) runs from handing over the token ids to the first sampled token on the host;
+    ``end_to_end_s`` to the last one.
+    """
+
+    tokens: Tensor
+    cache_bytes: int
+    first_token_latency_s: float
+    end_to_end_s: float
+
+
+@dataclass(frozen=True)
+class Timing:
+    """One timed generation of a batch of ``rows`` prompts by one variant.
+
+    ``end_to_end_s = first_token_latency_s + (n - 1) * time_per_output_token_s`` holds exactly for n new tokens;
+    ``time_per_output_token_s`` is None for n = 1. ``tokens_per_second`` = rows * n / end-to-end.
+    """
+
+    variant: str
+    repeat: int
+    tokens_per_second: float
+    first_token_latency_s: float
+    time_per_output_token_s: float | None
+    end_to_end_s: float
+    cache_bytes: int
+    peak_memory_bytes: int | None
+
+
+def common_uniforms(seed: int, iteration: int, prompt: int, num_tokens: int) -> Tensor:
+    """Uniform draws, float64 [N], for one prompt of one iteration: the same in every variant, level and temperature.
+
+    With common random numbers a difference between variants is a difference between models, not between draws.
+    """
+    generator = torch.Generator().manual_seed(((seed * 1_000_003 + iteration) * 1_000_003 + prompt) % 2**63)
+    return torch.rand(num_tokens, generator=generator, dtype=torch.float64)
+
+
+def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
+    """One token id per row, int64 [B], by inverting the cumulative distribution of softmax(logits / temperature).
+
+    ``logits`` [B, V], ``temperatures`` [B] (0 = greedy), ``uniforms`` [B] in [0, 1). Tokens are taken in order of their
+    ids, so that equal draws meet equal tokens as long as the distributions agree.
+    """
+    logits = logits.float()
+    greedy = logits.argmax(-1)
+    if bool((temperatures == 0).all()):
+        return greedy
+    scaled = logits / temperatures.where(temperatures > 0, 1.0).unsqueeze(1).to(logits)
+    cumulative = scaled.double().softmax(-1).cumsum(-1)
+    drawn = torch.searchsorted(cumulative, (uniforms.to(cumulative) * cumulative[:, -1]).unsqueeze(1), right=True)
+    return torch.where(temperatures.to(greedy.device) > 0, drawn.squeeze(1).clamp(max=logits.shape[1] - 1), greedy)
+
+
+@torch.inference_mode()
+def generate(
+    model: PreTrainedModel,
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    temperatures: Sequence[float],
+    uniforms: Tensor | None = None,
+) -> Generation:
+    """Continues B prompts of token ids by exactly ``num_tokens`` tokens each, whatever end-of-text says.
+
+    Shorter prompts are padded on the left. ``temperatures`` [B]; ``uniforms`` [B, N] may be None if all are 0.
+    """
+    device = model.device
+    longest = max(len(prompt) for prompt in prompts)
+    padding = [longest - len(prompt) for prompt in prompts]
+    ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+    heat = torch.tensor(list(temperatures), dtype=torch.float64, device=device)
+    draws = torch.zeros(len(prompts), num_tokens, dtype=torch.float64) if uniforms is None else uniforms
+    draws = draws.to(device)
+    visible: Tensor | None = None
+    positions = torch.arange(longest).expand(len(prompts), -1)
+    if any(padding):
+        pads = torch.tensor(padding).unsqueeze(1)
+        visible = (positions >= pads).long().to(device)
+        positions = (positions - pads).clamp(min=0)
+    _synchronize(device)
+    started = time.perf_counter()
+    step_ids, step_positions = ids.to(device), positions.to(device)
+    cache: Any = None
+    tokens: list[Tensor] = []
+    first_token_latency = 0.0
+    for step in range(num_tokens):
+        output = model(
+            input_ids=step_ids,
+            attention_mask=visible,
+            position_ids=step_positions,
+            past_key_values=cache,
+            use_cache=True,
+            logits_to_keep=1,
+        )
+        cache = output.past_key_values
+        chosen = sample(output.logits[:, -1], heat, draws[:, step])
+        tokens.append(chosen)
+        if step == 0:
+            chosen.tolist()
+            first_token_latency = time.perf_counter() - started
+        step_ids, step_positions = chosen.unsqueeze(1), step_positions[:, -1:] + 1
+        if visible is not None:
+            visible = torch.cat([visible, visible.new_ones(len(prompts), 1)], 1)
+    result = torch.stack(tokens, 1).cpu()
+    end_to_end = time.perf_counter() - started if num_tokens > 1 else first_token_latency
+    return Generation(result, cache_bytes(cache), first_token_latency, end_to_end)
+
+
+def time_generation(
+    models: Mapping[str, PreTrainedModel],
+    prompts: Sequence[Sequence[int]],
+    num_tokens: int,
+    *,
+    temperature: float,
+    uniforms: Tensor,
+    measure_peak: bool,
+    warm_up_tokens: int = 4,
+) -> list[Timing]:
+    """Times every variant on the same prompts, in the order A B .. B A, so that a noisy machine hits all alike.
+
+    Each variant is first warmed up on the same prompts. Two timings per variant come back (``repeat`` 0 and 1).
+    """
+    temperatures = [temperature] * len(prompts)
+    for model in models.values():
+        generate(model, prompts, min(warm_up_tokens, num_tokens), temperatures=temperatures, uniforms=uniforms)
+    order = [*((name, 0) for name in models), *((name, 1) for name in reversed(list(models)))]
+    timings = []
+    for name, repeat in order:
+        with PeakMemory(models[name].device, enabled=measure_peak) as peak:
+            run = generate(models[name], prompts, num_tokens, temperatures=temperatures, uniforms=uniforms)
+        per_token = (run.end_to_end_s - run.first_token_latency_s) / (num_tokens - 1) if num_tokens > 1 else None
+        timings.append(
+            Timing(
+                name,
+                repeat,
+                len(prompts) * num_tokens / run.end_to_end_s,
+                run.first_token_latency_s,
+                per_token,
+                run.end_to_end_s,
+                run.cache_bytes,
+                peak.bytes,
+            )
+        )
+    return timings
+
+
+def _synchronize(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+    elif device.type == "mps":
+        torch.mps.synchronize()

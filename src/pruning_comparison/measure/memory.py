@@ -1,0 +1,77 @@
+"""Memory: parameters and key-value cache in exact bytes, peak use as measured."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison.models.heads import attentions
+
+_STATUS = Path("/proc/self/status")
+_CLEAR_REFS = Path("/proc/self/clear_refs")
+
+
+def parameter_bytes(model: PreTrainedModel) -> int:
+    """Bytes of all parameters, tied ones counted once. Exact; lower is better."""
+    return _total_bytes(model.parameters())
+
+
+def attention_parameter_bytes(model: PreTrainedModel) -> int:
+    """Bytes of the parameters of all attention modules: the part that cutting heads can shrink."""
+    return _total_bytes(parameter for attention in attentions(model) for parameter in attention.parameters())
+
+
+def cache_bytes(cache: Any) -> int:
+    """Bytes of the keys and values in a transformers cache. Exact; lower is better."""
+    tensors = [
+        tensor
+        for layer in cache.layers
+        for tensor in (getattr(layer, "keys", None), getattr(layer, "values", None))
+        if isinstance(tensor, Tensor)
+    ]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+class PeakMemory:
+    """Context that measures the peak memory in use within it: of the device on CUDA, of the process on Linux.
+
+    ``bytes`` is None where it was not measured or cannot be, and ``reason`` then says why. The process's peak includes
+    all that was resident before: it compares variants, it does not isolate one model.
+    """
+
+    def __init__(self, device: torch.device, *, enabled: bool = True) -> None:
+        self.device = device
+        self.bytes: int | None = None
+        self.reason: str | None = None if enabled else "peak memory is measured with --memory_logging"
+
+    def __enter__(self) -> PeakMemory:
+        if self.reason is None:
+            if self.device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(self.device)
+            else:
+                try:
+                    _CLEAR_REFS.write_text("5")
+                except OSError as error:
+                    self.reason = f"the peak of the process cannot be reset on this system: {error.strerror}"
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self.reason is not None:
+            return
+        if self.device.type == "cuda":
+            self.bytes = int(torch.cuda.max_memory_allocated(self.device))
+            return
+        match = re.search(r"^VmHWM:\s+(\d+) kB", _STATUS.read_text(), re.MULTILINE)
+        self.bytes = int(match[1]) * 1024 if match else None
+        self.reason = None if match else "the system does not report the peak of the process"
+
+
+def _total_bytes(parameters: Iterable[Tensor]) -> int:
+    unique = {id(parameter): parameter for parameter in parameters}
+    return sum(parameter.numel() * parameter.element_size() for parameter in unique.values())

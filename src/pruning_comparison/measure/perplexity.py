@@ -1,0 +1,128 @@
+"""Perplexity over strided windows, kept as sums per window so that statistics can resample documents."""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison.errors import InputError
+from pruning_comparison.texts import Document, tokenize
+
+
+@dataclass(frozen=True)
+class EvaluationWindow:
+    """A stretch of one document: the last ``targets`` tokens of ``ids`` are scored, those before are context.
+
+    ``targets_bytes`` is the length in UTF-8 bytes of the text that the scored tokens stand for.
+    """
+
+    document: str
+    index: int
+    ids: Tensor
+    targets: int
+    targets_bytes: int
+
+
+@dataclass(frozen=True)
+class WindowLoss:
+    """Negative log-likelihood in nats, summed over the scored tokens of a window."""
+
+    document: str
+    index: int
+    nats: float
+    tokens: int
+    text_bytes: int
+
+
+def evaluation_windows(
+    documents: Sequence[Document], tokenizer: Any, *, window: int, stride: int, tokens: int
+) -> list[EvaluationWindow]:
+    """Strided windows over the documents, as in the Hugging Face guide "Perplexity of fixed-length models".
+
+    Each window of at most ``window`` tokens starts ``stride`` after the one before and scores only what that one has not;
+    the first token of a window has no context and is scored only where the window before it reached so far. The budget of ``tokens`` is spread evenly: each
+    document gives its first ceil(tokens / documents), so that many documents are heard, not one at length. Windows never
+    cross documents.
+    """
+    share = max(2, -(-tokens // len(documents)))
+    windows = []
+    for document in documents:
+        ids, spans = tokenize(tokenizer, document.text)
+        ids, spans = ids[:share], spans[:share]
+        scored_to = 0
+        for index, start in enumerate(range(0, len(ids), stride)):
+            end = min(start + window, len(ids))
+            first = max(scored_to, start + 1)
+            if first >= end:
+                break
+            text = document.text[spans[first][0] : spans[end - 1][1]]
+            windows.append(
+                EvaluationWindow(
+                    document.name, index, torch.tensor(ids[start:end]), end - first, len(text.encode("utf-8"))
+                )
+            )
+            scored_to = end
+            if end == len(ids):
+                break
+    if not windows:
+        raise InputError("--eval_text: no document has two tokens, so there is nothing to predict. Give a longer text.")
+    return windows
+
+
+@torch.inference_mode()
+def window_losses(
+    model: PreTrainedModel, windows: Sequence[Tensor], *, batch_size: int, targets: Sequence[int] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Summed negative log-likelihood in nats, float64 [N], and number of scored tokens, int64 [N], of each window.
+
+    ``windows`` are N tensors of token ids; the last ``targets[n]`` of each are scored (default: all but the first). Windows
+    of one length share a batch, so that no padding enters.
+    """
+    counts = [len(ids) - 1 for ids in windows] if targets is None else list(targets)
+    nats = torch.zeros(len(windows), dtype=torch.float64)
+    by_length: defaultdict[int, list[int]] = defaultdict(list)
+    for position, ids in enumerate(windows):
+        by_length[len(ids)].append(position)
+    for positions in by_length.values():
+        for start in range(0, len(positions), batch_size):
+            batch = positions[start : start + batch_size]
+            ids = torch.stack([windows[position] for position in batch]).to(model.device)
+            longest = max(counts[position] for position in batch)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits
+            for row, position in enumerate(batch):
+                count = counts[position]
+                nats[position] = torch.nn.functional.cross_entropy(
+                    logits[row, -count - 1 : -1].float(), ids[row, -count:], reduction="sum"
+                ).double()
+    return nats, torch.tensor(counts)
+
+
+def measure_perplexity(
+    model: PreTrainedModel, windows: Sequence[EvaluationWindow], *, batch_size: int
+) -> list[WindowLoss]:
+    """Losses of every window; perplexity is exp(sum of nats / sum of tokens) over any set of them (``perplexity_of``)."""
+    nats, _ = window_losses(
+        model, [w.ids for w in windows], batch_size=batch_size, targets=[w.targets for w in windows]
+    )
+    return [
+        WindowLoss(w.document, w.index, loss, w.targets, w.targets_bytes)
+        for w, loss in zip(windows, nats.tolist(), strict=True)
+    ]
+
+
+def perplexity_of(losses: Sequence[WindowLoss]) -> float:
+    """exp(mean negative log-likelihood per token); unit 1, lower is better. NaN where a loss is not finite."""
+    mean = sum(loss.nats for loss in losses) / sum(loss.tokens for loss in losses)
+    return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.nan
+
+
+def bits_per_byte_of(losses: Sequence[WindowLoss]) -> float:
+    """Total loss in bits over the UTF-8 bytes it accounts for; comparable across tokenizers; lower is better."""
+    return sum(loss.nats for loss in losses) / math.log(2) / sum(loss.text_bytes for loss in losses)

@@ -1,0 +1,261 @@
+"""Loading a model and its tokenizer: hub id, local folder, or the bundled model. safetensors only, never pickle."""
+
+from __future__ import annotations
+
+import json
+import struct
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from pruning_comparison.errors import ModelLoadError
+from pruning_comparison.models.heads import HeadGrid, check_supported, head_grid
+
+BUNDLED = "bundled"
+OFFLINE_CHOICES = (
+    "Offline choices: --model_name=bundled (ships with this package), a local folder with config.json, tokenizer and "
+    "safetensors weights, or a hub model already in the local cache."
+)
+_PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+
+
+@dataclass(frozen=True)
+class ModelPreview:
+    """What is known of a model before its weights are read: enough to check a spec against it."""
+
+    name: str
+    source: str
+    config: Any
+    tokenizer: Any
+
+    @property
+    def grid(self) -> HeadGrid:
+        return head_grid(self.config)
+
+    @property
+    def context(self) -> int:
+        """Longest sequence the model can take, in tokens."""
+        return int(self.config.max_position_embeddings)
+
+    def describe(self) -> dict[str, Any]:
+        """Facts for the manifest."""
+        return {
+            "name": self.name,
+            "model_type": self.config.model_type,
+            "layers": self.grid.n_layers,
+            "heads_per_layer": self.grid.n_heads,
+            "head_size": self.grid.head_size,
+            "context_tokens": self.context,
+            "vocabulary": self.config.vocab_size,
+            "hub_commit": getattr(self.config, "_commit_hash", None),
+        }
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model in evaluation mode on its device, with its preview. Parameters do not require gradients."""
+
+    model: PreTrainedModel
+    preview: ModelPreview
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.preview.tokenizer
+
+
+def bundled_model_folder() -> Path:
+    """Folder of the model that ships with this package."""
+    return Path(str(files("pruning_comparison").joinpath("data", "bundled_model")))
+
+
+def preview_model(model_name: str) -> ModelPreview:
+    """Reads config and tokenizer only, and checks that the weights are there in a safe format.
+
+    Raises ModelLoadError naming the cause: unknown id, no network, unsupported architecture, pickle-only or corrupt
+    weights, missing tokenizer.
+    """
+    folder = bundled_model_folder() if model_name == BUNDLED else Path(model_name)
+    if model_name == BUNDLED or folder.is_dir():
+        _check_local_folder(folder, model_name)
+        source = str(folder)
+    elif _looks_like_path(model_name):
+        raise ModelLoadError(
+            f"model folder {model_name!r} does not exist. Give an existing folder, a hub id such as gpt2, or bundled."
+        )
+    else:
+        source = model_name
+    with _quiet_transformers():
+        try:
+            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:
+            raise _config_error(model_name, error) from error
+        check_supported(config)
+        try:
+            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+        except Exception as error:
+            raise ModelLoadError(
+                f"the tokenizer of {model_name!r} cannot be loaded: {_first_line(error)}. "
+                "A model needs its tokenizer files (tokenizer.json, or vocab.json and merges.txt) beside config.json."
+            ) from error
+    return ModelPreview(model_name, source, config, tokenizer)
+
+
+def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
+    """Reads the weights of a previewed model, in ``dtype``, onto ``device``. ModelLoadError names what is wrong."""
+    model: Any
+    report: Any
+    loader: Any = AutoModelForCausalLM
+    with _quiet_transformers():
+        try:
+            model, report = loader.from_pretrained(
+                preview.source,
+                config=preview.config,
+                dtype=dtype,
+                use_safetensors=True,
+                trust_remote_code=False,
+                attn_implementation="sdpa",
+                output_loading_info=True,
+            )
+        except Exception as error:
+            raise _weights_error(preview.name, error) from error
+    wrong = sorted(report.get("missing_keys", ())) + [str(key) for key in report.get("mismatched_keys", ())]
+    if wrong:
+        raise ModelLoadError(
+            f"the weights of {preview.name!r} do not fit its config: {len(wrong)} tensors are missing or have another "
+            f"shape, first {wrong[0]}. Download the model again."
+        )
+    if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
+        raise ModelLoadError(
+            f"the weights of {preview.name!r} contain NaN or infinity in {dtype}. Download the model again, or choose "
+            "--precision=float32."
+        )
+    # Hub models bring generation settings (penalties, sampling) that would act on one measurement and not on another.
+    model.generation_config = GenerationConfig(
+        bos_token_id=preview.config.bos_token_id, eos_token_id=preview.config.eos_token_id
+    )
+    model.requires_grad_(False)
+    return LoadedModel(model.eval().to(device), preview)
+
+
+def _check_local_folder(folder: Path, model_name: str) -> None:
+    if not (folder / "config.json").is_file():
+        raise ModelLoadError(f"{model_name!r} has no config.json in {folder}. Give a folder saved by save_pretrained.")
+    names = [path.name for path in folder.iterdir()]
+    weights = [folder / name for name in names if name.endswith(".safetensors")]
+    if not weights:
+        pickled = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
+        if pickled:
+            raise ModelLoadError(
+                f"{model_name!r} has its weights only as pickle ({pickled[0]}), which can run code when read and is never "
+                "loaded. Save it again with save_pretrained, which writes safetensors."
+            )
+        raise ModelLoadError(f"{model_name!r} has no .safetensors weights in {folder}. Give the folder that has them.")
+    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+        raise ModelLoadError(
+            f"{model_name!r} has no tokenizer files in {folder}. Save the tokenizer there with save_pretrained."
+        )
+    for path in weights:
+        _check_safetensors(path, model_name)
+
+
+def _check_safetensors(path: Path, model_name: str) -> None:
+    """Refuses a file whose header cannot be read or whose size is not what the header says, before anything is loaded."""
+
+    def corrupt(what: str) -> ModelLoadError:
+        return ModelLoadError(
+            f"the weights of {model_name!r} are corrupt: {path.name} {what}. Download or save the model again."
+        )
+
+    size = path.stat().st_size
+    with path.open("rb") as file:
+        prefix = file.read(8)
+        length = struct.unpack("<Q", prefix)[0] if len(prefix) == 8 else size
+        if length > size - 8:
+            raise corrupt(f"is cut off ({size} bytes)")
+        try:
+            header = json.loads(file.read(length))
+            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            raise corrupt("has an unreadable header") from error
+    if end != size - 8 - length:
+        raise corrupt(f"holds {size - 8 - length} bytes of data where its header promises {end}")
+
+
+def _looks_like_path(model_name: str) -> bool:
+    return model_name.startswith((".", "/", "~")) or model_name.count("/") > 1 or "\\" in model_name
+
+
+def _config_error(model_name: str, error: Exception) -> ModelLoadError:
+    causes = _cause_names(error)
+    message = _first_line(error)
+    if "GatedRepoError" in causes:
+        return ModelLoadError(
+            f"model {model_name!r} is gated on the hub: accept its terms and log in. {OFFLINE_CHOICES}"
+        )
+    if causes & {"RepositoryNotFoundError", "RevisionNotFoundError", "HFValidationError", "RemoteEntryNotFoundError"}:
+        return ModelLoadError(
+            f"the hub has no model {model_name!r} that can be read. Check the spelling. {OFFLINE_CHOICES}"
+        )
+    if "model type" in str(error) and "does not recognize" in str(error):
+        return ModelLoadError(
+            f"the architecture of {model_name!r} is not known to the installed transformers: {message}"
+        )
+    if causes & {"JSONDecodeError", "UnicodeDecodeError"} or "valid JSON" in str(error):
+        return ModelLoadError(f"the config.json of {model_name!r} is not readable JSON: {message}")
+    if isinstance(error, OSError) or causes & {"ConnectError", "ConnectionError", "LocalEntryNotFoundError"}:
+        return ModelLoadError(
+            f"model {model_name!r} is not in the local cache and the Hugging Face hub cannot be reached. {OFFLINE_CHOICES}"
+        )
+    return ModelLoadError(f"the config of {model_name!r} cannot be read: {message}")
+
+
+def _weights_error(model_name: str, error: Exception) -> ModelLoadError:
+    message, text = _first_line(error), str(error)
+    if "safetensors" in text and ("does not appear to have" in text or "not found" in text or "no file named" in text):
+        return ModelLoadError(
+            f"model {model_name!r} has no safetensors weights. Pickle weights can run code when read and are never loaded; "
+            "choose a revision or a copy saved as safetensors."
+        )
+    if "SafetensorError" in _cause_names(error):
+        return ModelLoadError(
+            f"the weights of {model_name!r} are corrupt: {message}. Download or save the model again."
+        )
+    if isinstance(error, torch.OutOfMemoryError):
+        return ModelLoadError(f"model {model_name!r} does not fit into the memory of the device: {message}")
+    return ModelLoadError(f"the weights of {model_name!r} cannot be loaded: {message}. {OFFLINE_CHOICES}")
+
+
+def _cause_names(error: BaseException) -> set[str]:
+    """Class names along the chain of causes, base classes included."""
+    names: set[str] = set()
+    current: BaseException | None = error
+    while current is not None:
+        names.update(cls.__name__ for cls in type(current).__mro__)
+        current = current.__cause__ or current.__context__
+    return names
+
+
+def _first_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[0].rstrip(". ") if lines else type(error).__name__
+
+
+class _quiet_transformers:
+    """Keeps transformers' progress bars and load reports off the terminal; its errors still reach us as exceptions."""
+
+    def __enter__(self) -> None:
+        self.verbosity = transformers_logging.get_verbosity()
+        self.progress = transformers_logging.is_progress_bar_enabled()
+        transformers_logging.set_verbosity_error()
+        transformers_logging.disable_progress_bar()
+
+    def __exit__(self, *exception: object) -> None:
+        transformers_logging.set_verbosity(self.verbosity)
+        if self.progress:
+            transformers_logging.enable_progress_bar()

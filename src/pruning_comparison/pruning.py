@@ -1,0 +1,105 @@
+"""Cutting heads, reversibly (``masked``) or for real (``compact``)."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning_comparison.models.heads import head_grid, live_heads, output_projections, shrink_attention
+
+
+def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
+    """A copy of the model's modules that shares every parameter and buffer with the original.
+
+    Pruning then replaces only what it changes, so that variants cost no more memory than their differences.
+    """
+    shared: dict[int, Any] = {id(tensor): tensor for tensor in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(model, shared)
+
+
+def remove_heads(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
+    """A pruned copy of a dense model: heads that are false in ``keep`` (bool [L, H]) are physically gone.
+
+    Matrices and key-value cache shrink; a layer may lose all its heads. The original is unchanged and shares what is
+    left alone.
+    """
+    _check_mask(model, keep)
+    pruned = sharing_copy(model)
+    for layer, kept in enumerate(keep):
+        if not kept.all():
+            shrink_attention(pruned, layer, kept)
+    left = list(live_heads(pruned))
+    if left != keep.sum(1).tolist():
+        raise AssertionError(f"heads left per layer {left}, expected {keep.sum(1).tolist()}")
+    return pruned
+
+
+class HeadGates:
+    """Multiplies every head's output by its gate until ``remove`` is called. Also a context manager."""
+
+    def __init__(self, model: PreTrainedModel, gates: Tensor) -> None:
+        """``gates`` [L, H] in [0, 1]; ValueError for any other shape or value."""
+        grid = head_grid(model.config)
+        if gates.shape != (grid.n_layers, grid.n_heads):
+            raise ValueError(f"gates have shape {tuple(gates.shape)}, expected {(grid.n_layers, grid.n_heads)}")
+        if not bool(((gates >= 0) & (gates <= 1)).all()):
+            raise ValueError(f"gates must lie in [0, 1], got {gates.min().item()} to {gates.max().item()}")
+        self.gates = gates.detach().clone()
+        self._handles = []
+        for projection, layer_gates in zip(output_projections(model), self.gates, strict=True):
+            if projection is None:
+                raise ValueError("gates need a model with all its heads; this one has been pruned physically")
+            if bool((layer_gates == 1).all()):
+                continue
+            weight = projection.get_parameter("weight")
+            factors = layer_gates.repeat_interleave(grid.head_size).to(weight)
+            self._handles.append(projection.register_forward_pre_hook(_Multiply(factors)))
+
+    def remove(self) -> None:
+        """Opens all gates again: the model is what it was."""
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+
+    def __enter__(self) -> HeadGates:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.remove()
+
+
+class _Multiply:
+    """A forward pre-hook that multiplies the first input, [.., H * D], by fixed factors [H * D]."""
+
+    def __init__(self, factors: Tensor) -> None:
+        self.factors = factors
+
+    def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (inputs[0] * self.factors, *inputs[1:])
+
+
+def mask_heads(model: PreTrainedModel, keep: Tensor) -> HeadGates:
+    """Closes the gates of the heads that are false in ``keep`` (bool [L, H]); undo with ``.remove()`` or as a context."""
+    _check_mask(model, keep)
+    return HeadGates(model, keep.float())
+
+
+@contextmanager
+def only_heads(model: PreTrainedModel, keep: Tensor) -> Iterator[PreTrainedModel]:
+    """The model with the gates of all heads outside ``keep`` closed, for the length of a ``with`` block."""
+    with mask_heads(model, keep):
+        yield model
+
+
+def _check_mask(model: PreTrainedModel, keep: Tensor) -> None:
+    grid = head_grid(model.config)
+    if keep.dtype != torch.bool or keep.shape != (grid.n_layers, grid.n_heads):
+        raise ValueError(
+            f"the keep mask must be bool {(grid.n_layers, grid.n_heads)}, got {keep.dtype} {tuple(keep.shape)}"
+        )

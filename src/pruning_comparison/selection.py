@@ -1,0 +1,48 @@
+"""From scores and a level to the heads that stay. Pure functions."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+Scope = Literal["model", "layer"]
+SCOPES: tuple[str, ...] = get_args(Scope)
+
+
+def heads_to_prune(level: float, total: int) -> int:
+    """Number of heads that a level (per cent, 0 to below 100) takes out of ``total``: round(level / 100 * total)."""
+    if not 0 <= level < 100:
+        raise ValueError(f"level must be at least 0 and below 100 per cent, got {level}")
+    return round(level / 100 * total)
+
+
+def select_heads(scores: Tensor, level: float, scope: Scope = "model") -> Tensor:
+    """Keep mask, bool [L, H]: the lowest-scored heads leave.
+
+    ``scores`` [L, H]: higher = keep. ``scope`` "model" ranks all heads together; "layer" takes the same share of every
+    layer, rounded within it. Ties leave in order of layer, then head, so that equal scores give equal masks, and the masks
+    of rising levels are nested. ValueError if a score is not finite.
+    """
+    if not bool(torch.isfinite(scores).all()):
+        bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
+        raise ValueError(f"the score of head {tuple(bad)} is {scores[tuple(bad)].item()}; scores must be finite")
+    if scope == "model":
+        return _drop_lowest(scores.flatten(), level).view_as(scores)
+    if scope == "layer":
+        return torch.stack([_drop_lowest(layer, level) for layer in scores])
+    raise ValueError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+
+
+def expected_heads_pruned(level: float, n_layers: int, n_heads: int, scope: Scope) -> int:
+    """What the rule of the scope asks for; a mask that differs is a bug and raises where it is used."""
+    if scope == "layer":
+        return n_layers * heads_to_prune(level, n_heads)
+    return heads_to_prune(level, n_layers * n_heads)
+
+
+def _drop_lowest(scores: Tensor, level: float) -> Tensor:
+    keep = torch.ones(len(scores), dtype=torch.bool)
+    keep[torch.argsort(scores.cpu(), stable=True)[: heads_to_prune(level, len(scores))]] = False
+    return keep

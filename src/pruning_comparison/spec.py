@@ -1,0 +1,183 @@
+"""What a comparison is: every setting that can change a result, validated once."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, fields
+from typing import Any, NamedTuple
+
+from pruning_comparison.errors import InputError
+
+METHODS = ("entropy", "random", "magnitude")
+VARIANTS = ("baseline", "agency", "agency-adaptation")
+PRECISIONS = ("float32", "float16", "bfloat16")
+EXECUTIONS = ("compact", "masked")
+SCOPES = ("model", "layer")
+ENTROPY_DIRECTIONS = ("auto", "high", "low")
+
+
+class Trajectory(NamedTuple):
+    """The path of one variant, ranked by one method, in one iteration, from level 0 up."""
+
+    variant: str
+    method: str
+    iteration: int
+
+
+class Cell(NamedTuple):
+    """One point of a trajectory, measured at every temperature and prompt."""
+
+    variant: str
+    method: str
+    iteration: int
+    level: float
+
+
+@dataclass(frozen=True)
+class ComparisonSpec:
+    """Every setting that can change a result. InputError, naming option and value, for what cannot work.
+
+    Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
+    against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
+    """
+
+    model_name: str = "gpt2"
+    device: str = "cpu"
+    precision: str = "float32"
+    pruning_levels: tuple[float, ...] = (0.0, 20.0, 40.0, 60.0, 80.0)
+    pruning_methods: tuple[str, ...] = ("entropy",)
+    variants: tuple[str, ...] = ("baseline", "agency")
+    temperatures: tuple[float, ...] = (0.7, 1.0)
+    num_tokens: int = 100
+    iterations: int = 3
+    max_prompts: int = 5
+    batch_size: int = 1
+    execution: str = "compact"
+    scope: str = "model"
+    entropy_direction: str = "auto"
+    seed: int = 0
+    prompt_file: str | None = None
+    eval_text: str = "bundled:held_out"
+    eval_tokens: int = 8192
+    eval_window: int = 512
+    eval_stride: int = 512
+    calibration_text: str = "bundled:calibration"
+    calibration_tokens: int = 16384
+    calibration_window: int = 256
+    ridge: float = 0.03
+    threads: int = 1
+    quality_batch_size: int = 8
+    memory_logging: bool = False
+
+    def __post_init__(self) -> None:
+        allowed: tuple[str, ...]
+        for field, allowed in (("pruning_methods", METHODS), ("variants", VARIANTS)):
+            values = getattr(self, field)
+            _require(bool(values), field, values, "must name at least one", f"Choose from {', '.join(allowed)}.")
+            for value in values:
+                _require(value in allowed, field, value, "is unknown", f"Choose from {', '.join(allowed)}.")
+            object.__setattr__(self, field, tuple(dict.fromkeys(values)))
+        for field, allowed in (
+            ("precision", PRECISIONS),
+            ("execution", EXECUTIONS),
+            ("scope", SCOPES),
+            ("entropy_direction", ENTROPY_DIRECTIONS),
+        ):
+            value = getattr(self, field)
+            _require(value in allowed, field, value, "is unknown", f"Choose from {', '.join(allowed)}.")
+        for field, least in (
+            ("num_tokens", 1),
+            ("iterations", 1),
+            ("max_prompts", 1),
+            ("batch_size", 1),
+            ("eval_tokens", 2),
+            ("eval_window", 2),
+            ("eval_stride", 1),
+            ("calibration_tokens", 2),
+            ("calibration_window", 2),
+            ("threads", 1),
+            ("quality_batch_size", 1),
+            ("seed", 0),
+        ):
+            value = getattr(self, field)
+            _require(value >= least, field, value, f"must be at least {least}", "Give a larger whole number.")
+        _require(bool(self.pruning_levels), "pruning_levels", "", "must name at least one level", "Give 0,20,40.")
+        for level in self.pruning_levels:
+            _require(
+                math.isfinite(level) and 0 <= level < 100,
+                "pruning_levels",
+                level,
+                "must be at least 0 and below 100 per cent",
+                "Give levels such as 0,20,40,60,80.",
+            )
+        levels = sorted({0.0, *(float(level) for level in self.pruning_levels)})
+        object.__setattr__(self, "pruning_levels", tuple(levels))
+        _require(bool(self.temperatures), "temperatures", "", "must name at least one", "Give 0.7,1.0.")
+        for temperature in self.temperatures:
+            _require(
+                math.isfinite(temperature) and temperature >= 0,
+                "temperatures",
+                temperature,
+                "must be a number of at least 0 (0 is greedy decoding)",
+                "Give temperatures such as 0.7,1.0.",
+            )
+        object.__setattr__(self, "temperatures", tuple(sorted({float(value) for value in self.temperatures})))
+        _require(
+            self.eval_stride <= self.eval_window,
+            "eval_stride",
+            self.eval_stride,
+            f"must not exceed the window of {self.eval_window} tokens, or tokens would be skipped",
+            "Give a smaller stride.",
+        )
+        _require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "must be above 0", "Give 0.03.")
+
+    def cells(self) -> Iterator[Cell]:
+        """Every cell, in the order in which a serial run measures them: by method, iteration, level, then variant."""
+        for method in self.pruning_methods:
+            for iteration in range(self.iterations):
+                for level in self.pruning_levels:
+                    for variant in self.variants:
+                        yield Cell(variant, method, iteration, level)
+
+    def trajectories(self) -> Iterator[Trajectory]:
+        """Every trajectory once."""
+        for method in self.pruning_methods:
+            for iteration in range(self.iterations):
+                for variant in self.variants:
+                    yield Trajectory(variant, method, iteration)
+
+    def as_dict(self) -> dict[str, Any]:
+        """The settings as plain values, for the manifest."""
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> ComparisonSpec:
+        """The inverse of ``as_dict``; unknown names raise InputError."""
+        known = {field.name for field in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise InputError(f"a stored spec has settings this version does not know: {', '.join(unknown)}. Update.")
+        plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+        return cls(**plain)
+
+    def content_hash(self, inputs: dict[str, str]) -> str:
+        """Identity of a run, 16 hexadecimal digits: the settings and the content hashes of the texts and the model.
+
+        File names do not count, their contents do, so that a run is continued after its inputs have moved and not after
+        they have changed.
+        """
+        settings = {key: value for key, value in self.as_dict().items() if key not in _NAMES_OF_FILES}
+        canonical = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True)
+        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+_NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+
+
+def _require(condition: bool, field: str, value: object, problem: str, advice: str) -> None:
+    if not condition:
+        option = "--" + {"pruning_methods": "pruning_method"}.get(field, field)
+        raise InputError(f"{option}: {value!r} {problem}. {advice}")

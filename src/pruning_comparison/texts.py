@@ -1,0 +1,139 @@
+"""Calibration text, evaluation text and prompts: bundled, or from a file or folder of the user's."""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from importlib.resources import files
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pruning_comparison.errors import InputError
+
+BUNDLED_TEXTS = ("held_out", "validation", "calibration")
+DEFAULT_EVAL_TEXT = "bundled:held_out"
+DEFAULT_CALIBRATION_TEXT = "bundled:calibration"
+_WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = ?$", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Document:
+    """One text that belongs together: windows of one document are one cluster in the statistics."""
+
+    name: str
+    text: str
+
+
+def load_documents(source: str, *, option: str) -> list[Document]:
+    """The documents of ``source``: ``bundled:<name>``, a text file, or a folder of ``.txt`` files (one document each).
+
+    A file is one document, unless it has WikiText headings (``= Title =``): then every article is one. ``.gz`` files are
+    unpacked. InputError, naming ``option``, where there is nothing to read.
+    """
+    if source.startswith("bundled:"):
+        return _bundled_documents(source.removeprefix("bundled:"), option)
+    path = Path(source)
+    if path.is_dir():
+        documents = [Document(file.name, _read_text(file, option)) for file in sorted(path.glob("*.txt"))]
+    elif path.is_file():
+        documents = _split_articles(path.name, _read_text(path, option))
+    else:
+        raise InputError(
+            f"{option}: {source!r} does not exist. Give a text file, a folder of .txt files, or one of "
+            f"{', '.join('bundled:' + name for name in BUNDLED_TEXTS)}."
+        )
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise InputError(f"{option}: {source!r} holds no text. Give a file with text, or a folder of .txt files.")
+    return documents
+
+
+def load_prompts(prompt_file: str | None, max_prompts: int) -> list[str]:
+    """The first ``max_prompts`` prompts: one per line of ``prompt_file``, empty lines left out; bundled ones if None."""
+    if prompt_file is None:
+        lines = files("pruning_comparison").joinpath("data", "texts", "prompts.txt").read_text("utf-8").splitlines()
+    else:
+        path = Path(prompt_file)
+        if not path.is_file():
+            raise InputError(
+                f"--prompt_file: {prompt_file!r} does not exist. Give a text file with one prompt per line."
+            )
+        lines = _read_text(path, "--prompt_file").splitlines()
+    prompts = [line.strip() for line in lines if line.strip()][:max_prompts]
+    if not prompts:
+        raise InputError(f"--prompt_file: {prompt_file!r} holds no prompt. Write one prompt per line.")
+    return prompts
+
+
+def digest(parts: list[str]) -> str:
+    """Short content hash of texts, for the identity of a run."""
+    joined = json.dumps(parts, ensure_ascii=True)
+    return hashlib.sha256(joined.encode()).hexdigest()[:16]
+
+
+def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+    """Token ids of ``text`` without special tokens, and the [start, end) characters that each stands for."""
+    encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True, verbose=False)
+    return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
+
+
+def calibration_windows(
+    documents: list[Document], tokenizer: Any, *, window: int, tokens: int, generator: torch.Generator
+) -> Tensor:
+    """A random sample of whole windows [N, window] of token ids, without replacement; N = ceil(tokens / window).
+
+    Windows never cross documents. InputError where the text is shorter than what was asked for.
+    """
+    pieces: list[Tensor] = []
+    for document in documents:
+        ids = torch.tensor(tokenize(tokenizer, document.text)[0])
+        whole = len(ids) // window
+        if whole:
+            pieces.append(ids[: whole * window].view(whole, window))
+    available = torch.cat(pieces) if pieces else torch.empty(0, window, dtype=torch.long)
+    wanted = -(-tokens // window)
+    if len(available) < wanted:
+        raise InputError(
+            f"--calibration_tokens: {tokens} tokens asked for, but the calibration text has only "
+            f"{len(available) * window} in whole windows of {window}. Ask for fewer, or give a longer --calibration_text."
+        )
+    return available[torch.randperm(len(available), generator=generator)[:wanted]]
+
+
+def _bundled_documents(name: str, option: str) -> list[Document]:
+    if name not in BUNDLED_TEXTS:
+        raise InputError(f"{option}: there is no bundled text {name!r}. Choose one of {', '.join(BUNDLED_TEXTS)}.")
+    packed = files("pruning_comparison").joinpath("data", "texts", f"{name}.jsonl.gz").read_bytes()
+    rows = [json.loads(line) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
+    return [Document(row["name"], row["text"]) for row in rows]
+
+
+def _read_text(path: Path, option: str) -> str:
+    try:
+        raw = path.read_bytes()
+        if path.suffix == ".gz":
+            raw = gzip.decompress(raw)
+        return raw.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise InputError(
+            f"{option}: {str(path)!r} is not UTF-8 text (byte {error.start}). Convert it to UTF-8."
+        ) from error
+    except OSError as error:
+        raise InputError(f"{option}: {str(path)!r} cannot be read: {error}.") from error
+
+
+def _split_articles(name: str, text: str) -> list[Document]:
+    starts = [match.start() for match in _WIKITEXT_TITLE.finditer(text)]
+    if not starts:
+        return [Document(name, text)]
+    ends = [*starts[1:], len(text)]
+    return [
+        Document(f"{name}#{number}", text[start:end])
+        for number, (start, end) in enumerate(zip(starts, ends, strict=True))
+    ]

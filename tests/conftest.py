@@ -1,0 +1,61 @@
+"""Tiny models and texts that every test can share."""
+
+from __future__ import annotations
+
+import os
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("PRUNING_COMPARISON_NO_UPDATE", "1")
+
+import pytest
+import torch
+from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+
+def tiny_gpt2(*, layers: int = 3, heads: int = 4, width: int = 32, context: int = 64, seed: int = 0) -> PreTrainedModel:
+    """A random GPT-2 with random biases and norms: zeros and ones would hide a forgotten bias."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=97,
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.2)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)
+
+
+@pytest.fixture(autouse=True)
+def one_thread():
+    """Timings and rounding do not depend on the machine's load."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture
+def model() -> PreTrainedModel:
+    return tiny_gpt2()
+
+
+def random_masks(layers: int, heads: int) -> dict[str, torch.Tensor]:
+    """Masks by name: uneven layers, an emptied first, middle and last layer, and all but one head gone."""
+    generator = torch.Generator().manual_seed(1)
+    uneven = torch.rand(layers, heads, generator=generator) > 0.5
+    uneven[:, 0] = True
+    masks = {"all kept": torch.ones(layers, heads, dtype=torch.bool), "uneven": uneven}
+    for name, layer in (("first", 0), ("middle", layers // 2), ("last", layers - 1)):
+        mask = uneven.clone()
+        mask[layer] = False
+        masks[f"{name} layer emptied"] = mask
+    one_left = torch.zeros(layers, heads, dtype=torch.bool)
+    one_left[layers - 1, 1] = True
+    masks["one head left"] = one_left
+    return masks
