@@ -50,6 +50,8 @@ def guide_perplexity(model, ids, max_length, stride):
         target_ids[:, :-trg_len] = -100
         loss = model(input_ids, labels=target_ids).loss
         valid = int((target_ids[:, 1:] != -100).sum())
+        if not valid:
+            break
         nll_sum += float(loss) * valid
         n_tokens += valid
         prev_end = end

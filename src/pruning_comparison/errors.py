@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 
 class PruningComparisonError(Exception):
     """Base of every error this package raises on purpose. Command-line exit code 1."""
@@ -28,6 +30,10 @@ class StoreError(PruningComparisonError):
 
 
 class Interrupted(PruningComparisonError):
-    """The user stopped the run (Ctrl-C). Command-line exit code 130; the same command continues it."""
+    """The user stopped the run (Ctrl-C). Command-line exit code 130; the same command continues it in ``folder``."""
 
     exit_code = 130
+
+    def __init__(self, message: str, folder: Path | None = None) -> None:
+        super().__init__(message)
+        self.folder = folder

@@ -11,7 +11,14 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.models.heads import head_grid, live_heads, output_projections, shrink_attention
+from pruning_comparison.models.heads import (
+    head_columns,
+    head_grid,
+    live_heads,
+    output_projections,
+    restore_output_rows,
+    shrink_attention,
+)
 
 
 def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
@@ -38,6 +45,20 @@ def remove_heads(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
     if left != keep.sum(1).tolist():
         raise AssertionError(f"heads left per layer {left}, expected {keep.sum(1).tolist()}")
     return pruned
+
+
+def masked_copy(dense: PreTrainedModel, compact: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
+    """The dense model with the output projections of a physically pruned one written into its rows of surviving heads.
+
+    With the gates of the other heads closed (``mask_heads``) it computes what ``compact`` computes, at full size.
+    """
+    _check_mask(dense, keep)
+    copied = sharing_copy(dense)
+    grid = head_grid(dense.config)
+    for layer, kept in enumerate(keep):
+        if not kept.all():
+            restore_output_rows(copied, compact, layer, head_columns(kept, grid.head_size))
+    return copied
 
 
 class HeadGates:

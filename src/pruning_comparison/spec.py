@@ -153,6 +153,10 @@ class ComparisonSpec:
         """The settings as plain values, for the manifest."""
         return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
 
+    def as_dict_of_tuples(self) -> dict[str, Any]:
+        """The settings as the constructor takes them."""
+        return {field.name: getattr(self, field.name) for field in fields(self)}
+
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ComparisonSpec:
         """The inverse of ``as_dict``; unknown names raise InputError."""

@@ -47,6 +47,7 @@ class Timing:
     end_to_end_s: float
     cache_bytes: int
     peak_memory_bytes: int | None
+    peak_memory_reason: str | None
 
 
 def common_uniforms(seed: int, iteration: int, prompt: int, num_tokens: int) -> Tensor:
@@ -162,6 +163,7 @@ def time_generation(
                 run.end_to_end_s,
                 run.cache_bytes,
                 peak.bytes,
+                peak.reason,
             )
         )
     return timings

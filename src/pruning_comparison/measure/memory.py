@@ -8,10 +8,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from transformers import PreTrainedModel
-
-from pruning_comparison.models.heads import attentions
 
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
@@ -22,9 +20,16 @@ def parameter_bytes(model: PreTrainedModel) -> int:
     return _total_bytes(model.parameters())
 
 
-def attention_parameter_bytes(model: PreTrainedModel) -> int:
-    """Bytes of the parameters of all attention modules: the part that cutting heads can shrink."""
-    return _total_bytes(parameter for attention in attentions(model) for parameter in attention.parameters())
+def decode_bytes(model: PreTrainedModel) -> int:
+    """Bytes of parameters that one decoding step has to read: all but embedding tables, of which it reads a row.
+
+    A table that is tied to the output head is read whole. With the cache, this is what bounds the speed of decoding at
+    batch 1 on any memory-bound machine.
+    """
+    head = model.get_output_embeddings()
+    read_whole = None if head is None else id(head.weight)
+    tables = [m.weight for m in model.modules() if isinstance(m, nn.Embedding) and id(m.weight) != read_whole]
+    return parameter_bytes(model) - _total_bytes(tables)
 
 
 def cache_bytes(cache: Any) -> int:

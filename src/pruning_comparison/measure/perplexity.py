@@ -47,9 +47,9 @@ def evaluation_windows(
     """Strided windows over the documents, as in the Hugging Face guide "Perplexity of fixed-length models".
 
     Each window of at most ``window`` tokens starts ``stride`` after the one before and scores only what that one has not;
-    the first token of a window has no context and is scored only where the window before it reached so far. The budget of ``tokens`` is spread evenly: each
-    document gives its first ceil(tokens / documents), so that many documents are heard, not one at length. Windows never
-    cross documents.
+    the first token of a window has no context and is scored only where the window before it reached so far. The budget of
+    ``tokens`` is spread evenly: each document gives its first ceil(tokens / documents), so that many documents are heard,
+    not one at length. Windows never cross documents.
     """
     share = max(2, -(-tokens // len(documents)))
     windows = []

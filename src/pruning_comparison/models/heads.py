@@ -170,6 +170,19 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
         setattr(attention, attribute, sizes[what])
 
 
+def restore_output_rows(full: PreTrainedModel, compact: PreTrainedModel, layer: int, rows: Tensor) -> None:
+    """Writes a pruned layer's output projection into the same layer of a full-size model, at the given input rows."""
+    projection, pruned = output_projections(full)[layer], output_projections(compact)[layer]
+    assert projection is not None
+    weight, bias = input_major_weight(projection).clone(), getattr(projection, "bias", None)
+    if pruned is None:
+        bias = attentions(compact)[layer].bias
+    else:
+        weight[rows.to(weight.device)] = input_major_weight(pruned)
+        bias = getattr(pruned, "bias", None)
+    set_projection(projection, weight, bias)  # type: ignore[arg-type]
+
+
 class EmptiedCacheLayer(DynamicLayer):
     """The cache of a layer without heads: no keys, no values, but it still knows how many tokens went by.
 

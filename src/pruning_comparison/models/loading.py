@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import struct
 from dataclasses import dataclass
@@ -42,6 +43,21 @@ class ModelPreview:
     def context(self) -> int:
         """Longest sequence the model can take, in tokens."""
         return int(self.config.max_position_embeddings)
+
+    def end_of_text(self) -> frozenset[int]:
+        """Token ids that end a text, as tokenizer and config name them."""
+        named = [getattr(self.tokenizer, "eos_token_id", None), getattr(self.config, "eos_token_id", None)]
+        flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
+        return frozenset(item for item in flat if item is not None)
+
+    def identity(self) -> str:
+        """Names the weights for a run's identity: config and, as known, hub commit or the local files' sizes and times."""
+        folder = Path(self.source)
+        parts: list[Any] = [self.name, getattr(self.config, "_commit_hash", None), self.config.to_json_string()]
+        if folder.is_dir():
+            parts[0] = BUNDLED if self.name == BUNDLED else "local"
+            parts += [_file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """Facts for the manifest."""
@@ -141,6 +157,11 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
     )
     model.requires_grad_(False)
     return LoadedModel(model.eval().to(device), preview)
+
+
+def _file_digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_local_folder(folder: Path, model_name: str) -> None:

@@ -1,0 +1,354 @@
+"""The command line: parsing and words only."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import signal
+import sys
+import time
+import traceback
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NoReturn
+
+from pruning_comparison import __version__
+from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
+from pruning_comparison.spec import (
+    ENTROPY_DIRECTIONS,
+    EXECUTIONS,
+    METHODS,
+    PRECISIONS,
+    SCOPES,
+    VARIANTS,
+    ComparisonSpec,
+)
+
+if TYPE_CHECKING:
+    from rich.progress import Progress, TaskID
+
+DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
+CHECKOUT = Path(__file__).resolve().parents[2]
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs one command and returns its exit code: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    try:
+        options = make_parser().parse_args(_with_underscores(arguments))
+    except InputError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return error.exit_code
+    except SystemExit as finished:
+        return int(finished.code or 0)
+    previous = _terminate_like_ctrl_c()
+    try:
+        return int(options.command(options))
+    except PruningComparisonError as error:
+        if options.debug_traceback:
+            traceback.print_exc()
+        print(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
+        return error.exit_code
+    except KeyboardInterrupt:
+        print("stopped: nothing was being measured yet", file=sys.stderr)
+        return Interrupted.exit_code
+    except Exception as error:
+        if options.debug_traceback:
+            traceback.print_exc()
+        print(
+            f"error: {type(error).__name__}: {error}\nThis is a bug in pruning-comparison; --debug_traceback shows where. "
+            "What was measured before is kept, and the same command continues.",
+            file=sys.stderr,
+        )
+        return 1
+    finally:
+        if previous is not None:
+            signal.signal(signal.SIGTERM, previous)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """The parser of all commands. Option names have underscores; dashes are accepted as well."""
+    parser = _Parser(
+        prog="pruning-comparison",
+        description="Compares baseline and agency-enabled language models under progressive pruning of attention heads.",
+    )
+    parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    run = commands.add_parser(
+        "run",
+        help="measure, compare, and write the report",
+        description="Prunes both variants at several levels, measures and compares them. The same command continues a run "
+        "that was interrupted. Options may be written with underscores or dashes.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_run_options(run)
+    run.set_defaults(command=_run)
+    report = commands.add_parser(
+        "report",
+        help="draw tables, charts and report of a finished or interrupted run again",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    report.add_argument("folder", nargs="?", default=DEFAULT_OUTPUT_DIR, help="run folder, or one that holds runs")
+    report.add_argument("--save_outputs", action="store_true", help="also write and show the generated texts")
+    _add_common_options(report)
+    report.set_defaults(command=_report)
+    return parser
+
+
+def would_resume(argv: Sequence[str]) -> bool:
+    """Whether ``run`` with these options would continue an unfinished run; False where the options cannot work."""
+    try:
+        options = make_parser().parse_args(["run", *_with_underscores(argv)])
+        if not any(Path(options.output_dir).glob("run_*/manifest.json")):
+            return False
+        from pruning_comparison.comparison import would_resume as comparison_would_resume
+
+        return comparison_would_resume(_spec_of(options), Path(options.output_dir))
+    except (PruningComparisonError, SystemExit):
+        return False
+
+
+class _Parser(argparse.ArgumentParser):
+    """Errors become InputError, so that every bad option reads and exits alike; no abbreviations, which change meaning."""
+
+    def __init__(self, **kwargs: Any) -> None:
+        super().__init__(**{"allow_abbrev": False, **kwargs})
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}. See {self.prog} --help.")
+
+
+def _add_run_options(parser: argparse.ArgumentParser) -> None:
+    default = {field.name: field.default for field in fields(ComparisonSpec)}
+
+    def add(name: str, **kwargs: Any) -> None:
+        parser.add_argument(f"--{name}", **{"default": default.get(name), **kwargs})
+
+    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, or bundled")
+    add("device", default=None, help="cpu, cuda, cuda:N or mps; the best one there is, if not given")
+    add(
+        "precision", default=None, help=f"{', '.join(PRECISIONS)}; float16 on a GPU and float32 elsewhere, if not given"
+    )
+    add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
+    add("pruning_method", default="entropy", help=f"comma-separated, from {', '.join(METHODS)}")
+    add("temperatures", default="0.7,1.0", help="comma-separated; 0 is greedy decoding")
+    add("num_tokens", type=_whole_number, help="new tokens per prompt")
+    add("iterations", type=_whole_number, help="replicates with their own seed")
+    add("max_prompts", type=_whole_number, help="at most so many prompts")
+    add("batch_size", type=_whole_number, help="prompts per timed batch")
+    add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
+    parser.add_argument("--save_outputs", action="store_true", help="also write and show the generated texts")
+    parser.add_argument("--memory_logging", action="store_true", help="measure and log peak memory")
+    add("prompt_file", help="text file with one prompt per line; bundled prompts, if not given")
+    add("eval_text", help="what perplexity is measured on: bundled:held_out, a text file, or a folder of .txt files")
+    add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
+    add("eval_window", type=_whole_number, help="perplexity window in tokens (at most the model's context)")
+    add("eval_stride", type=_whole_number, help="step between perplexity windows in tokens")
+    add("calibration_text", help="what scores and adaptation may see; other documents than the evaluation text")
+    add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")
+    add("calibration_window", type=_whole_number, help="tokens per calibration window")
+    add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
+    add("execution", help=f"{' or '.join(EXECUTIONS)}: heads physically removed, or their gates closed")
+    add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")
+    add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads leave first under entropy")
+    add("ridge", type=float, help="ridge of the adaptation, relative to the mean diagonal")
+    add("seed", type=_whole_number, help="seed of everything random")
+    add("threads", type=_whole_number, default=None, help="CPU threads; all cores, if not given")
+    add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
+    parser.add_argument("--visualize_only", action="store_true", help="measure nothing; draw the latest run again")
+    parser.add_argument("--no_update", action="store_true", help="for the scripts: do not fetch the latest code first")
+    _add_common_options(parser)
+
+
+def _add_common_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quiet", action="store_true", help="say nothing but errors and where the report is")
+    parser.add_argument("--debug_traceback", action="store_true", help="show where in the code an error arose")
+
+
+def _with_underscores(argv: Sequence[str]) -> list[str]:
+    """``--model-name=x`` as ``--model_name=x``: values are left alone."""
+    result = []
+    for argument in argv:
+        name, equals, value = argument.partition("=")
+        result.append(name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument)
+    return result
+
+
+def _whole_number(text: str) -> int:
+    try:
+        return int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _numbers(text: str, option: str) -> tuple[float, ...]:
+    numbers = []
+    for part in text.split(","):
+        if not part.strip():
+            continue
+        try:
+            numbers.append(float(part))
+        except ValueError:
+            raise InputError(
+                f"--{option}: {part.strip()!r} is not a number. Give numbers separated by commas."
+            ) from None
+    return tuple(numbers)
+
+
+def _names(text: str) -> tuple[str, ...]:
+    return tuple(part.strip() for part in text.split(",") if part.strip())
+
+
+def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
+    """The spec that the options ask for. The device is resolved last, since that needs torch."""
+    values = {field.name: getattr(options, field.name, None) for field in fields(ComparisonSpec)}
+    values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
+    values["temperatures"] = _numbers(options.temperatures, "temperatures")
+    values["pruning_methods"] = _names(options.pruning_method)
+    values["variants"] = _names(options.variants)
+    values["threads"] = options.threads if options.threads is not None else len(os.sched_getaffinity(0))
+    unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
+    from pruning_comparison.devices import resolve_device, resolve_precision
+
+    device = resolve_device(options.device)
+    precision = resolve_precision(options.precision, device)
+    return ComparisonSpec(**{**unresolved.as_dict_of_tuples(), "device": device, "precision": precision})
+
+
+def _run(options: argparse.Namespace) -> int:
+    output_dir = Path(options.output_dir)
+    if options.visualize_only:
+        return _visualize(output_dir, options)
+    spec = _spec_of(options)
+    from pruning_comparison.store import RunStore, check_writable
+
+    check_writable(output_dir)
+    live = _Live(quiet=options.quiet)
+    with live:
+        live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
+        from pruning_comparison.comparison import commit_of, run_comparison
+        from pruning_comparison.results import write_results
+
+        try:
+            folder = run_comparison(
+                spec,
+                output_dir=output_dir,
+                report=live.say,
+                on_progress=live.progress,
+                code_commit=commit_of(CHECKOUT),
+                raise_failures=options.debug_traceback,
+            )
+        except Interrupted as stopped:
+            if stopped.folder is not None:
+                _report_what_there_is(stopped.folder, options.save_outputs)
+            raise
+        report = write_results(folder, save_outputs=options.save_outputs, say=live.say)
+    with RunStore(folder) as store:
+        failed = int((store.table("cells")["status"] == "failed").sum())
+    print(f"report: {report}")
+    if failed:
+        print(f"error: {failed} cells failed; the report names them. The same command tries again.", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _report(options: argparse.Namespace) -> int:
+    return _visualize(Path(options.folder), options)
+
+
+def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
+    from pruning_comparison.results import write_results
+    from pruning_comparison.store import latest_run
+
+    folder = latest_run(output_dir)
+    if folder is None:
+        raise InputError(
+            f"{str(output_dir)!r} holds no run. Give a run folder or one with runs, or run a comparison first."
+        )
+    with _Live(quiet=options.quiet) as live:
+        report = write_results(folder, save_outputs=options.save_outputs, say=live.say)
+    print(f"report: {report}")
+    return 0
+
+
+def _report_what_there_is(folder: Path, save_outputs: bool) -> None:
+    """A partial report after Ctrl-C, if anything has been measured at all."""
+    from pruning_comparison.results import write_results
+
+    try:
+        print(f"partial report: {write_results(folder, save_outputs=save_outputs)}", file=sys.stderr)
+    except PruningComparisonError as error:
+        print(f"no partial report: {error}", file=sys.stderr)
+
+
+def _terminate_like_ctrl_c() -> Any:
+    """SIGTERM stops a run as Ctrl-C does. Only the main thread may set signal handlers."""
+
+    def stop(number: int, frame: object) -> None:
+        raise KeyboardInterrupt
+
+    try:
+        return signal.signal(signal.SIGTERM, stop)
+    except ValueError:
+        return None
+
+
+class _Live:
+    """Progress with time left: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
+
+    def __init__(self, *, quiet: bool) -> None:
+        self._quiet = quiet
+        self._bar: Progress | None = None
+        self._task: TaskID | None = None
+        self._started = time.monotonic()
+        self._first_done: int | None = None
+
+    def __enter__(self) -> _Live:
+        if not self._quiet and sys.stderr.isatty():
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+
+            columns = (
+                TextColumn("{task.description}", markup=False),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeElapsedColumn(),
+                TextColumn("{task.fields[left]}", markup=False),
+            )
+            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
+            self._bar.start()
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def say(self, message: str) -> None:
+        """One line of news."""
+        if self._quiet:
+            return
+        if self._bar is not None:
+            self._bar.console.print(message, markup=False, highlight=False)
+        else:
+            print(message, file=sys.stderr, flush=True)
+
+    def progress(self, done: int, total: int, what: str) -> None:
+        """``done`` of ``total`` steps are finished and ``what`` is under way."""
+        if self._quiet:
+            return
+        if self._first_done is None:
+            self._first_done, self._started = done, time.monotonic()
+        left = self._time_left(done, total)
+        if self._bar is None:
+            print(f"[{done}/{total}] {what}{', ' if left else ''}{left}", file=sys.stderr, flush=True)
+        elif self._task is None:
+            self._task = self._bar.add_task(what, total=total, completed=done, left=left)
+        else:
+            self._bar.update(self._task, description=what, completed=done, left=left)
+
+    def _time_left(self, done: int, total: int) -> str:
+        measured = done - (self._first_done or 0)
+        if measured <= 0 or done >= total:
+            return ""
+        seconds = round((time.monotonic() - self._started) / measured * (total - done))
+        return f"about {seconds // 60} min {seconds % 60:02d} s left" if seconds >= 60 else f"about {seconds} s left"

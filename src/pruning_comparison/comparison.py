@@ -1,0 +1,550 @@
+"""The comparison, top to bottom: load, score, choose, prune, adapt, measure, store."""
+
+from __future__ import annotations
+
+import copy
+import hashlib
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison import __version__
+from pruning_comparison.agency import AdaptationCost, refit_output_projections
+from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
+from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
+from pruning_comparison.measure.metrics import METRICS
+from pruning_comparison.measure.perplexity import EvaluationWindow, WindowLoss, evaluation_windows, measure_perplexity
+from pruning_comparison.measure.text_quality import (
+    compression_ratio,
+    cut_at_end_of_text,
+    distinct_n,
+    expectation_adjusted_distinct_n,
+    generation_losses,
+    seq_rep_n,
+)
+from pruning_comparison.models import HeadGrid, LoadedModel, ModelPreview, load_model, preview_model
+from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
+from pruning_comparison.scoring import HeadScores, score_heads
+from pruning_comparison.selection import Scope, expected_heads_pruned, select_heads
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.store import (
+    CellResult,
+    GeneratedText,
+    Measurement,
+    RunStore,
+    create_run,
+    read_manifest,
+    unfinished_run,
+    write_manifest,
+)
+from pruning_comparison.texts import Document, calibration_windows, digest, load_documents, load_prompts, tokenize
+
+ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation"})
+"""Variants whose survivors adapt. In this version ``agency`` is ``agency-adaptation``: consent is not part of it yet."""
+
+Report = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a spec names, read and checked against the model's config, before any weight is loaded."""
+
+    preview: ModelPreview
+    prompts: Sequence[str]
+    prompt_ids: Sequence[Sequence[int]]
+    windows: Sequence[EvaluationWindow]
+    calibration_documents: Sequence[Document]
+    calibration_window: int
+    digests: Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class PrunedModel:
+    """A model that is ready to be measured, with what was done to it. ``fingerprint`` names weights and heads."""
+
+    model: PreTrainedModel
+    keep: Tensor
+    scores: HeadScores
+    fingerprint: str
+    cost: AdaptationCost | None
+
+
+@dataclass
+class Workspace:
+    """A loaded comparison: the dense model, its inputs, and what has been computed once and is needed again."""
+
+    spec: ComparisonSpec
+    inputs: Inputs
+    reference: PreTrainedModel
+    dense: PreTrainedModel
+    _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
+    _calibration: dict[int, Tensor] = field(default_factory=dict)
+    _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
+    _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> HeadGrid:
+        return self.inputs.preview.grid
+
+    def generator(self, purpose: str, iteration: int) -> torch.Generator:
+        """An independent stream of random numbers for each purpose and iteration."""
+        seed = hashlib.sha256(f"{self.spec.seed}/{purpose}/{iteration}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(seed[:8], "big") % 2**63)
+
+    def calibration(self, iteration: int) -> Tensor:
+        """This iteration's calibration windows [N, T]."""
+        if iteration not in self._calibration:
+            self._calibration[iteration] = calibration_windows(
+                list(self.inputs.calibration_documents),
+                self.inputs.preview.tokenizer,
+                window=self.inputs.calibration_window,
+                tokens=self.spec.calibration_tokens,
+                generator=self.generator("calibration", iteration),
+            )
+        return self._calibration[iteration]
+
+    def ranking(self, method: str, iteration: int) -> HeadScores:
+        """The method's scores on the dense model, computed once per iteration."""
+        key = (method, 0 if method == "magnitude" else iteration)
+        if key not in self._rankings:
+            self._rankings[key] = score_heads(
+                method,
+                self.reference,
+                self.calibration(iteration),
+                batch_size=self.spec.quality_batch_size,
+                generator=self.generator("random ranking", iteration),
+                entropy_direction=self.spec.entropy_direction,
+                smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
+                scope=cast(Scope, self.spec.scope),
+            )
+        return self._rankings[key]
+
+
+def prepare(spec: ComparisonSpec) -> Inputs:
+    """Reads config, tokenizer and texts, and checks that they fit the spec. InputError where they do not."""
+    preview = preview_model(spec.model_name)
+    prompts = load_prompts(spec.prompt_file, spec.max_prompts)
+    prompt_ids = [tokenize(preview.tokenizer, prompt)[0] for prompt in prompts]
+    for number, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True), start=1):
+        if not ids:
+            raise InputError(f"--prompt_file: prompt {number} ({prompt[:40]!r}) has no tokens. Write some text.")
+        if len(ids) + spec.num_tokens > preview.context:
+            raise InputError(
+                f"--num_tokens: prompt {number} has {len(ids)} tokens, and {spec.num_tokens} more exceed the context of "
+                f"{preview.context} tokens of {spec.model_name}. Ask for at most {preview.context - len(ids)}."
+            )
+    evaluation = load_documents(spec.eval_text, option="--eval_text")
+    calibration = load_documents(spec.calibration_text, option="--calibration_text")
+    shared = {document.text for document in evaluation} & {document.text for document in calibration}
+    if shared:
+        raise InputError(
+            f"--calibration_text: {len(shared)} of its documents are also in the evaluation text. Nothing that is "
+            "evaluated may be calibrated on; give other documents."
+        )
+    windows = evaluation_windows(
+        evaluation,
+        preview.tokenizer,
+        window=min(spec.eval_window, preview.context),
+        stride=min(spec.eval_stride, preview.context),
+        tokens=spec.eval_tokens,
+    )
+    digests = {
+        "prompts": digest(prompts),
+        "eval_text": digest([document.text for document in evaluation]),
+        "calibration_text": digest([document.text for document in calibration]),
+        "model": preview.identity(),
+    }
+    window = min(spec.calibration_window, preview.context)
+    return Inputs(preview, prompts, prompt_ids, windows, calibration, window, digests)
+
+
+def load_workspace(spec: ComparisonSpec, inputs: Inputs) -> Workspace:
+    """Loads the weights. Scores and adaptation work in float32 whatever the precision that is measured."""
+    torch.set_num_threads(spec.threads)
+    loaded: LoadedModel = load_model(inputs.preview, device=spec.device, dtype=torch.float32)
+    return Workspace(spec, inputs, loaded.model, at_precision(loaded.model, spec.precision))
+
+
+def run_cell(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResult:
+    """Measures one cell's quality: perplexity, generated texts, memory, and what adaptation cost."""
+    perplexity = _perplexity_measurements(workspace, pruned)
+    text_measurements, texts = _text_measurements(workspace, pruned, cell.iteration)
+    size = [
+        Measurement("parameter_bytes", parameter_bytes(pruned.model), "byte"),
+        Measurement("decode_bytes", decode_bytes(pruned.model), "byte"),
+    ]
+    gone, total = int((~pruned.keep).sum()), workspace.grid.total
+    scores = pruned.scores.scores
+    return CellResult(
+        cell=cell,
+        status="done",
+        achieved_level=100 * gone / total,
+        heads_pruned=gone,
+        heads_total=total,
+        fingerprint=pruned.fingerprint,
+        details=pruned.scores.details,
+        measurements=[*perplexity, *text_measurements, *size, *_cost_measurements(pruned.cost)],
+        heads=[
+            (layer, head, float(scores[layer, head]), bool(pruned.keep[layer, head]))
+            for layer in range(workspace.grid.n_layers)
+            for head in range(workspace.grid.n_heads)
+        ],
+        texts=texts,
+    )
+
+
+def build(workspace: Workspace, cell: Cell) -> PrunedModel:
+    """Scores, chooses, prunes and, for variants that do, adapts: the model that a cell measures."""
+    spec = workspace.spec
+    scores = workspace.ranking(cell.method, cell.iteration)
+    keep = select_heads(scores.scores, cell.level, cast(Scope, spec.scope))
+    check_count(keep, cell.level, spec)
+    if bool(keep.all()):
+        return PrunedModel(workspace.dense, keep, scores, "dense", None)
+    compact = remove_heads(workspace.reference, keep)
+    cost, identity = None, [keep.numpy().tobytes()]
+    if cell.variant in ADAPTING_VARIANTS:
+        windows = workspace.calibration(cell.iteration)
+        cost = refit_output_projections(
+            workspace.reference,
+            compact,
+            windows,
+            ridge=spec.ridge,
+            batch_size=spec.quality_batch_size,
+            measure_peak=spec.memory_logging,
+        )
+        identity.append(windows.numpy().tobytes())
+    fingerprint = hashlib.sha256(b"|".join(identity)).hexdigest()[:16]
+    if spec.execution == "masked":
+        model = at_precision(masked_copy(workspace.reference, compact, keep), spec.precision)
+        mask_heads(model, keep)
+    else:
+        model = at_precision(compact, spec.precision)
+    return PrunedModel(model, keep, scores, fingerprint, cost)
+
+
+def check_count(keep: Tensor, level: float, spec: ComparisonSpec) -> None:
+    """AssertionError if the mask does not prune exactly as many heads as the rule asks for."""
+    layers, heads = keep.shape
+    expected = expected_heads_pruned(level, layers, heads, cast(Scope, spec.scope))
+    if int((~keep).sum()) != expected:
+        raise AssertionError(f"level {level} prunes {int((~keep).sum())} heads; the rule asks for {expected}")
+
+
+def at_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
+    """The model in the precision to measure in: itself where it already is, else a converted copy."""
+    dtype = getattr(torch, precision)
+    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+
+
+def time_level(
+    workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int
+) -> list[tuple[str, Measurement]]:
+    """Times all variants of one level on every batch of prompts, interleaved: (variant, measurement) pairs."""
+    spec, prompts = workspace.spec, workspace.inputs.prompt_ids
+    rows: list[tuple[str, Measurement]] = []
+    for first in range(0, len(prompts), spec.batch_size):
+        batch = prompts[first : first + spec.batch_size]
+        uniforms = torch.stack(
+            [common_uniforms(spec.seed, iteration, first + row, spec.num_tokens) for row in range(len(batch))]
+        )
+        for timing in time_generation(
+            models,
+            batch,
+            spec.num_tokens,
+            temperature=spec.temperatures[0],
+            uniforms=uniforms,
+            measure_peak=spec.memory_logging,
+        ):
+            values: dict[str, float | None] = {
+                "tokens_per_second": timing.tokens_per_second,
+                "first_token_latency_s": timing.first_token_latency_s,
+                "time_per_output_token_s": timing.time_per_output_token_s,
+                "end_to_end_s": timing.end_to_end_s,
+                "cache_bytes": timing.cache_bytes,
+            }
+            reasons = {"time_per_output_token_s": "one new token has no time between tokens"}
+            if spec.memory_logging:
+                values["peak_memory_bytes"] = timing.peak_memory_bytes
+                reasons["peak_memory_bytes"] = timing.peak_memory_reason or ""
+            rows.extend(
+                (timing.variant, _measurement(name, value, reasons.get(name), prompt=first, repeat=timing.repeat))
+                for name, value in values.items()
+            )
+    return rows
+
+
+def run_comparison(
+    spec: ComparisonSpec,
+    *,
+    output_dir: Path,
+    report: Report = lambda message: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    code_commit: str | None = None,
+    raise_failures: bool = False,
+) -> Path:
+    """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
+
+    A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead). Interrupted is
+    raised on Ctrl-C, after what was measured has been kept.
+    """
+    inputs = prepare(spec)
+    folder = open_run(spec, inputs, output_dir, code_commit, report)
+    with RunStore(folder) as store:
+        done_cells, done_timings = store.finished_cells(), store.finished_timings()
+        groups = [
+            (method, iteration, level)
+            for method in spec.pruning_methods
+            for iteration in range(spec.iterations)
+            for level in spec.pruning_levels
+        ]
+        total = len(groups) * (len(spec.variants) + 1)
+        done = len(done_cells) + len(done_timings)
+        if done < total:
+            report(f"loading {spec.model_name}")
+            workspace = load_workspace(spec, inputs)
+        try:
+            for method, iteration, level in groups:
+                cells = [Cell(variant, method, iteration, level) for variant in spec.variants]
+                timed = (method, iteration, level) in done_timings
+                if timed and all(cell in done_cells for cell in cells):
+                    continue
+                models: dict[str, PreTrainedModel] = {}
+                for cell in cells:
+                    if timed and cell in done_cells:
+                        continue
+                    on_progress(done, total, f"{cell.variant}, {method}, iteration {iteration + 1}, level {level:g} %")
+                    pruned, result = _attempt(workspace, cell, cell in done_cells, raise_failures)
+                    if pruned is not None:
+                        models[cell.variant] = pruned.model
+                    if result is not None:
+                        store.write_cell(result, code_commit)
+                        done += 1
+                        if result.status == "failed":
+                            report(f"failed: {cell.variant}, {method}, level {level:g} %: {result.reason}")
+                if models and not timed:
+                    on_progress(done, total, f"timing, {method}, iteration {iteration + 1}, level {level:g} %")
+                    store.write_timings(method, iteration, level, time_level(workspace, models, iteration))
+                    done += 1
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{done} of {total} steps are kept in {folder}. The same command continues.", folder
+            ) from None
+        on_progress(done, total, "done")
+        manifest = read_manifest(folder)
+        write_manifest(folder, {**manifest, "finished": _now()})
+    return folder
+
+
+def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit: str | None, report: Report) -> Path:
+    """The run folder to write to: an unfinished one of the same spec, else a new one."""
+    spec_hash = spec.content_hash(dict(inputs.digests))
+    folder = unfinished_run(output_dir, spec_hash)
+    if folder is not None:
+        manifest = read_manifest(folder)
+        report(f"continuing {folder}")
+        if manifest.get("commit") != code_commit:
+            warning = f"continued at commit {code_commit} after starting at {manifest.get('commit')}"
+            report(f"warning: {warning}")
+            write_manifest(folder, {**manifest, "warnings": [*manifest.get("warnings", []), warning]})
+        return folder
+    manifest = {
+        "spec": spec.as_dict(),
+        "spec_hash": spec_hash,
+        "inputs": dict(inputs.digests),
+        "model": inputs.preview.describe(),
+        "versions": versions(),
+        "hardware": hardware(spec),
+        "commit": code_commit,
+        "started": _now(),
+        "finished": None,
+        "warnings": _warnings(spec),
+    }
+    return create_run(output_dir, manifest)
+
+
+def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
+    """Whether ``run_comparison`` would continue an unfinished run."""
+    return unfinished_run(output_dir, spec.content_hash(dict(prepare(spec).digests))) is not None
+
+
+def versions() -> dict[str, str]:
+    """Versions of what results depend on."""
+    names = ("torch", "transformers", "tokenizers", "numpy", "scipy", "pandas", "matplotlib")
+    return {
+        "pruning-comparison": __version__,
+        "python": platform.python_version(),
+        **{name: metadata.version(name) for name in names},
+    }
+
+
+def hardware(spec: ComparisonSpec) -> dict[str, Any]:
+    """The machine a run was measured on."""
+    facts: dict[str, Any] = {
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "threads": spec.threads,
+        "device": spec.device,
+    }
+    if spec.device.startswith("cuda"):
+        properties = torch.cuda.get_device_properties(spec.device)
+        facts |= {"gpu": properties.name, "gpu_memory_bytes": properties.total_memory}
+    return facts
+
+
+def commit_of(checkout: Path) -> str | None:
+    """The git commit of the code, with "+changes" if the work tree differs; None outside a checkout."""
+
+    def git(*arguments: str) -> str | None:
+        try:
+            run = subprocess.run(
+                ["git", "-C", str(checkout), *arguments], capture_output=True, text=True, timeout=10, check=False
+            )
+        except (OSError, subprocess.TimeoutExpired):
+            return None
+        return run.stdout.strip() if run.returncode == 0 else None
+
+    top = git("rev-parse", "--show-toplevel")
+    if top is None or Path(top).resolve() != checkout.resolve():
+        return None
+    commit = git("rev-parse", "HEAD")
+    return commit and commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _attempt(
+    workspace: Workspace, cell: Cell, measured: bool, raise_failures: bool
+) -> tuple[PrunedModel | None, CellResult | None]:
+    """Builds a cell's model and, unless it has been measured before, measures it. A failure becomes a failed result."""
+    try:
+        pruned = build(workspace, cell)
+        return pruned, None if measured else run_cell(workspace, cell, pruned)
+    except Exception as error:
+        if raise_failures:
+            raise
+        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+        return None, CellResult(cell=cell, status="failed", reason=reason)
+
+
+def _perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
+    if pruned.fingerprint not in workspace._losses:
+        workspace._losses[pruned.fingerprint] = measure_perplexity(
+            pruned.model, workspace.inputs.windows, batch_size=workspace.spec.quality_batch_size
+        )
+    rows = []
+    for loss in workspace._losses[pruned.fingerprint]:
+        place: dict[str, Any] = {"document": loss.document, "window": loss.index}
+        rows.append(_measurement("window_nats", loss.nats, "the model's loss is not a finite number", **place))
+        rows.append(Measurement("window_tokens", loss.tokens, "token", **place))
+        rows.append(Measurement("window_bytes", loss.text_bytes, "byte", **place))
+    return rows
+
+
+def _text_measurements(
+    workspace: Workspace, pruned: PrunedModel, iteration: int
+) -> tuple[list[Measurement], list[GeneratedText]]:
+    """Generates at every temperature and prompt, in large batches, and measures what was written."""
+    key = (pruned.fingerprint, iteration)
+    if key not in workspace._texts:
+        workspace._texts[key] = _write_and_measure(workspace, pruned.model, iteration)
+    return workspace._texts[key]
+
+
+def _write_and_measure(
+    workspace: Workspace, model: PreTrainedModel, iteration: int
+) -> tuple[list[Measurement], list[GeneratedText]]:
+    spec, inputs = workspace.spec, workspace.inputs
+    tokenizer = inputs.preview.tokenizer
+    jobs = [(heat, prompt) for heat in spec.temperatures for prompt in range(len(inputs.prompts))]
+    tokens: list[list[int]] = []
+    for first in range(0, len(jobs), spec.quality_batch_size):
+        batch = jobs[first : first + spec.quality_batch_size]
+        draws = [common_uniforms(spec.seed, iteration, prompt, spec.num_tokens) for _, prompt in batch]
+        run = generate(
+            model,
+            [inputs.prompt_ids[prompt] for _, prompt in batch],
+            spec.num_tokens,
+            temperatures=[heat for heat, _ in batch],
+            uniforms=torch.stack(draws),
+        )
+        tokens.extend(run.tokens.tolist())
+    end_of_text = inputs.preview.end_of_text()
+    written = [cut_at_end_of_text(row, end_of_text) for row in tokens]
+    losses = generation_losses(
+        workspace.dense,
+        [torch.tensor(inputs.prompt_ids[prompt]) for _, prompt in jobs],
+        [torch.tensor(row, dtype=torch.long) for row in written],
+        batch_size=spec.quality_batch_size,
+    )
+    measurements: list[Measurement] = []
+    texts: list[GeneratedText] = []
+    for (heat, prompt), row, (nats, count) in zip(jobs, written, losses, strict=True):
+        text = tokenizer.decode(row)
+        texts.append(GeneratedText(heat, prompt, inputs.prompts[prompt], text))
+        values = {
+            "generation_perplexity": float(torch.tensor(nats / count, dtype=torch.float64).exp()) if count else None,
+            "distinct_1": distinct_n(row, 1),
+            "distinct_2": distinct_n(row, 2),
+            "distinct_3": distinct_n(row, 3),
+            "distinct_2_adjusted": expectation_adjusted_distinct_n(row, 2, inputs.preview.config.vocab_size),
+            "seq_rep_4": seq_rep_n(row, 4),
+            "compression_ratio": compression_ratio(text),
+        }
+        reason = f"the text has only {len(row)} tokens before its end"
+        measurements.extend(
+            _measurement(name, value, reason, temperature=heat, prompt=prompt) for name, value in values.items()
+        )
+    return measurements, texts
+
+
+def _cost_measurements(cost: AdaptationCost | None) -> list[Measurement]:
+    if cost is None:
+        return []
+    rows = [
+        Measurement("adaptation_s", cost.seconds, "s"),
+        Measurement("adaptation_tokens", cost.tokens, "token"),
+    ]
+    if cost.peak_memory_bytes is not None:
+        rows.append(Measurement("adaptation_peak_memory_bytes", cost.peak_memory_bytes, "byte"))
+    return rows
+
+
+def _measurement(metric: str, value: float | None, reason: str | None, **place: Any) -> Measurement:
+    """A measurement whose reason is given only where the value is missing or not finite."""
+    unit = METRICS[metric].unit if metric in METRICS else "nat"
+    if value is None or not torch.isfinite(torch.tensor(float(value), dtype=torch.float64)):
+        return Measurement(metric, None, unit, reason, **place)
+    return Measurement(metric, value, unit, None, **place)
+
+
+def _warnings(spec: ComparisonSpec) -> list[str]:
+    warnings = []
+    if "agency" in spec.variants:
+        warnings.append(
+            "in this version the variant agency is agency-adaptation: the baseline's heads are cut and the survivors adapt; "
+            "signals, states and consent are not part of it yet"
+        )
+    if spec.device == "cpu" and spec.precision == "float16":
+        warnings.append("float16 on a CPU is slow and its speed says nothing about a GPU")
+    return warnings
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text("utf-8").splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

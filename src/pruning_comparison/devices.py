@@ -1,0 +1,48 @@
+"""Which device and precision to work on."""
+
+from __future__ import annotations
+
+import torch
+
+from pruning_comparison.errors import InputError
+
+
+def resolve_device(asked: str | None) -> str:
+    """The device asked for, checked, or the best one there is. InputError if it is not there."""
+    if asked is None:
+        if torch.cuda.is_available():
+            return "cuda"
+        return "mps" if torch.backends.mps.is_available() else "cpu"
+    try:
+        device = torch.device(asked)
+    except RuntimeError:
+        raise InputError(f"--device: {asked!r} is not a device. Choose cpu, cuda, cuda:N or mps.") from None
+    if device.type not in ("cpu", "cuda", "mps"):
+        raise InputError(f"--device: {asked!r} is not supported. Choose cpu, cuda, cuda:N or mps.")
+    if device.type == "cuda":
+        count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+        if count == 0:
+            raise InputError(
+                f"--device: {asked!r} was asked for, but this machine has no CUDA GPU that torch {torch.__version__} can use. "
+                "Leave --device out, or give --device=cpu."
+            )
+        if device.index is not None and device.index >= count:
+            raise InputError(f"--device: {asked!r} does not exist; there are {count} GPUs, counted from 0.")
+    if device.type == "mps" and not torch.backends.mps.is_available():
+        raise InputError("--device: 'mps' was asked for, but this machine has none. Give --device=cpu.")
+    return asked
+
+
+def resolve_precision(asked: str | None, device: str) -> str:
+    """The precision asked for, checked against the device; float16 on a CUDA GPU and float32 elsewhere by default."""
+    if asked is None:
+        return "float16" if device.startswith("cuda") else "float32"
+    if (
+        asked == "bfloat16"
+        and device.startswith("cuda")
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
+        raise InputError(
+            "--precision: 'bfloat16' is not supported by this GPU, only emulated. Choose float16 or float32."
+        )
+    return asked

@@ -1,0 +1,269 @@
+"""From measurements to estimates with intervals. Pure functions on tidy tables.
+
+Iterations and documents (or prompts) are crossed, not nested: the same documents come back in every iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from numpy.typing import NDArray
+from scipy import stats
+
+from pruning_comparison.measure.metrics import METRICS
+
+SUMMARY_COLUMNS = (
+    "model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit",
+)  # fmt: skip
+CONTRAST_COLUMNS = (
+    "model", "method", "level", "temperature", "metric", "contrast", "estimate", "ci_low", "ci_high", "n", "unit", "better",
+)  # fmt: skip
+_TEXT_METRICS = (
+    "generation_perplexity", "distinct_1", "distinct_2", "distinct_3", "distinct_2_adjusted", "seq_rep_4",
+    "compression_ratio",
+)  # fmt: skip
+_TIMING_METRICS = ("tokens_per_second", "first_token_latency_s", "time_per_output_token_s", "end_to_end_s")
+_CELL_METRICS = ("parameter_bytes", "decode_bytes", "adaptation_s", "adaptation_tokens", "adaptation_peak_memory_bytes")
+_RUN_METRICS = ("cache_bytes", "peak_memory_bytes")
+_CELL = ["variant", "method", "level"]
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean with its 95 % interval (NaN where there is one observation) and the number of observations."""
+
+    estimate: float
+    ci_low: float
+    ci_high: float
+    n: int
+
+    def map(self, function: Callable[[float], float]) -> Estimate:
+        """The estimate on another, increasing scale."""
+        return Estimate(function(self.estimate), function(self.ci_low), function(self.ci_high), self.n)
+
+
+def crossed_interval(values: NDArray[np.float64], confidence: float = 0.95) -> Estimate:
+    """Mean and interval of crossed observations [iterations, units], both factors random.
+
+    Two-way random-effects analysis of variance with one observation per cell: with mean squares A (iterations), B (units)
+    and E (residual), Var(mean) = (A + B - E) / (a b); degrees of freedom after Satterthwaite (1946). A variance component
+    estimated below zero counts as zero, which leaves B, A or E alone. With one iteration or one unit this is Student's
+    interval over the other. ValueError if a value is not finite.
+    """
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(f"values must be a finite, non-empty [iterations, units] matrix, got shape {values.shape}")
+    a, b = values.shape
+    mean = float(values.mean())
+    if values.size == 1:
+        return Estimate(mean, math.nan, math.nan, 1)
+    by_row, by_column = values.mean(1), values.mean(0)
+    if min(a, b) == 1:
+        line = values.ravel()
+        variance, freedom = float(line.var(ddof=1)) / line.size, float(line.size - 1)
+    else:
+        square_a = b * float(((by_row - mean) ** 2).sum()) / (a - 1)
+        square_b = a * float(((by_column - mean) ** 2).sum()) / (b - 1)
+        residual = values - by_row[:, None] - by_column[None, :] + mean
+        square_e = float((residual**2).sum()) / ((a - 1) * (b - 1))
+        terms = _positive_components(square_a, square_b, square_e, a, b)
+        total = sum(sign * square for sign, square, _ in terms)
+        variance = total / (a * b)
+        spread = sum(square**2 / df for _, square, df in terms)
+        freedom = total**2 / spread if spread > 0 else 1.0
+    margin = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(max(variance, 0.0))
+    return Estimate(mean, mean - margin, mean + margin, values.size)
+
+
+def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
+    """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
+    rows = []
+    for _, data in _observations(cells, measurements):
+        metric = METRICS[data.metric]
+        for key, estimate in data.estimates():
+            variant, method, level, temperature = key
+            place = [model, variant, method, level, temperature, metric.name]
+            rows.append([*place, estimate.estimate, estimate.ci_low, estimate.ci_high, estimate.n, metric.unit])
+    rows.extend(_ceilings(model, rows))
+    table = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+    return table.sort_values(["method", "metric", "temperature", "level", "variant"], ignore_index=True)
+
+
+def contrast(
+    model: str, cells: pd.DataFrame, measurements: pd.DataFrame, variant: str = "agency", reference: str = "baseline"
+) -> pd.DataFrame:
+    """Paired differences of two variants, columns ``CONTRAST_COLUMNS``.
+
+    Pairs are of the same iteration, document or prompt, level and temperature. Positive metrics are compared by the mean log
+    ratio, given as per cent change; the others by the mean difference in their own unit.
+    """
+    rows = []
+    for _, data in _observations(cells, measurements):
+        metric = METRICS[data.metric]
+        if metric.name.startswith("adaptation"):
+            continue
+        for (method, level, temperature), estimate in data.differences(variant, reference):
+            relative = data.log_scale
+            shown = estimate.map(lambda value: 100 * math.expm1(value)) if relative else estimate
+            rows.append(
+                [
+                    model, method, level, temperature, metric.name, f"{variant} vs {reference}", shown.estimate,
+                    shown.ci_low, shown.ci_high, shown.n, "%" if relative else metric.unit, metric.better,
+                ]
+            )  # fmt: skip
+    table = pd.DataFrame(rows, columns=list(CONTRAST_COLUMNS))
+    return table.sort_values(["method", "metric", "temperature", "level"], ignore_index=True)
+
+
+def missing_figures(measurements: pd.DataFrame) -> pd.DataFrame:
+    """What could not be measured: ``variant,method,level,metric,reason,count``."""
+    absent = measurements[measurements["value"].isna()]
+    groups = absent.groupby([*_CELL, "metric", "reason"], dropna=False, as_index=False).size()
+    return groups.rename(columns={"size": "count"})
+
+
+@dataclass(frozen=True)
+class _Observations:
+    """One metric in tidy form: ``variant, method, level, temperature, iteration, unit, x, model_id`` and a scale.
+
+    ``x`` is the logarithm where ``log_scale``. ``model_id`` is equal for observations that are the same by construction
+    (same weights, no new randomness), which then count once.
+    """
+
+    metric: str
+    table: pd.DataFrame
+    log_scale: bool
+    weights: str | None = None
+
+    def estimates(self) -> list[tuple[tuple[str, str, float, float], Estimate]]:
+        result: list[tuple[Any, Estimate]] = []
+        for key, group in self.table.groupby([*_CELL, "temperature"], dropna=False, sort=True):
+            estimate = _of_matrix(group, "x", "model_id")
+            if estimate is None:
+                continue
+            if self.weights is not None:
+                centre = float(np.average(group["x"], weights=group[self.weights]))
+                shift = centre - estimate.estimate
+                estimate = estimate.map(lambda value, shift=shift: value + shift)  # type: ignore[misc]
+            result.append((key, estimate.map(math.exp) if self.log_scale else estimate))
+        return result
+
+    def differences(self, variant: str, reference: str) -> list[tuple[tuple[str, float, float], Estimate]]:
+        keys = ["method", "level", "temperature", "iteration", "unit"]
+        of_variant = self.table[self.table["variant"] == variant]
+        of_reference = self.table[self.table["variant"] == reference]
+        pairs = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
+        pairs = pairs.assign(
+            difference=pairs["x"] - pairs["x_reference"], pair=pairs["model_id"] + "|" + pairs["model_id_reference"]
+        )
+        result: list[tuple[Any, Estimate]] = []
+        for key, group in pairs.groupby(["method", "level", "temperature"], dropna=False, sort=True):
+            estimate = _of_matrix(group, "difference", "pair")
+            if estimate is not None:
+                result.append((key, estimate))
+        return result
+
+
+def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | None:
+    """Interval of one group; iterations that are identical by construction count once, incomplete units are left out."""
+    first = group.groupby(identity)["iteration"].transform("min")
+    distinct = group[group["iteration"] == first]
+    matrix = distinct.pivot_table(index="iteration", columns="unit", values=column, aggfunc="mean")
+    complete = matrix.dropna(axis=1)
+    if complete.empty:
+        complete = matrix.dropna(axis=0)
+    return None if complete.empty else crossed_interval(complete.to_numpy(dtype=np.float64))
+
+
+def _observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, _Observations]]:
+    """Every metric that the measurements hold, as observations."""
+    done = cells.loc[cells["status"] == "done", ["variant", "method", "iteration", "level", "fingerprint"]]
+    known = measurements.dropna(subset=["value"]).merge(done, on=["variant", "method", "iteration", "level"])
+    result = [*_perplexity_observations(known)]
+    for metric in _TEXT_METRICS:
+        rows = known[known["metric"] == metric].assign(unit=lambda t: t["prompt"])
+        # New draws make new texts from the same model; only greedy decoding repeats itself.
+        drawn = np.where(rows["temperature"] > 0, "@" + rows["iteration"].astype(str), "")
+        rows = rows.assign(model_id=rows["fingerprint"] + drawn)
+        result.append(_scaled(metric, rows))
+        if f"{metric}_distance" in METRICS:
+            result.append(_distances(metric, rows))
+    for metric in (*_TIMING_METRICS, *_RUN_METRICS, *_CELL_METRICS):
+        rows = known[known["metric"] == metric]
+        rows = rows.assign(unit=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
+        result.append(_scaled(metric, rows))
+    return [(data.metric, data) for data in result if len(data.table)]
+
+
+def _scaled(metric: str, rows: pd.DataFrame) -> _Observations:
+    log_scale = METRICS[metric].log_scale
+    return _Observations(metric, rows.assign(x=np.log(rows["value"]) if log_scale else rows["value"]), log_scale)
+
+
+def _perplexity_observations(known: pd.DataFrame) -> list[_Observations]:
+    parts = {
+        name: known[known["metric"] == name]
+        .groupby([*_CELL, "iteration", "document", "fingerprint"])["value"]
+        .sum()
+        .rename(name)
+        for name in ("window_nats", "window_tokens", "window_bytes")
+    }
+    table = pd.concat(parts.values(), axis=1).reset_index().rename(columns={"document": "unit"})
+    table = table.assign(temperature=np.nan, model_id=table["fingerprint"])
+    per_token = table.assign(x=table["window_nats"] / table["window_tokens"])
+    per_byte = table.assign(x=table["window_nats"] / math.log(2) / table["window_bytes"])
+    return [
+        _Observations("perplexity", per_token, True, "window_tokens"),
+        _Observations("bits_per_byte", per_byte, False, "window_bytes"),
+    ]
+
+
+def _distances(metric: str, rows: pd.DataFrame) -> _Observations:
+    """Distance from the dense model's value on the same prompt and draws; of logarithms where the metric is positive."""
+    keys = ["method", "iteration", "temperature", "unit"]
+    scaled = rows.assign(y=np.log(rows["value"]) if METRICS[metric].log_scale else rows["value"])
+    dense = scaled[scaled["level"] == 0].drop_duplicates(keys)[[*keys, "y"]]
+    both = scaled.merge(dense, on=keys, suffixes=("", "_dense"))
+    return _Observations(f"{metric}_distance", both.assign(x=(both["y"] - both["y_dense"]).abs()), False)
+
+
+def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:
+    """Tokens per second that the bytes left allow: the dense speed times dense bytes over bytes left.
+
+    Bytes are those read per decoding step (parameters and cache), the bound of decoding on a memory-bound machine.
+    """
+    table = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+    wide = table[table["metric"].isin(["decode_bytes", "cache_bytes", "tokens_per_second"])].pivot_table(
+        index=_CELL, columns="metric", values="estimate"
+    )
+    if not {"decode_bytes", "cache_bytes", "tokens_per_second"} <= set(wide.columns):
+        return []
+    wide = wide.assign(read=wide["decode_bytes"] + wide["cache_bytes"]).reset_index()
+    dense = wide[wide["level"] == 0].set_index(["variant", "method"])
+    result: list[list[object]] = []
+    for variant, method, level, read in wide[["variant", "method", "level", "read"]].itertuples(index=False):
+        if (variant, method) not in dense.index:
+            continue
+        at_zero = dense.loc[(variant, method)]
+        ceiling = float(at_zero["tokens_per_second"] * at_zero["read"] / read)
+        place = [model, variant, method, level, math.nan, "tokens_per_second_ceiling"]
+        result.append([*place, ceiling, math.nan, math.nan, 1, METRICS["tokens_per_second_ceiling"].unit])
+    return result
+
+
+def _positive_components(
+    square_a: float, square_b: float, square_e: float, a: int, b: int
+) -> list[tuple[int, float, float]]:
+    """(sign, mean square, degrees of freedom) of Var(mean) * a b, with negative variance components set to zero."""
+    keep_a, keep_b = square_a > square_e, square_b > square_e
+    if keep_a and keep_b:
+        return [(1, square_a, a - 1.0), (1, square_b, b - 1.0), (-1, square_e, (a - 1.0) * (b - 1.0))]
+    if keep_a:
+        return [(1, square_a, a - 1.0)]
+    if keep_b:
+        return [(1, square_b, b - 1.0)]
+    return [(1, square_e, (a - 1.0) * (b - 1.0))]
