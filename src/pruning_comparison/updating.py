@@ -83,7 +83,7 @@ def bring_up_to_date(
     Never raises for anything that git or the network does: an update that cannot be had is not an error.
     """
     off = _switched_off(enabled)
-    if off:
+    if off is not None:
         return UpdateResult("switched_off", off)
     try:
         return _fast_forward(checkout, resuming, fetch_timeout_s)
