@@ -1,4 +1,4 @@
-"""Updating against real git remotes, all of them folders: what is behind moves forward, everything else stays as it is."""
+"""Updating against real git remotes (folders): what is behind moves forward, everything else stays as it is."""
 
 from __future__ import annotations
 

@@ -1,13 +1,14 @@
 """Brings the latest code of main into the checkout that a script was started from, or says in one line why it did not.
 
 A fast-forward is the only thing done to the checkout: local changes, other branches, local commits and files that git
-does not know are never touched. Standard library only and no import of the rest of the package, so that this runs (and
-replaces itself) before anything heavy is loaded.
+does not know are never touched. Importing this needs the standard library only: it runs, and replaces itself, before
+anything heavy is loaded.
 """
 
 from __future__ import annotations
 
 import contextlib
+import importlib
 import os
 import re
 import signal
@@ -17,6 +18,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
+
+from pruning_comparison.errors import PruningComparisonError
 
 SWITCH = "PRUNING_COMPARISON_NO_UPDATE"
 RESTARTED = "PRUNING_COMPARISON_RESTARTED"
@@ -123,6 +126,36 @@ def update_and_restart(
         sys.stderr.flush()
         exec(sys.executable, [sys.executable, *argv])
     return result
+
+
+def run_latest(checkout: Path, argv: Sequence[str], options: Sequence[str]) -> int:
+    """Update the checkout, then run the comparison: all that the scripts do. Returns the exit code.
+
+    argv: the script's path and arguments, with which it is started again after an update.
+    options: those of `pruning-comparison run`.
+    """
+    update_and_restart(checkout, argv, say=_say, resuming=lambda: resumes(options))
+    try:
+        cli = importlib.import_module("pruning_comparison.cli")
+        return int(cli.main(["run", *options]))
+    except ModuleNotFoundError as error:
+        if str(error.name).startswith("pruning_comparison."):
+            raise
+        _say(f"{error.name} is not installed: run `make demo`, or `pip install -e .`, in {checkout}")
+        return 1
+
+
+def resumes(options: Sequence[str]) -> bool:
+    """Whether the options continue an unfinished run. Where that cannot be told, newer code may be what is needed."""
+    try:
+        cli = importlib.import_module("pruning_comparison.cli")
+        return bool(cli.would_resume(list(options)))
+    except (ImportError, PruningComparisonError, SystemExit):
+        return False
+
+
+def _say(line: str) -> None:
+    sys.stderr.write(f"{line}\n")
 
 
 def _switched_off(enabled: bool) -> str | None:
