@@ -284,6 +284,7 @@ def continues(argv: Sequence[str]) -> bool:
     """Whether this continues an unfinished run, which has to end on the code that it began with."""
     try:
         import torch
+
         from pruning_comparison.updating import resumes
 
         return resumes(run_options(argv, torch))
