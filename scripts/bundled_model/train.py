@@ -16,9 +16,10 @@ import time
 from pathlib import Path
 
 import torch
-from addresses import read_addresses, split_addresses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from addresses import read_addresses, split_addresses
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 512
@@ -172,7 +173,13 @@ def main(argv: list[str] | None = None) -> None:
         done = step + 1
         if done % args.checkpoint_every == 0 or done == args.steps:
             bits = bits_per_byte(model, tokenizer, validation[:3] if done < args.steps else validation)
-            row = [done, done * args.batch_size * CONTEXT, f"{seconds:.0f}", f"{sum(losses) / len(losses):.4f}", f"{bits:.4f}"]
+            row = [
+                done,
+                done * args.batch_size * CONTEXT,
+                f"{seconds:.0f}",
+                f"{sum(losses) / len(losses):.4f}",
+                f"{bits:.4f}",
+            ]
             losses.clear()
             with curve.open("a", newline="") as file:
                 csv.writer(file).writerow(row)

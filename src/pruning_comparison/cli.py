@@ -202,7 +202,7 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     """The spec that the options ask for. The device is resolved last, since that needs torch."""
-    values = {field.name: getattr(options, field.name, None) for field in fields(ComparisonSpec)}
+    values: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in fields(ComparisonSpec)}
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _names(options.pruning_method)

@@ -23,8 +23,8 @@ def resolve_device(asked: str | None) -> str:
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
             raise InputError(
-                f"--device: {asked!r} was asked for, but this machine has no CUDA GPU that torch {torch.__version__} can use. "
-                "Leave --device out, or give --device=cpu."
+                f"--device: {asked!r} was asked for, but this machine has no CUDA GPU that torch "
+                f"{torch.__version__} can use. Leave --device out, or give --device=cpu."
             )
         if device.index is not None and device.index >= count:
             raise InputError(f"--device: {asked!r} does not exist; there are {count} GPUs, counted from 0.")

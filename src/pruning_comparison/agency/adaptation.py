@@ -170,12 +170,16 @@ def _refit_layer(
 ) -> None:
     attention = attentions(model)[layer]
     samples = sum(target.shape[0] * target.shape[1] for target in targets)
-    target_sum = sum(target.double().sum((0, 1)) for target in targets)
+    # Activations can be far from zero compared with their spread: products are taken around the first batch's means, or
+    # float32 would lose in the mean what the regression needs of the spread. Centring later is exact for any shift.
+    target_shift = targets[0].mean((0, 1))
+    target_sum = sum((target - target_shift).double().sum((0, 1)) for target in targets)
     assert isinstance(target_sum, Tensor)
+    target_mean = target_shift.double() + target_sum / samples
     if isinstance(attention, EmptiedAttention):
         if attention.bias is None:
             return
-        attention.bias = nn.Parameter((target_sum / samples).to(attention.bias), requires_grad=False)
+        attention.bias = nn.Parameter(target_mean.to(attention.bias), requires_grad=False)
         return
     projection = output_projections(model)[layer]
     assert projection is not None
@@ -186,18 +190,23 @@ def _refit_layer(
     gram = torch.zeros(features, features, dtype=torch.float64, device=weight.device)
     cross = torch.zeros(features, outputs, dtype=torch.float64, device=weight.device)
     input_sum = torch.zeros(features, dtype=torch.float64, device=weight.device)
+    input_shift: Tensor | None = None
     block = blocks(model)[layer]
     for entry, target in zip(stream, targets, strict=True):
         with _stop_before(projection) as inputs:
             entry.run(block)
         x = inputs[0].flatten(0, 1)
+        if input_shift is None:
+            input_shift = x.mean(0)
+        x = x - input_shift
         gram += (x.T @ x).double()
-        cross += (x.T @ target.flatten(0, 1)).double()
+        cross += (x.T @ (target.flatten(0, 1) - target_shift)).double()
         input_sum += x.double().sum(0)
     gram -= torch.outer(input_sum, input_sum) / samples
     cross -= torch.outer(input_sum, target_sum) / samples
     solution = ridge_towards(gram, cross, weight, ridge)
-    bias = (target_sum - input_sum @ solution) / samples
+    assert input_shift is not None
+    bias = target_mean - (input_shift.double() + input_sum / samples) @ solution
     set_projection(projection, solution.to(weight), bias.to(weight))
 
 

@@ -1,0 +1,138 @@
+"""The refit against brute force, and what it must leave alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from conftest import random_masks, tiny_gpt2
+
+from pruning_comparison.agency.adaptation import refit_output_projections, ridge_towards
+from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
+
+LAYERS, HEADS, WIDTH, SIZE = 3, 4, 32, 8
+MASKS = random_masks(LAYERS, HEADS)
+WINDOWS = torch.randint(1, 97, (12, 20), generator=torch.Generator().manual_seed(7))
+
+
+def caught(module, run, what="input"):
+    """What enters (or leaves) a module while ``run`` runs, [samples, features]."""
+    seen = []
+
+    def hook(module, inputs, outputs):
+        value = inputs[0] if what == "input" else outputs
+        seen.append(value[0] if isinstance(value, tuple) else value)
+
+    handle = module.register_forward_hook(hook)
+    run()
+    handle.remove()
+    return torch.cat(seen).flatten(0, 1)
+
+
+def brute_force(x, targets, weight, ridge):
+    """Least squares on stacked rows: |T - X V - b|^2 + lambda |V - W|^2, b not penalised."""
+    x, targets, weight = (t.double().numpy() for t in (x, targets, weight))
+    centred, goal = x - x.mean(0), targets - targets.mean(0)
+    strength = ridge * np.mean(np.sum(centred**2, 0))
+    rows = np.vstack([centred, np.sqrt(strength) * np.eye(x.shape[1])])
+    goals = np.vstack([goal, np.sqrt(strength) * weight])
+    solution = np.linalg.lstsq(rows, goals, rcond=None)[0]
+    return solution, targets.mean(0) - x.mean(0) @ solution
+
+
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied", "first layer emptied"])
+def test_every_layer_is_the_brute_force_solution(model, name):
+    """Layer by layer: X from the adapted pruned model, T = dense stream after attention less pruned stream before it."""
+    compact = remove_heads(model, MASKS[name])
+    original = remove_heads(model, MASKS[name])
+    refit_output_projections(model, compact, WINDOWS, ridge=0.05, batch_size=5)
+    changed = False
+    for layer in range(LAYERS):
+        changed = changed or not MASKS[name][layer].all()
+        block, dense_block = compact.transformer.h[layer], model.transformer.h[layer]
+        if not changed:
+            continue
+        dense_after = caught(dense_block.ln_2, lambda: model(WINDOWS))
+        pruned_before = caught(block.ln_1, lambda: compact(WINDOWS))
+        targets = dense_after - pruned_before
+        if not MASKS[name][layer].any():
+            torch.testing.assert_close(block.attn.bias, targets.mean(0), rtol=1e-3, atol=1e-4)
+            continue
+        x = caught(block.attn.c_proj, lambda: compact(WINDOWS))
+        weight, bias = brute_force(x, targets, original.transformer.h[layer].attn.c_proj.weight, 0.05)
+        np.testing.assert_allclose(block.attn.c_proj.weight.numpy(), weight, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(block.attn.c_proj.bias.numpy(), bias, rtol=1e-3, atol=1e-4)
+
+
+def test_adaptation_brings_the_logits_closer(model):
+    mask = MASKS["uneven"]
+    plain, adapted = remove_heads(model, mask), remove_heads(model, mask)
+    cost = refit_output_projections(model, adapted, WINDOWS, ridge=0.01, batch_size=4)
+    dense = model(WINDOWS).logits
+
+    def error(other):
+        return float((other(WINDOWS).logits - dense).square().mean())
+
+    assert error(adapted) < 0.7 * error(plain)
+    assert cost.tokens == WINDOWS.numel()
+    assert cost.seconds > 0
+
+
+def test_nothing_pruned_means_nothing_changed(model):
+    copy = remove_heads(model, MASKS["all kept"])
+    refit_output_projections(model, copy, WINDOWS, ridge=0.05, batch_size=4)
+    assert torch.equal(copy(WINDOWS).logits, model(WINDOWS).logits)
+
+
+def test_layers_before_the_first_pruned_one_and_the_dense_model_are_untouched(model):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    mask = MASKS["all kept"].clone()
+    mask[2, 1] = False
+    compact = remove_heads(model, mask)
+    refit_output_projections(model, compact, WINDOWS, ridge=0.05, batch_size=4)
+    assert compact.transformer.h[1].attn.c_proj.weight is model.transformer.h[1].attn.c_proj.weight
+    assert not torch.equal(compact.transformer.h[2].attn.c_proj.bias, model.transformer.h[2].attn.c_proj.bias)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_batches_do_not_matter(model):
+    models = [remove_heads(model, MASKS["uneven"]) for _ in range(2)]
+    for compact, batch in zip(models, (1, 12), strict=True):
+        refit_output_projections(model, compact, WINDOWS, ridge=0.05, batch_size=batch)
+    torch.testing.assert_close(models[0](WINDOWS).logits, models[1](WINDOWS).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masked_execution_computes_what_the_adapted_compact_model_does(model, name):
+    compact = remove_heads(model, MASKS[name])
+    refit_output_projections(model, compact, WINDOWS, ridge=0.05, batch_size=4)
+    full = masked_copy(model, compact, MASKS[name])
+    mask_heads(full, MASKS[name])
+    torch.testing.assert_close(full(WINDOWS).logits, compact(WINDOWS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_singular_matrix_gets_more_ridge_never_a_nan():
+    x = torch.zeros(10, 4, dtype=torch.float64)
+    x[:, 0] = torch.arange(10)
+    x[:, 1] = x[:, 0]
+    weight = torch.ones(4, 3)
+    solution = ridge_towards(x.T @ x, x.T @ torch.ones(10, 3, dtype=torch.float64), weight, 1e-300)
+    assert torch.isfinite(solution).all()
+    assert torch.equal(
+        ridge_towards(torch.zeros(4, 4).double(), torch.zeros(4, 3).double(), weight, 0.1), weight.double()
+    )
+
+
+def test_infinite_ridge_returns_the_original_weights():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 3, generator=generator)
+    solution = ridge_towards(x.T @ x, x.T @ torch.randn(50, 3, generator=generator, dtype=torch.float64), weight, 1e9)
+    torch.testing.assert_close(solution, weight.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_coarse_precision_is_refused():
+    model = tiny_gpt2().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="float32"):
+        refit_output_projections(model, model, WINDOWS, ridge=0.1, batch_size=4)
