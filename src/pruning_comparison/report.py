@@ -23,7 +23,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from pruning_comparison.charts import to_png
-from pruning_comparison.findings import Finding, plain_number, with_unit
+from pruning_comparison.findings import Finding, interval_with_unit, plain_number, with_unit
 from pruning_comparison.measure.metrics import METRICS
 
 __all__ = ["render_report"]
@@ -158,6 +158,7 @@ def render_report(
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.filters["tied"] = _tied
     warnings = [str(warning) for warning in _sequence(manifest.get("warnings"))]
     return environment.get_template("report_template.html").render(
         script=Markup(_SCRIPT),
@@ -175,7 +176,8 @@ def render_report(
         hardware=_pairs(manifest.get("hardware")),
         missing=_plain_table(missing, "Figures that could not be computed, and why"),
         failed=_plain_table(
-            cells[cells["status"] == "failed"].drop(columns=["model", "status"], errors="ignore"), "Cells that failed"
+            cells.loc[cells["status"] == "failed", ["variant", "method", "iteration", "level", "reason"]],
+            "Cells that failed",
         ),
         warnings=warnings,
         notices=_notices(warnings, missing, cells),
@@ -195,6 +197,11 @@ def _clean(value: Any) -> Any:
     if isinstance(value, Markup) or not isinstance(value, str):
         return value
     return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _tied(text: str) -> str:
+    """Keep a number and its per cent sign on one line."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _sequence(value: Any) -> Sequence[Any]:
@@ -233,7 +240,7 @@ def _opening(name: str, summary: pd.DataFrame, cells: pd.DataFrame, manifest: Ma
         f"iteration{'' if iterations == 1 else 's'}."
     )
     quality = summary[summary["metric"] == "perplexity"]
-    for method in methods:
+    for method in methods if len(methods) <= 2 else ():
         told = []
         for variant in _VARIANT_ORDER:
             rows = quality[(quality["method"] == method) & (quality["variant"] == variant)].dropna(subset=["estimate"])
@@ -354,7 +361,7 @@ def _method_tables(summary: pd.DataFrame, contrasts: pd.DataFrame) -> tuple[list
             left_out += len(rows) - len(kept)
             group[method] = kept
     variants = _variants(summary)
-    columns = ("Measurement", "Level", "Temperature", *variants, "agency against baseline", "n")
+    columns = ("Measurement", "Level", "Temperature", *variants, "difference", "n")
     note = "estimate, with its 95 % interval below"
     return [
         _MethodTables(
@@ -422,7 +429,7 @@ def _interval_words(row: Mapping[str, Any], unit: str) -> str:
     low, high = float(row["ci_low"]), float(row["ci_high"])
     if math.isnan(low) or math.isnan(high):
         return "no interval"
-    return f"{with_unit(low, unit)} to {with_unit(high, unit)}"
+    return interval_with_unit(low, high, unit)
 
 
 def _difference_cell(row: Mapping[str, Any] | None) -> _Cell:
@@ -433,15 +440,16 @@ def _difference_cell(row: Mapping[str, Any] | None) -> _Cell:
     low, high = float(row["ci_low"]), float(row["ci_high"])
     sign = "+" if estimate > 0 else ""
     small = _interval_words(row, unit)
-    tone = ""
+    tone, verdict = "", ""
     if low > 0 or high < 0:
         direction = "higher" if low > 0 else "lower"
         if row["better"] in ("higher", "lower"):
             tone = "better" if row["better"] == direction else "worse"
-        small += f": {tone or direction}"
+        verdict = tone or direction
     elif not (math.isnan(low) or math.isnan(high)):
-        small += ": not told"
-    return _Cell(f"{sign}{with_unit(estimate, unit)}", small, f"{estimate:.10g}", tone)
+        verdict = "not told"
+    shown = f"{sign}{with_unit(estimate, unit)}"
+    return _Cell(f"{shown}, {verdict}" if verdict else shown, small, f"{estimate:.10g}", tone)
 
 
 def _plain_table(table: pd.DataFrame, caption: str) -> _Table | None:
