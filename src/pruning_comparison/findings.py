@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 import pandas as pd
 
-__all__ = ["Finding", "plain_findings", "plain_number", "with_unit"]
+__all__ = ["Finding", "interval_with_unit", "plain_findings", "plain_number", "with_unit"]
 
 AGENCY_VS_BASELINE = "agency vs baseline"
 _DO_NOT_TELL = "the data do not tell"
@@ -93,6 +93,13 @@ def with_unit(value: float, unit: str) -> str:
     return plain_number(value) if unit in ("1", "") else f"{plain_number(value)} {unit}"
 
 
+def interval_with_unit(low: float, high: float, unit: str) -> str:
+    """Both ends of an interval, the unit written once where both have the same."""
+    first, second = with_unit(low, unit), with_unit(high, unit)
+    number, _, word = first.partition(" ")
+    return f"{number if word and second.endswith(f' {word}') else first} to {second}"
+
+
 def _per_cent(level: float) -> str:
     return f"{level:g} %"
 
@@ -106,7 +113,7 @@ def _interval(row: Mapping[str, Any], unit: str) -> str:
     n = "n unknown" if pd.isna(row["n"]) else f"n = {int(row['n'])}"
     if math.isnan(low) or math.isnan(high):
         return f"{with_unit(float(row['estimate']), unit)} (no interval, {n})"
-    return f"{with_unit(float(row['estimate']), unit)} [{with_unit(low, unit)} to {with_unit(high, unit)}], {n}"
+    return f"{with_unit(float(row['estimate']), unit)} [{interval_with_unit(low, high, unit)}], {n}"
 
 
 # Reading the tables

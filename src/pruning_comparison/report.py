@@ -1,0 +1,540 @@
+"""One self-contained HTML document: findings, charts, tables, settings and sample texts.
+
+The document needs no network and no other file. Everything in it that came from a model, a prompt or an option is
+escaped, and characters that HTML or UTF-8 cannot carry are replaced, so that no generated text can break the page.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import io
+import json
+import math
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup, escape
+from matplotlib.figure import Figure
+from PIL import Image
+
+from pruning_comparison.charts import to_png
+from pruning_comparison.findings import Finding, interval_with_unit, plain_number, with_unit
+from pruning_comparison.measure.metrics import METRICS
+
+__all__ = ["render_report"]
+
+AGENCY_VS_BASELINE = "agency vs baseline"
+_VARIANT_ORDER = ("baseline", "agency")
+_MAIN_METRICS = (
+    "perplexity",
+    "tokens_per_second",
+    "first_token_latency_s",
+    "generation_perplexity",
+    "distinct_2",
+    "seq_rep_4",
+    "distinct_2_distance",
+    "seq_rep_4_distance",
+    "peak_memory_bytes",
+    "adaptation_s",
+)
+
+# The document stays under 3 MB: these three parts share it, and each says so when it has to leave something out.
+_CHART_BYTES = 1_250_000
+_TABLE_BYTES = 700_000
+_TEXT_BYTES = 350_000
+_DPI = 150
+_PNG_COLOURS = 128
+_PROMPTS_PER_METHOD = 5
+
+# Control characters, lone surrogates and noncharacters: HTML forbids them, and surrogates cannot be encoded at all.
+_FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
+
+_SCRIPT = """
+document.documentElement.classList.add("js");
+for (const button of document.querySelectorAll("th button")) {
+  button.addEventListener("click", () => {
+    const heading = button.closest("th");
+    const body = heading.closest("table").tBodies[0];
+    const ascending = heading.getAttribute("aria-sort") !== "ascending";
+    for (const other of heading.parentElement.children) other.removeAttribute("aria-sort");
+    heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
+    const key = (row) => row.cells[heading.cellIndex].dataset.v ?? row.cells[heading.cellIndex].textContent.trim();
+    const sign = ascending ? 1 : -1;
+    const rows = [...body.rows].sort((one, two) => {
+      const a = key(one), b = key(two);
+      if (a === "" || b === "") return (a === "") - (b === "");
+      const difference = Number(a) - Number(b);
+      return sign * (Number.isNaN(difference) ? a.localeCompare(b) : difference);
+    });
+    body.append(...rows);
+  });
+}
+"""
+
+
+@dataclass(frozen=True)
+class _Chart:
+    heading: str
+    reading: str
+    alt: str
+    data: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
+class _Cell:
+    """One table cell: what is shown, a second line in small print, what it sorts by, and a word for its style."""
+
+    text: str
+    small: str = ""
+    sort: str = ""
+    tone: str = ""
+
+
+@dataclass(frozen=True)
+class _Row:
+    heading: _Cell
+    cells: tuple[_Cell, ...]
+
+
+@dataclass(frozen=True)
+class _Table:
+    caption: str
+    columns: tuple[str, ...]
+    rows: tuple[_Row, ...]
+
+
+@dataclass(frozen=True)
+class _MethodTables:
+    method: str
+    main: _Table
+    other: _Table | None
+
+
+@dataclass(frozen=True)
+class _Sample:
+    prompt: str
+    versions: tuple[tuple[str, str], ...]
+
+
+@dataclass(frozen=True)
+class _SampleGroup:
+    method: str
+    level: float
+    temperature: float | None
+    samples: tuple[_Sample, ...]
+
+
+def render_report(
+    *,
+    summary: pd.DataFrame,
+    contrasts: pd.DataFrame,
+    cells: pd.DataFrame,
+    missing: pd.DataFrame,
+    findings: Sequence[Finding],
+    figures: Mapping[str, Figure],
+    manifest: Mapping[str, Any],
+    texts: pd.DataFrame | None = None,
+) -> str:
+    """The whole report as one HTML document under 3 MB that opens offline.
+
+    ``figures`` is what ``charts.draw_all`` returns. ``texts`` holds the generated texts, where they were kept; of these
+    the report shows, per method, the first prompts at the level nearest to 50 % and the temperature nearest to 1.
+    """
+    name = _model_name(summary, manifest)
+    tables, rows_left_out = _method_tables(summary, contrasts)
+    samples, samples_left_out = _sample_groups(texts)
+    environment = Environment(
+        loader=PackageLoader("pruning_comparison", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["tied"] = _tied
+    warnings = [str(warning) for warning in _sequence(manifest.get("warnings"))]
+    return environment.get_template("report_template.html").render(
+        script=Markup(_SCRIPT),
+        script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
+        name=name,
+        started=str(manifest.get("started") or ""),
+        opening=_opening(name, summary, cells, manifest),
+        findings=findings,
+        charts=_charts(figures, name),
+        tables=tables,
+        rows_left_out=rows_left_out,
+        settings=_pairs(manifest.get("spec")),
+        model=_pairs(manifest.get("model")),
+        versions=[*_pairs(manifest.get("versions")), ("commit", str(manifest.get("commit") or "not recorded"))],
+        hardware=_pairs(manifest.get("hardware")),
+        missing=_plain_table(missing, "Figures that could not be computed, and why"),
+        failed=_plain_table(
+            cells.loc[cells["status"] == "failed", ["variant", "method", "iteration", "level", "reason"]],
+            "Cells that failed",
+        ),
+        warnings=warnings,
+        notices=_notices(warnings, missing, cells),
+        samples=samples,
+        samples_left_out=samples_left_out,
+        with_texts=texts is not None,
+        glossary=[
+            (metric.label, metric.unit, metric.better)
+            for metric in METRICS.values()
+            if (summary["metric"] == metric.name).any()
+        ],
+    )
+
+
+def _clean(value: Any) -> Any:
+    """Replace what HTML or UTF-8 cannot carry; what is already markup was built here and stays."""
+    if isinstance(value, Markup) or not isinstance(value, str):
+        return value
+    return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value.replace("\r\n", "\n").replace("\r", "\n"))
+
+
+def _tied(text: str) -> str:
+    """Keep a number and its per cent sign on one line."""
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+
+
+def _sequence(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
+
+
+# Opening
+
+
+def _model_name(summary: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
+    model = manifest.get("model")
+    name = model.get("name") if isinstance(model, Mapping) else model
+    known = summary["model"].dropna()
+    return str(name) if name else str(known.iloc[0]) if len(known) else "unnamed model"
+
+
+def _opening(name: str, summary: pd.DataFrame, cells: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
+    """What was compared, in one paragraph, with the perplexities at the highest level and no claim beyond them."""
+    methods = [str(method) for method in summary["method"].dropna().unique()]
+    levels = sorted(float(level) for level in summary["level"].dropna().unique())
+    model = manifest.get("model")
+    size = ""
+    if isinstance(model, Mapping):
+        parts = [
+            f"{_value_words(model[key])} {key}"
+            for key in ("layers", "heads", "parameters")
+            if key in model and model[key] is not None
+        ]
+        size = f" ({', '.join(parts)})" if parts else ""
+    if not methods:
+        return f"{name}{size}: nothing was measured."
+    iterations = cells["iteration"].nunique()
+    text = (
+        f"{name}{size} was measured with {_listed([f'{level:g}' for level in levels])} % of its attention heads "
+        f"pruned, ranked by {_listed(methods)}, as {_listed([str(v) for v in _variants(summary)])}, in {iterations} "
+        f"iteration{'' if iterations == 1 else 's'}."
+    )
+    quality = summary[summary["metric"] == "perplexity"]
+    for method in methods if len(methods) <= 2 else ():
+        told = []
+        for variant in _VARIANT_ORDER:
+            rows = quality[(quality["method"] == method) & (quality["variant"] == variant)].dropna(subset=["estimate"])
+            if not rows.empty:
+                row = rows.sort_values("level").iloc[-1]
+                told.append(f"{plain_number(float(row['estimate']))} for the {variant} model at {row['level']:g} %")
+        dense = quality[(quality["method"] == method) & (quality["variant"] == "baseline") & (quality["level"] == 0)][
+            "estimate"
+        ].dropna()
+        if told:
+            before = f" (unpruned: {plain_number(float(dense.iloc[0]))})" if len(dense) else ""
+            text += f" With {method}, perplexity is {_listed(told)}{before}."
+    return text
+
+
+def _listed(parts: Sequence[str]) -> str:
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else "nothing"
+
+
+def _notices(warnings: Sequence[str], missing: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
+    failed = int((cells["status"] == "failed").sum())
+    found = [
+        (len(warnings), "warning"),
+        (len(missing), "kind of missing figure" if len(missing) == 1 else "kinds of missing figures"),
+        (failed, "failed cell"),
+    ]
+    return [f"{count} {word}{'' if count == 1 or 'figures' in word else 's'}" for count, word in found if count]
+
+
+# Charts
+
+_CHART_WORDS = {
+    "speed_comparison": (
+        "Speed",
+        "Left: tokens per second; the dotted line is what the bytes left would allow. Middle: the wait for the first "
+        "token. Right: who is faster at the same perplexity: further up and further left is better.",
+    ),
+    "quality_metrics": (
+        "Quality",
+        "Perplexity is better the lower it is. Diversity and repetition are best near the unpruned model's value.",
+    ),
+    "relative_improvement": (
+        "Relative improvement",
+        "Above the zero line agency is better than the baseline, below it worse. Where a bar crosses the line, the "
+        "data do not tell.",
+    ),
+    "radar": (
+        "All sides at the highest level",
+        "The ring at 100 % is the baseline. Outward is better for agency. The dots repeat the numbers, sorted.",
+    ),
+    "temperature": (
+        "Sampling temperature",
+        "One row of panels per temperature. The dotted line is the unpruned model at that temperature.",
+    ),
+    "comprehensive_summary": ("Everything on one page", "Every measurement, a panel each."),
+}
+
+
+def _charts(figures: Mapping[str, Figure], name: str) -> list[_Chart]:
+    area = sum(float(figure.get_figwidth() * figure.get_figheight()) for figure in figures.values())
+    dpi = min(_DPI, math.sqrt(_CHART_BYTES / (0.07 * area))) if area else _DPI
+    pictures = {key: _small_png(figure, dpi) for key, figure in figures.items()}
+    while sum(map(len, pictures.values())) > _CHART_BYTES and dpi > 30:
+        dpi *= 0.8
+        pictures = {key: _small_png(figure, dpi) for key, figure in figures.items()}
+    charts = []
+    for key, figure in figures.items():
+        stem = next((known for known in _CHART_WORDS if key.startswith(known)), None)
+        heading, reading = _CHART_WORDS[stem] if stem else (key.replace("_", " "), "")
+        method = key[len(stem) :].strip("_") if stem else ""
+        heading = f"{heading}: {method}" if method else heading
+        charts.append(
+            _Chart(
+                heading,
+                reading,
+                f"Chart for {name}: {heading}. {reading} The numbers are in the tables of this report.",
+                base64.b64encode(pictures[key]).decode(),
+                round(figure.get_figwidth() * 100),
+                round(figure.get_figheight() * 100),
+            )
+        )
+    return charts
+
+
+def _small_png(figure: Figure, dpi: float) -> bytes:
+    """The chart with a palette instead of full colour: a third of the size, and no difference to the eye."""
+    with Image.open(io.BytesIO(to_png(figure, dpi=dpi))) as picture:
+        small = picture.convert("RGB").quantize(_PNG_COLOURS, dither=Image.Dither.NONE)
+    buffer = io.BytesIO()
+    small.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue()
+
+
+# Tables
+
+
+def _variants(table: pd.DataFrame) -> list[str]:
+    present = [str(variant) for variant in table["variant"].dropna().unique()]
+    return [name for name in _VARIANT_ORDER if name in present] + sorted(set(present) - set(_VARIANT_ORDER))
+
+
+def _method_tables(summary: pd.DataFrame, contrasts: pd.DataFrame) -> tuple[list[_MethodTables], int]:
+    """The tables of each method, and how many rows did not fit. Main measurements of all methods come first."""
+    methods = [str(method) for method in summary["method"].dropna().unique()]
+    others = [name for name in summary["metric"].dropna().unique() if name not in _MAIN_METRICS]
+    order = [name for name in METRICS if name in others] + sorted(str(name) for name in others if name not in METRICS)
+    main = {method: _rows(summary, contrasts, method, _MAIN_METRICS) for method in methods}
+    other = {method: _rows(summary, contrasts, method, order) for method in methods}
+    left = _TABLE_BYTES
+    left_out = 0
+    for group in (main, other):
+        for method, rows in group.items():
+            kept = []
+            for row in rows:
+                left -= _row_size(row)
+                if left > 0:
+                    kept.append(row)
+            left_out += len(rows) - len(kept)
+            group[method] = kept
+    variants = _variants(summary)
+    columns = ("Measurement", "Level", "Temperature", *variants, "difference", "n")
+    note = "estimate, with its 95 % interval below"
+    return [
+        _MethodTables(
+            method,
+            _Table(f"{method}: main measurements ({note})", columns, tuple(main[method])),
+            _Table(f"{method}: all other measurements ({note})", columns, tuple(other[method]))
+            if other[method]
+            else None,
+        )
+        for method in methods
+    ], left_out
+
+
+def _row_size(row: _Row) -> int:
+    return 40 + sum(60 + len(cell.text) + len(cell.small) + len(cell.sort) for cell in (row.heading, *row.cells))
+
+
+def _rows(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str, metrics: Sequence[str]) -> list[_Row]:
+    variants = _variants(summary)
+    keys = ["metric", "level", "temperature"]
+    ours = summary[summary["method"] == method]
+    estimates = {(*_key(row, keys), row["variant"]): row for row in _records(ours)}
+    compared = contrasts[(contrasts["method"] == method) & (contrasts["contrast"] == AGENCY_VS_BASELINE)]
+    differences = {_key(row, keys): row for row in _records(compared)}
+    wanted = {name: index for index, name in enumerate(metrics)}
+    places = {key[:3] for key in estimates if key[0] in wanted}
+    rows = []
+    for place in sorted(places, key=lambda key: (wanted[key[0]], key[2] is not None, key[2] or 0.0, key[1])):
+        metric, level, temperature = place
+        found = [estimates.get((*place, variant)) for variant in variants]
+        counts = sorted({int(row["n"]) for row in found if row is not None and not pd.isna(row["n"])})
+        rows.append(
+            _Row(
+                _Cell(METRICS[metric].label if metric in METRICS else str(metric)),
+                (
+                    _Cell(f"{level:g} %", sort=f"{level:g}"),
+                    _Cell("" if temperature is None else f"{temperature:g}"),
+                    *(_estimate_cell(row) for row in found),
+                    _difference_cell(differences.get(place)),
+                    _Cell(" / ".join(str(count) for count in counts), sort=str(counts[0]) if counts else ""),
+                ),
+            )
+        )
+    return rows
+
+
+def _key(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
+    return tuple(None if pd.isna(row[key]) else row[key] for key in keys)
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _estimate_cell(row: Mapping[str, Any] | None) -> _Cell:
+    if row is None:
+        return _Cell("not measured", tone="muted")
+    estimate, unit = float(row["estimate"]), str(row["unit"])
+    if math.isnan(estimate):
+        return _Cell("missing", tone="muted")
+    return _Cell(with_unit(estimate, unit), _interval_words(row, unit), f"{estimate:.10g}")
+
+
+def _interval_words(row: Mapping[str, Any], unit: str) -> str:
+    low, high = float(row["ci_low"]), float(row["ci_high"])
+    if math.isnan(low) or math.isnan(high):
+        return "no interval"
+    return interval_with_unit(low, high, unit)
+
+
+def _difference_cell(row: Mapping[str, Any] | None) -> _Cell:
+    """The difference, its interval, and in a word whether it is better, worse, or not told by the data."""
+    if row is None or math.isnan(float(row["estimate"])):
+        return _Cell("")
+    estimate, unit = float(row["estimate"]), str(row["unit"])
+    low, high = float(row["ci_low"]), float(row["ci_high"])
+    sign = "+" if estimate > 0 else ""
+    small = _interval_words(row, unit)
+    tone, verdict = "", ""
+    if low > 0 or high < 0:
+        direction = "higher" if low > 0 else "lower"
+        if row["better"] in ("higher", "lower"):
+            tone = "better" if row["better"] == direction else "worse"
+        verdict = tone or direction
+    elif not (math.isnan(low) or math.isnan(high)):
+        verdict = "not told"
+    shown = f"{sign}{with_unit(estimate, unit)}"
+    return _Cell(f"{shown}, {verdict}" if verdict else shown, small, f"{estimate:.10g}", tone)
+
+
+def _plain_table(table: pd.DataFrame, caption: str) -> _Table | None:
+    if table.empty:
+        return None
+    columns = [str(column) for column in table.columns]
+    rows = []
+    for record in _records(table.head(500)):
+        first, *rest = (_Cell(_value_words(record[column]), sort=_sort_words(record[column])) for column in columns)
+        rows.append(_Row(first, tuple(rest)))
+    shown = f" (the first 500 of {len(table)})" if len(table) > 500 else ""
+    return _Table(caption + shown, tuple(column.replace("_", " ") for column in columns), tuple(rows))
+
+
+def _sort_words(value: Any) -> str:
+    return f"{value:.10g}" if isinstance(value, (int, float)) and math.isfinite(value) else ""
+
+
+def _value_words(value: Any) -> str:
+    """A setting or figure as a reader would write it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, (list, tuple)) and all(not isinstance(part, (list, tuple, Mapping)) for part in value):
+        return ", ".join(_value_words(part) for part in value) or "none"
+    if isinstance(value, (list, tuple, Mapping)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)
+
+
+def _pairs(values: Any) -> list[tuple[str, str]]:
+    return [(str(key), _value_words(value)) for key, value in values.items()] if isinstance(values, Mapping) else []
+
+
+# Sample texts
+
+
+def _sample_groups(texts: pd.DataFrame | None) -> tuple[list[_SampleGroup], int]:
+    """Per method the same prompts continued by the dense, baseline and agency model, and how many did not fit."""
+    if texts is None or texts.empty:
+        return [], 0
+    groups = []
+    left = _TEXT_BYTES
+    left_out = 0
+    for method in texts["method"].dropna().unique():
+        ours = texts[(texts["method"] == method) & texts["variant"].isin(_VARIANT_ORDER)]
+        levels = [float(level) for level in ours["level"].dropna().unique() if level > 0]
+        if not levels:
+            continue
+        complete = [level for level in levels if ours.loc[ours["level"] == level, "variant"].nunique() == 2]
+        level = min(complete or levels, key=lambda value: (abs(value - 50), value))
+        temperatures = [float(value) for value in ours["temperature"].dropna().unique()]
+        temperature = min(temperatures, key=lambda value: (abs(value - 1), value)) if temperatures else None
+        chosen = ours if temperature is None else ours[ours["temperature"] == temperature]
+        chosen = chosen[chosen["iteration"] == chosen["iteration"].min()]
+        samples = []
+        for prompt in chosen["prompt"].unique()[:_PROMPTS_PER_METHOD]:
+            sample = _sample(chosen[chosen["prompt"] == prompt], str(prompt), level)
+            left -= sum(
+                len(escape(_clean(text)).encode()) + 200 for text in (sample.prompt, *dict(sample.versions).values())
+            )
+            if left > 0:
+                samples.append(sample)
+            else:
+                left_out += 1
+        if samples:
+            groups.append(_SampleGroup(str(method), level, temperature, tuple(samples)))
+    return groups, left_out
+
+
+def _sample(rows: pd.DataFrame, prompt: str, level: float) -> _Sample:
+    wanted = (
+        ("unpruned (level 0)", rows["level"] == 0),
+        *(
+            (f"{variant} at {level:g} %", (rows["level"] == level) & (rows["variant"] == variant))
+            for variant in _VARIANT_ORDER
+        ),
+    )
+    versions = []
+    for label, where in wanted:
+        found = rows.loc[where, "text"].dropna()
+        versions.append((label, str(found.iloc[0]) if len(found) else "(no text was kept)"))
+    return _Sample(prompt, tuple(versions))
