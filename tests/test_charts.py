@@ -358,7 +358,7 @@ def test_one_observation_has_no_interval_and_says_so():
     "name",
     [
         "a" * 60,
-        "$x_1^2$ and $broken",
+        r"$\broken{$",
         "模型 модель مدل 🙂",
         "two\nlines\tand a tab",
         "lone \ud800 surrogate \x00",
