@@ -11,7 +11,6 @@ from __future__ import annotations
 import io
 import math
 import re
-import textwrap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.textpath import TextToPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
 
 from pruning_comparison.errors import InputError
@@ -46,7 +46,9 @@ __all__ = [
 
 AGENCY_VS_BASELINE = "agency vs baseline"
 _WIDTH_IN = 8.5
+_WIDTH_PT = 72 * _WIDTH_IN - 14
 _FONT = "DejaVu Sans"
+_RULER = TextToPath()
 _INK = "#222222"
 _MUTED = "#666666"
 _RADAR_LIMIT_DOUBLINGS = 4
@@ -176,6 +178,27 @@ def _words(name: object) -> str:
         " " if character.isspace() else character if ord(character) in drawable else "\N{WHITE SQUARE}"
         for character in str(name)
     )
+
+
+def _wrapped(text: str, width_pt: float, size: float, weight: str = "normal") -> list[str]:
+    """Lines no wider than ``width_pt`` points as the font draws them; a word too wide for a line is cut."""
+    font = FontProperties(family=_FONT, size=size, weight=weight)
+
+    def fits(line: str) -> bool:
+        return float(_RULER.get_text_width_height_descent(line, font, ismath=False)[0]) <= width_pt
+
+    lines = [""]
+    for word in text.split(" "):
+        longer = f"{lines[-1]} {word}" if lines[-1] else word
+        if fits(longer):
+            lines[-1] = longer
+            continue
+        lines.append("")
+        for character in word:
+            if not fits(lines[-1] + character):
+                lines.append("")
+            lines[-1] += character
+    return [line for line in lines if line]
 
 
 def _label(metric: str) -> str:
@@ -309,8 +332,8 @@ def _new_figure(
     row_gap: float = 0.02,
 ) -> Figure:
     """A figure with title, subtitle, legend and caption at fixed places, and room for the panels between them."""
-    under = textwrap.wrap(subtitle, 100, break_long_words=True)
-    note = textwrap.wrap(caption, 128)
+    under = _wrapped(subtitle, _WIDTH_PT, 9.5)
+    note = _wrapped(caption, _WIDTH_PT, 8.5)
     handles = [*_handles(looks), *extra]
     columns = _legend_columns(handles)
     rows = math.ceil(len(handles) / columns) if handles else 0
@@ -449,7 +472,7 @@ def _panel_title(metric: str, method: str | None, at_temperature: float = math.n
 
 def _title(method: str | None, what: str) -> str:
     head = f"{_words(method)}: " if method is not None else ""
-    return "\n".join(textwrap.wrap(head + what, 31, break_on_hyphens=False))
+    return "\n".join(_wrapped(head + what, 172, 9, "bold"))
 
 
 def _dense_value(rows: pd.DataFrame) -> float:
@@ -927,7 +950,7 @@ def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> N
         label.set_horizontalalignment("center" if abs(across) < 0.1 else "left" if across > 0 else "right")
         label.set_verticalalignment("bottom" if up > 0.7 else "top" if up < -0.7 else "center")
     axes.tick_params(axis="x", pad=1)
-    axes.set_title("\n".join(textwrap.wrap(head, 46)), pad=14)
+    axes.set_title("\n".join(_wrapped(head, 230, 9, "bold")), pad=14)
 
 
 def _draw_dots(axes: Axes, scores: Sequence[_Score], limit: int, head: str) -> None:

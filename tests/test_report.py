@@ -1,0 +1,391 @@
+"""The report is one offline, escaped, accessible HTML document under 3 MB, whatever the texts in it say."""
+
+from __future__ import annotations
+
+import math
+import re
+from html.parser import HTMLParser
+
+import numpy as np
+import pandas as pd
+import pytest
+from matplotlib.figure import Figure
+
+from pruning_comparison.findings import Finding
+from pruning_comparison.measure.metrics import METRICS
+from pruning_comparison.report import render_report
+
+NAN = math.nan
+SUMMARY = ["model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit"]
+CONTRASTS = [
+    "model", "method", "level", "temperature", "metric", "contrast",
+    "estimate", "ci_low", "ci_high", "n", "unit", "better",
+]  # fmt: skip
+CELLS = [
+    "model",
+    "variant",
+    "method",
+    "iteration",
+    "level",
+    "achieved_level",
+    "heads_pruned",
+    "heads_total",
+    "status",
+    "reason",
+]
+MISSING = ["variant", "method", "level", "metric", "reason", "count"]
+TEXTS = ["variant", "method", "iteration", "level", "temperature", "prompt", "text"]
+NASTY = "<script>alert('x')</script> & \"$quoted$\" \x00 \ud800 \u202eabc שלום \x1b[31m"
+
+
+class Document(HTMLParser):
+    """Collects what the tests ask about."""
+
+    VOID = frozenset({"meta", "img", "br", "hr", "link", "input"})
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict[str, str | None]]] = []
+        self.open: list[str] = []
+        self.text: list[str] = []
+        self.headings: list[tuple[str, str]] = []
+        self.cells: list[list[str]] = []
+        self.feed(html)
+        self.close()
+        assert self.open == []
+
+    def handle_starttag(self, tag, attrs):
+        self.tags.append((tag, dict(attrs)))
+        if tag not in self.VOID:
+            self.open.append(tag)
+        if tag in ("h1", "h2", "h3", "h4"):
+            self.headings.append((tag, ""))
+        if tag == "tr":
+            self.cells.append([])
+        if tag in ("td", "th"):
+            self.cells[-1].append("")
+
+    def handle_endtag(self, tag):
+        assert self.open.pop() == tag
+
+    def handle_data(self, data):
+        self.text.append(data)
+        if self.headings and self.open and set(self.open) & {"h1", "h2", "h3", "h4"}:
+            level, words = self.headings[-1]
+            self.headings[-1] = (level, words + data)
+        if set(self.open) & {"td", "th"}:
+            self.cells[-1][-1] += data if self.open[-1] != "small" else f" [{data}]"
+
+    def having(self, tag: str) -> list[dict[str, str | None]]:
+        return [attributes for name, attributes in self.tags if name == tag]
+
+    @property
+    def words(self) -> str:
+        return "".join(self.text)
+
+
+def estimate(metric, variant, level, value, low=NAN, high=NAN, *, t=NAN, n=15, method="entropy", model="tiny"):
+    return (model, variant, method, float(level), t, metric, value, low, high, n, METRICS[metric].unit)
+
+
+def contrast(metric, level, value, low, high, *, t=NAN, method="entropy", unit="%"):
+    better = METRICS[metric].better
+    return ("tiny", method, float(level), t, metric, "agency vs baseline", value, low, high, 15, unit, better)
+
+
+def text_row(variant, level, prompt, text, *, iteration=0, temperature=1.0, method="entropy"):
+    return (variant, method, iteration, float(level), temperature, prompt, text)
+
+
+def small_figure() -> Figure:
+    figure = Figure(figsize=(3, 2))
+    figure.subplots().plot([0, 1], [1, 2])
+    return figure
+
+
+def report(
+    *, summary=(), contrasts=(), cells=(), missing=(), findings=(), figures=None, manifest=None, texts=None
+) -> str:
+    rows = list(summary) or [
+        estimate("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
+        estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0),
+        estimate("perplexity", "agency", 50, 42.0, 40.0, 44.5),
+    ]
+    return render_report(
+        summary=pd.DataFrame(rows, columns=SUMMARY),
+        contrasts=pd.DataFrame(list(contrasts), columns=CONTRASTS),
+        cells=pd.DataFrame(list(cells), columns=CELLS),
+        missing=pd.DataFrame(list(missing), columns=MISSING),
+        findings=list(findings),
+        figures=figures or {},
+        manifest=manifest or {},
+        texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXTS),
+    )
+
+
+# One file, offline
+
+
+def test_nothing_is_fetched_from_anywhere():
+    html = report(
+        figures={"speed_comparison": small_figure()},
+        manifest={"model": {"name": "https://example.org/model"}, "spec": {"model_name": "http://example.org"}},
+    )
+    document = Document(html)
+    for tag, attributes in document.tags:
+        assert tag not in ("link", "iframe", "object", "embed", "base")
+        for name in ("src", "href", "action", "poster", "srcset", "data"):
+            value = attributes.get(name)
+            if value is not None:
+                assert value.startswith(("data:", "#")), (tag, name, value)
+    assert "@import" not in html
+    assert not re.search(r"url\(", html)
+    (policy,) = [meta["content"] for meta in document.having("meta") if "http-equiv" in meta]
+    assert policy is not None
+    assert policy.startswith("default-src 'none';")
+
+
+def test_inner_links_lead_somewhere():
+    document = Document(report(texts=[]))
+    targets = {attributes["id"] for _, attributes in document.tags if "id" in attributes}
+    links = [attributes["href"] for attributes in document.having("a")]
+    assert links
+    assert all(link is not None and link[1:] in targets for link in links)
+
+
+def test_charts_are_inline_pictures_with_words_for_those_who_cannot_see_them():
+    document = Document(report(figures={"radar": small_figure(), "comprehensive_summary_fisher": small_figure()}))
+    pictures = document.having("img")
+    assert len(pictures) == 2
+    for picture in pictures:
+        assert str(picture["src"]).startswith("data:image/png;base64,iVBORw0KGgo")
+        assert "tiny" in str(picture["alt"])
+    assert "Everything on one page: fisher" in [words for _, words in document.headings]
+
+
+def test_many_large_charts_and_long_tables_stay_under_three_megabytes():
+    def noise() -> Figure:
+        figure = Figure(figsize=(8.5, 11))
+        axes = figure.add_axes((0, 0, 1, 1))
+        axes.imshow(np.random.default_rng(0).random((900, 700)), aspect="auto")
+        return figure
+
+    rows = [
+        estimate(metric, variant, level, 1.0, 0.9, 1.1, method=f"method{number}")
+        for metric in METRICS
+        for variant in ("baseline", "agency", "agency-adaptation")
+        for level in range(0, 100, 5)
+        for number in range(4)
+    ]
+    texts = [
+        text_row(variant, level, f"{prompt}: {'p' * 4_000}", "<&>" * 4_000, method=f"method{number}")
+        for variant in ("baseline", "agency")
+        for level in (0, 50)
+        for prompt in range(9)
+        for number in range(4)
+    ]
+    html = report(summary=rows, figures={f"radar_{index}": noise() for index in range(2)}, texts=texts)
+    assert len(html.encode("utf-8")) < 3_000_000
+    words = Document(html).words
+    assert "rows are left out to keep this file small" in words
+    assert "prompts are left out to keep this file small" in words
+
+
+# Text that would break a page
+
+
+def test_markup_in_any_text_is_escaped_and_survives():
+    html = report(
+        summary=[
+            estimate("perplexity", "baseline", 0, 30.0, model=NASTY, method=NASTY),
+            estimate("perplexity", NASTY, 50, 30.0, model=NASTY, method=NASTY),
+        ],
+        cells=[("tiny", NASTY, NASTY, 0, 50.0, 50.0, 0, 1, "failed", NASTY)],
+        missing=[(NASTY, NASTY, 50.0, "perplexity", NASTY, 1)],
+        findings=[Finding(NASTY, NASTY, NASTY)],
+        figures={NASTY: small_figure()},
+        manifest={
+            "model": {"name": NASTY, NASTY: NASTY},
+            "spec": {"a": [NASTY], "b": {"c": NASTY}, NASTY: NASTY},
+            "versions": {NASTY: NASTY},
+            "hardware": {NASTY: NASTY},
+            "warnings": [NASTY],
+            "commit": NASTY,
+            "started": NASTY,
+        },
+        texts=[text_row(variant, level, NASTY, NASTY) for variant in ("baseline", "agency") for level in (0, 50)],
+    )
+    html.encode("utf-8")
+    document = Document(html)
+    assert len(document.having("script")) == 1
+    assert not re.search("[\x00\x1b\ud800-\udfff]", html)
+    survived = "<script>alert('x')</script> & \"$quoted$\" \ufffd \ufffd \u202eabc שלום \ufffd[31m"
+    assert document.words.count(survived) >= 15
+    assert not [name for _, attributes in document.tags for name in attributes if name.startswith("on")]
+
+
+def test_generated_text_keeps_its_direction_to_itself():
+    document = Document(report(texts=[text_row("baseline", level, "prompt", "\u202eevil") for level in (0, 50)]))
+    holders = [attributes for _, attributes in document.tags if attributes.get("class") in ("generated", "prompt")]
+    assert len(holders) == 4
+    assert all(holder["dir"] == "auto" for holder in holders)
+
+
+def test_a_line_of_ten_thousand_characters_survives():
+    line = "x" * 10_000
+    assert line in Document(report(texts=[text_row("agency", 50, "prompt", line)])).words
+
+
+# What is in it
+
+
+def test_sections_come_in_reading_order():
+    document = Document(report(texts=[], findings=[Finding("a", "b.", "c")]))
+    assert [words for level, words in document.headings if level == "h1"] == [
+        "Head pruning, agency beside baseline: tiny"
+    ]
+    assert [words for level, words in document.headings if level == "h2"] == [
+        "Findings",
+        "Charts",
+        "Measurements",
+        "Settings",
+        "Versions and hardware",
+        "Missing figures and warnings",
+        "Sample texts",
+        "How to read this",
+    ]
+
+
+def test_the_opening_tells_what_was_measured():
+    words = Document(
+        report(manifest={"model": {"name": "tiny", "layers": 6, "heads": 48, "parameters": 3_200_000}})
+    ).words
+    assert "tiny (6 layers, 48 heads, 3,200,000 parameters)" in words
+    words = words.replace("\xa0", " ")
+    assert "perplexity is 90 for the baseline model at 50 % and 42 for the agency model at 50 % (unpruned: 30)" in words
+
+
+def rows_of(html: str, first: str) -> list[list[str]]:
+    return [cells for cells in Document(html).cells if cells and cells[0] == first]
+
+
+def test_the_main_table_sets_the_variants_side_by_side_with_intervals():
+    html = report(contrasts=[contrast("perplexity", 50, -53.3, -60.0, -45.0)])
+    assert rows_of(html, "Perplexity")[:2] == [
+        ["Perplexity", "0 %", "", "30 [28 to 32]", "not measured", "", "15"],
+        ["Perplexity", "50 %", "", "90 [80 to 101]", "42 [40 to 44.5]", "−53.3 %, better [−60 to −45 %]", "15"],
+    ]
+
+
+@pytest.mark.parametrize(
+    ("metric", "low", "high", "verdict"),
+    [
+        ("perplexity", -6.0, -2.0, "better"),
+        ("perplexity", 2.0, 6.0, "worse"),
+        ("tokens_per_second", 2.0, 6.0, "better"),
+        ("tokens_per_second", -6.0, -2.0, "worse"),
+        ("tokens_per_second", -6.0, 0.0, "not told"),
+        ("distinct_2", 2.0, 6.0, "higher"),
+    ],
+)
+def test_the_word_beside_a_difference_follows_its_interval(metric, low, high, verdict):
+    html = report(
+        summary=[estimate(metric, variant, 50, 10.0) for variant in ("baseline", "agency")],
+        contrasts=[contrast(metric, 50, (low + high) / 2, low, high)],
+    )
+    (row,) = rows_of(html, METRICS[metric].label)[:1]
+    assert row[5].split("[")[0].strip().endswith(f"%, {verdict}")
+
+
+def test_missing_figures_are_never_shown_as_numbers():
+    html = report(
+        summary=[estimate("perplexity", "baseline", 50, NAN), estimate("perplexity", "agency", 50, 42.0, n=1)]
+    )
+    assert rows_of(html, "Perplexity")[0] == ["Perplexity", "50 %", "", "missing", "42 [no interval]", "", "1 / 15"]
+    assert "nan" not in Document(html).words.lower().split()
+
+
+def test_missing_figures_failures_and_warnings_are_listed_and_announced_on_top():
+    html = report(
+        missing=[("agency", "entropy", 80.0, "peak_memory_bytes", "no counter on this device", 3)],
+        cells=[("tiny", "agency", "entropy", 1, 80.0, NAN, NAN, 144, "failed", "out of memory")],
+        manifest={"warnings": ["first", "second"]},
+    )
+    document = Document(html)
+    assert "2 warnings, 1 kind of missing figure, 1 failed cell" in document.words
+    assert ["agency", "entropy", "80", "peak_memory_bytes", "no counter on this device", "3"] in document.cells
+    assert ["agency", "entropy", "1", "80", "out of memory"] in document.cells
+    assert "Before you rely on this" not in Document(report()).words
+
+
+def test_settings_versions_and_hardware_are_listed():
+    html = report(
+        manifest={
+            "spec": {"levels": [0, 50], "device": None, "save": True, "tokens": 100_000},
+            "versions": {"torch": "2.11.0"},
+            "hardware": {"cores": 2},
+            "commit": "abc",
+        }
+    )
+    cells = Document(html).cells
+    for row in (["levels", "0, 50"], ["device", "none"], ["save", "yes"], ["tokens", "100,000"], ["torch", "2.11.0"]):
+        assert row in cells
+    assert ["cores", "2"] in cells
+    assert ["commit", "abc"] in cells
+
+
+def test_tables_can_be_read_aloud_and_sorted_by_keyboard():
+    document = Document(report(missing=[("agency", "entropy", 80.0, "perplexity", "why", 3)]))
+    assert len(document.having("table")) == len(document.having("caption"))
+    for heading in document.having("th"):
+        assert heading["scope"] in ("col", "row")
+    buttons = document.having("button")
+    assert len(buttons) >= 13
+    assert all(button["type"] == "button" for button in buttons)
+    level_50 = [cell for cell in document.having("td") if cell.get("data-v") == "50"]
+    assert level_50
+
+
+def test_sample_texts_are_the_same_prompt_side_by_side_at_the_level_nearest_fifty():
+    texts = [
+        text_row(variant, level, prompt, f"{variant} {level} {prompt} {i} {t}", iteration=i, temperature=t)
+        for i in (1, 0)
+        for t in (0.7, 1.0)
+        for prompt in ("first", "second")
+        for variant in ("baseline", "agency")
+        for level in (0, 20, 60, 80)
+    ]
+    document = Document(report(texts=texts))
+    words = document.words
+    for prompt in ("first", "second"):
+        for text in (f"baseline 0 {prompt} 0 1.0", f"baseline 60 {prompt} 0 1.0", f"agency 60 {prompt} 0 1.0"):
+            assert words.count(text) == 1
+    assert "0.7" not in words
+    assert " 1 1.0" not in words
+    assert [text for level, text in document.headings if level == "h4"][:3] == [
+        "unpruned (level 0)",
+        "baseline at 60 %",
+        "agency at 60 %",
+    ]
+
+
+def test_without_texts_there_is_no_section_for_them():
+    assert "Sample texts" not in report()
+
+
+def test_empty_tables_and_an_empty_manifest_still_make_a_report():
+    html = render_report(
+        summary=pd.DataFrame(columns=SUMMARY),
+        contrasts=pd.DataFrame(columns=CONTRASTS),
+        cells=pd.DataFrame(columns=CELLS),
+        missing=pd.DataFrame(columns=MISSING),
+        findings=[],
+        figures={},
+        manifest={},
+        texts=pd.DataFrame(columns=TEXTS),
+    )
+    assert "Nothing was measured." in Document(html).words
+
+
+def test_the_same_tables_give_the_same_document():
+    assert report(figures={"radar": small_figure()}) == report(figures={"radar": small_figure()})
