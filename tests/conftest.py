@@ -59,3 +59,27 @@ def random_masks(layers: int, heads: int) -> dict[str, torch.Tensor]:
     one_left[layers - 1, 1] = True
     masks["one head left"] = one_left
     return masks
+
+
+def save_tiny_model(folder, *, seed: int = 0, layers: int = 2):
+    """A tiny model with a byte-level tokenizer of 257 tokens, saved as a user's local folder would be."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<|endoftext|>": 0}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[letter] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=257, n_positions=128, n_embd=32, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0
+    )
+    model = GPT2LMHeadModel(config)
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * 0.3
+    model.tie_weights()
+    model.save_pretrained(folder)
+    return folder

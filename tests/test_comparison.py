@@ -1,0 +1,242 @@
+"""The whole path on a tiny model: what is measured, kept, continued and repeated."""
+
+from __future__ import annotations
+
+import json
+
+import pandas as pd
+import pytest
+import torch
+from conftest import save_tiny_model
+
+from pruning_comparison import comparison
+from pruning_comparison.comparison import Workspace, build, load_workspace, prepare, run_comparison
+from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.results import write_results
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.statistics import SUMMARY_COLUMNS
+from pruning_comparison.store import RunStore, latest_run, read_manifest
+
+MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "ceiling")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return save_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def small_spec(folder, **changes):
+    settings = {
+        "model_name": str(folder),
+        "pruning_levels": (0, 50),
+        "pruning_methods": ("magnitude", "random"),
+        "temperatures": (0.0, 1.0),
+        "num_tokens": 6,
+        "iterations": 2,
+        "max_prompts": 2,
+        "eval_tokens": 500,
+        "calibration_tokens": 256,
+        "calibration_window": 64,
+    }
+    return ComparisonSpec(**{**settings, **changes})
+
+
+def tables(folder):
+    with RunStore(folder) as store:
+        return {name: store.table(name) for name in ("cells", "measurements", "heads", "texts")}
+
+
+def test_every_cell_metric_prompt_and_document_is_there(folder, tmp_path):
+    spec = small_spec(folder)
+    stored = tables(run_comparison(spec, output_dir=tmp_path))
+    cells, rows = stored["cells"], stored["measurements"]
+    assert len(cells) == len(list(spec.cells())) == 16
+    assert (cells["status"] == "done").all()
+    assert (cells.loc[cells["level"] == 50, "heads_pruned"] == 4).all()
+    assert (cells["achieved_level"] == cells["level"]).all()
+    per_cell = rows.groupby(["variant", "method", "iteration", "level"])
+    for _, cell in per_cell:
+        assert set(
+            cell.loc[cell["metric"] == "distinct_2", ["temperature", "prompt"]].itertuples(index=False, name=None)
+        ) == {(heat, prompt) for heat in (0.0, 1.0) for prompt in (0, 1)}
+        assert cell.loc[cell["metric"] == "window_nats", "document"].nunique() == 30
+        assert len(cell[cell["metric"] == "tokens_per_second"]) == 2 * 2
+    assert stored["heads"].groupby(["variant", "method", "iteration", "level"])["kept"].sum().isin([4, 8]).all()
+    assert len(stored["texts"]) == 16 * 4
+
+
+def test_both_variants_lose_the_same_heads_and_agency_pays_for_adaptation(folder, tmp_path):
+    stored = tables(run_comparison(small_spec(folder), output_dir=tmp_path))
+    heads = stored["heads"].set_index(["method", "iteration", "level", "layer", "head"])
+    kept = {variant: heads.loc[heads["variant"] == variant, "kept"] for variant in ("baseline", "agency")}
+    pd.testing.assert_series_equal(kept["baseline"].sort_index(), kept["agency"].sort_index())
+    cost = stored["measurements"].query("metric == 'adaptation_s'")
+    assert set(cost["variant"]) == {"agency"}
+    assert set(cost["level"]) == {50}
+    fingerprints = stored["cells"].set_index(["variant", "method", "iteration", "level"])["fingerprint"]
+    assert (fingerprints.xs(0, level="level") == "dense").all()
+    assert fingerprints["baseline", "magnitude", 0, 50] == fingerprints["baseline", "magnitude", 1, 50]
+    assert fingerprints["baseline", "random", 0, 50] != fingerprints["baseline", "random", 1, 50]
+    assert fingerprints["agency", "magnitude", 0, 50] != fingerprints["agency", "magnitude", 1, 50]
+
+
+@pytest.mark.parametrize("execution", ["compact", "masked"])
+def test_level_zero_is_the_original_model(folder, execution):
+    spec = small_spec(folder, execution=execution)
+    workspace = load_workspace(spec, prepare(spec))
+    ids = torch.tensor([[5, 6, 7, 8]])
+    for variant in ("baseline", "agency"):
+        model = build(workspace, Cell(variant, "magnitude", 0, 0.0)).model
+        assert torch.equal(model(ids).logits, workspace.reference(ids).logits)
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_executions_agree_for_both_variants(folder, scope):
+    ids = torch.tensor([[5, 6, 7, 8]])
+    logits: dict[str, list[torch.Tensor]] = {}
+    for execution in ("compact", "masked"):
+        spec = small_spec(folder, execution=execution, scope=scope)
+        workspace = load_workspace(spec, prepare(spec))
+        logits[execution] = [
+            build(workspace, Cell(variant, "random", 0, 50.0)).model(ids).logits for variant in ("baseline", "agency")
+        ]
+    torch.testing.assert_close(logits["compact"], logits["masked"], rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(logits["compact"][0], logits["compact"][1], atol=1e-2)
+
+
+@pytest.mark.parametrize("precision", ["bfloat16", "float16"])
+def test_other_precisions_measure_a_converted_model(folder, precision):
+    spec = small_spec(folder, precision=precision)
+    workspace = load_workspace(spec, prepare(spec))
+    pruned = build(workspace, Cell("agency", "random", 0, 50.0))
+    assert pruned.model.dtype == getattr(torch, precision)
+    assert workspace.reference.dtype == torch.float32
+    exact = build(load_workspace(small_spec(folder), prepare(spec)), Cell("agency", "random", 0, 50.0)).model
+    ids = torch.tensor([[5, 6, 7, 8]])
+    torch.testing.assert_close(pruned.model(ids).logits.float(), exact(ids).logits, rtol=0.1, atol=0.5)
+
+
+def test_same_spec_same_results(folder, tmp_path):
+    runs = [tables(run_comparison(small_spec(folder), output_dir=tmp_path / str(i))) for i in range(2)]
+    for name, first in runs[0].items():
+        second = runs[1][name]
+        if name == "measurements":
+            first, second = (
+                t[~t["metric"].str.endswith(MEASURED) & (t["metric"] != "tokens_per_second")] for t in (first, second)
+            )
+        pd.testing.assert_frame_equal(first.reset_index(drop=True), second.reset_index(drop=True))
+
+
+def test_other_seed_other_texts(folder, tmp_path):
+    texts = [
+        tables(run_comparison(small_spec(folder, seed=seed), output_dir=tmp_path / str(seed)))["texts"]["text"].tolist()
+        for seed in (0, 1)
+    ]
+    assert texts[0] != texts[1]
+
+
+def test_an_interrupted_run_keeps_finished_cells_and_continues(folder, tmp_path, monkeypatch):
+    spec, whole = small_spec(folder), tables(run_comparison(small_spec(folder), output_dir=tmp_path / "whole"))
+    measured: list[Cell] = []
+    original = comparison.run_cell
+
+    def counting(workspace: Workspace, cell: Cell, pruned: object):
+        if len(measured) == 5:
+            raise KeyboardInterrupt
+        measured.append(cell)
+        return original(workspace, cell, pruned)
+
+    monkeypatch.setattr(comparison, "run_cell", counting)
+    with pytest.raises(Interrupted, match="same command continues") as stopped:
+        run_comparison(spec, output_dir=tmp_path / "cut")
+    folder_cut = stopped.value.folder
+    assert len(tables(folder_cut)["cells"]) == 5
+    assert write_results(folder_cut, save_outputs=False).is_file()
+    assert read_manifest(folder_cut)["finished"] is None
+    monkeypatch.setattr(comparison, "run_cell", original)
+    repeated: list[Cell] = []
+    monkeypatch.setattr(comparison, "run_cell", lambda w, cell, p: (repeated.append(cell), original(w, cell, p))[1])
+    assert run_comparison(spec, output_dir=tmp_path / "cut") == folder_cut
+    assert not set(repeated) & set(measured)
+    assert len(repeated) + len(measured) == 16
+    assert read_manifest(folder_cut)["finished"] is not None
+    pd.testing.assert_frame_equal(tables(folder_cut)["texts"], whole["texts"])
+    pd.testing.assert_frame_equal(tables(folder_cut)["heads"], whole["heads"])
+    assert latest_run(tmp_path / "cut") == folder_cut.resolve()
+    assert run_comparison(spec, output_dir=tmp_path / "cut") != folder_cut
+
+
+def test_a_changed_spec_starts_a_new_run(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(comparison, "run_cell", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    runs = set()
+    for changes in ({}, {"seed": 3}):
+        with pytest.raises(Interrupted) as stopped:
+            run_comparison(small_spec(folder, **changes), output_dir=tmp_path)
+        runs.add(stopped.value.folder)
+    assert len(runs) == 2
+
+
+def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(folder, tmp_path, monkeypatch):
+    original = comparison.run_cell
+
+    def failing(workspace, cell, pruned):
+        if cell == Cell("agency", "random", 1, 50.0):
+            raise torch.OutOfMemoryError("no room")
+        return original(workspace, cell, pruned)
+
+    monkeypatch.setattr(comparison, "run_cell", failing)
+    run = run_comparison(small_spec(folder), output_dir=tmp_path)
+    cells = tables(run)["cells"]
+    failed = cells[cells["status"] == "failed"]
+    assert failed[["variant", "method", "iteration", "level"]].to_numpy().tolist() == [["agency", "random", 1, 50.0]]
+    assert "no room" in failed["reason"].item()
+    assert len(cells) == 16
+    assert "no room" in write_results(run, save_outputs=False).read_text("utf-8")
+
+
+def test_the_results_files_are_complete_and_agree(folder, tmp_path):
+    run = run_comparison(small_spec(folder, memory_logging=True), output_dir=tmp_path)
+    write_results(run, save_outputs=True)
+    summary = pd.read_csv(run / "summary.csv")
+    assert list(summary.columns) == list(SUMMARY_COLUMNS)
+    assert (summary["n"] >= 1).all()
+    document = json.loads((run / "results.json").read_text())
+    assert len(document["summary"]) == len(summary)
+    for metric in ("perplexity", "bits_per_byte", "tokens_per_second", "first_token_latency_s", "parameter_bytes"):
+        levels = summary[summary["metric"] == metric].groupby(["variant", "method"])["level"].nunique()
+        assert (levels == 2).all(), metric
+        assert len(levels) == 4, metric
+    bytes_left = summary[summary["metric"] == "parameter_bytes"].groupby("level")["estimate"].first()
+    # 4 of 8 heads of size 8 at width 32: per head 3 * 32 * 8 + 3 * 8 + 8 * 32 parameters of 4 bytes.
+    assert bytes_left[0] - bytes_left[50] == 4 * (3 * 32 * 8 + 3 * 8 + 8 * 32) * 4
+    manifest = read_manifest(run)
+    assert manifest["spec"]["num_tokens"] == 6
+    assert manifest["versions"]["transformers"]
+    assert {path.suffix for path in (run / "charts").iterdir()} == {".png", ".svg"}
+
+
+def test_timing_rows_add_up(folder, tmp_path):
+    rows = tables(run_comparison(small_spec(folder), output_dir=tmp_path))["measurements"]
+    timing = rows[rows["phase"] == "timing"]
+    keys = ["variant", "method", "iteration", "level", "prompt", "repeat"]
+    wide = timing.pivot_table(index=keys, columns="metric", values="value")
+    total = wide["first_token_latency_s"] + 5 * wide["time_per_output_token_s"]
+    pd.testing.assert_series_equal(wide["end_to_end_s"], total, check_names=False)
+    pd.testing.assert_series_equal(wide["tokens_per_second"], 6 / wide["end_to_end_s"], check_names=False)
+
+
+def test_calibrating_on_what_is_evaluated_is_refused(folder):
+    with pytest.raises(InputError, match="evaluated"):
+        prepare(small_spec(folder, calibration_text="bundled:held_out"))
+
+
+def test_spec_round_trip_and_hash(folder):
+    spec = small_spec(folder)
+    assert ComparisonSpec.from_dict(spec.as_dict()) == spec
+    inputs = {"prompts": "a"}
+    assert spec.content_hash(inputs) == small_spec(folder).content_hash(inputs)
+    assert spec.content_hash(inputs) != small_spec(folder, seed=1).content_hash(inputs)
+    assert spec.content_hash(inputs) != spec.content_hash({"prompts": "b"})
+    assert spec.content_hash(inputs) == small_spec(folder, eval_text="/elsewhere").content_hash(inputs)
+    with pytest.raises(InputError, match="does not know"):
+        ComparisonSpec.from_dict({"colour": "red"})
