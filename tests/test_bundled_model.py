@@ -223,6 +223,6 @@ def test_training_curve_falls_and_ends_where_the_facts_say(facts: dict[str, Any]
     with (MODEL / "training_curve.csv").open(newline="") as file:
         rows = list(csv.DictReader(file))
     assert int(rows[-1]["step"]) == facts["steps"]
-    assert int(rows[-1]["tokens"]) == facts["steps"] * 16 * WINDOW
+    assert int(rows[-1]["tokens"]) == facts["steps"] * facts["settings"]["batch_size"] * WINDOW
     assert float(rows[-1]["train_loss_nats"]) < float(rows[0]["train_loss_nats"])
     assert float(rows[-1]["validation_bits_per_byte"]) < float(rows[0]["validation_bits_per_byte"])

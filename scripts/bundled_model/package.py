@@ -242,7 +242,8 @@ def measure(folder: Path, addresses: dict[str, str], split: dict[str, list[str]]
             {
                 "address": split["held_out"][index],
                 "prompt": prompts[index],
-                "continuation": sample(model, tokenizer, prompts[index], SAMPLE_SEED),
+                "seed": SAMPLE_SEED + index,
+                "continuation": sample(model, tokenizer, prompts[index], SAMPLE_SEED + index),
             }
             for index in chosen
         ],
@@ -269,7 +270,7 @@ def write_card(
         curve=curve,
         split=split,
         source=SOURCE,
-        end_of_text=END_OF_TEXT,
+        end_of_text=END_OF_TEXT.replace("|", r"\|"),
         first_year=min(addresses)[:4],
         last_year=max(addresses)[:4],
         first_modern_year=FIRST_MODERN_YEAR,
@@ -277,7 +278,6 @@ def write_card(
         longest=HELD_OUT_CHARACTERS[1],
         sample_tokens=SAMPLE_TOKENS,
         sample_temperature=SAMPLE_TEMPERATURE,
-        sample_seed=SAMPLE_SEED,
     )
     (folder / "README.md").write_text(card, encoding="utf-8")
 
@@ -303,7 +303,7 @@ def main(argv: list[str] | None = None) -> None:
         )
     folder = args.data_folder / "bundled_model"
     write_model(folder, args.work_dir, state, settings)
-    facts = {"steps": state["step"], **measure(folder, addresses, split, prompts)}
+    facts = {"steps": state["step"], "settings": settings, **measure(folder, addresses, split, prompts)}
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     write_card(folder, facts, settings, addresses, split)
     shown = {key: value for key, value in facts.items() if key.startswith(("held_out", "random_half"))}

@@ -72,7 +72,7 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
 
 
 def make_model(tokenizer: PreTrainedTokenizerFast, layers: int, heads: int, width: int) -> GPT2LMHeadModel:
-    """GPT-2 with random weights. No dropout: the texts are seen about four times, too seldom to overfit much."""
+    """GPT-2 with random weights. No dropout: three times over the texts is too seldom to overfit much."""
     return GPT2LMHeadModel(
         GPT2Config(
             vocab_size=len(tokenizer),
@@ -143,15 +143,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--addresses", type=Path, required=True, help="folder, .tgz or .tar.gz of the addresses")
     parser.add_argument("--work_dir", type=Path, default=Path("build/bundled_model"))
-    parser.add_argument("--steps", type=int, default=1000)
-    parser.add_argument("--batch_size", type=int, default=16, help="windows of 512 tokens per step")
+    parser.add_argument("--steps", type=int, default=3200)
+    parser.add_argument("--batch_size", type=int, default=4, help="windows of 512 tokens per step")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--learning_rate", type=float, default=3e-3)
+    parser.add_argument("--learning_rate", type=float, default=2e-3)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--checkpoint_every", type=int, default=100)
+    parser.add_argument("--checkpoint_every", type=int, default=200)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
     record_settings(args.work_dir / "settings.json", args)
