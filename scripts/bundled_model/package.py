@@ -24,10 +24,17 @@ from typing import Any
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from torch.nn import functional
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig, GPT2LMHeadModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    PreTrainedTokenizerFast,
+)
 
 from addresses import FIRST_MODERN_YEAR, HELD_OUT_CHARACTERS, RUN_OF_WORDS, read_addresses, shared_runs, split_addresses
-from train import CONTEXT, END_OF_TEXT, make_model
+from train import END_OF_TEXT
 
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "src" / "pruning_comparison" / "data"
 SIZE_LIMIT_BYTES = 16 * 1024 * 1024
@@ -104,11 +111,11 @@ def write_texts(folder: Path, addresses: dict[str, str], split: dict[str, list[s
     return prompts
 
 
-def write_model(folder: Path, work_dir: Path, state: dict[str, Any], settings: dict[str, Any]) -> None:
+def write_model(folder: Path, work_dir: Path, state: dict[str, Any]) -> None:
     """Writes configuration, float16 weights, tokenizer and training curve."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(work_dir / "model")
-    model = make_model(tokenizer, settings["layers"], settings["heads"], settings["width"])
+    model = GPT2LMHeadModel(GPT2Config.from_pretrained(work_dir / "model"))
     model.load_state_dict(state["model"])
     model = model.half()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
@@ -130,12 +137,14 @@ def write_model(folder: Path, work_dir: Path, state: dict[str, Any], settings: d
         raise SystemExit(f"model.safetensors has {size} bytes, more than {SIZE_LIMIT_BYTES}: train a smaller model")
 
 
-def windows_of(tokenizer: PreTrainedTokenizerFast, text: str) -> Iterator[torch.Tensor]:
-    """Windows of at most 512 ids. Each begins with the last id of the one before, the first with end-of-text, so that
-    every token of the text is predicted exactly once."""
+def windows_of(tokenizer: PreTrainedTokenizerFast, text: str, context: int) -> Iterator[torch.Tensor]:
+    """Windows of at most ``context`` ids that predict every token of the text exactly once.
+
+    Each begins with the last id of the one before, the first with end-of-text.
+    """
     stream = torch.tensor([tokenizer.eos_token_id, *tokenizer(text, verbose=False)["input_ids"]])
-    for start in range(0, len(stream) - 1, CONTEXT - 1):
-        yield stream[start : start + CONTEXT]
+    for start in range(0, len(stream) - 1, context - 1):
+        yield stream[start : start + context]
 
 
 @torch.no_grad()
@@ -149,7 +158,7 @@ def losses_of(
     """
     nats, tokens, bytes_seen = 0.0, 0, 0
     for text in texts:
-        for ids in windows_of(tokenizer, text):
+        for ids in windows_of(tokenizer, text, model.config.n_positions):
             logits = model(ids[None], use_cache=False).logits[0, :-1]
             nats += functional.cross_entropy(logits, ids[1:], reduction="sum").item()
             tokens += len(ids) - 1
@@ -228,9 +237,9 @@ def measure(folder: Path, addresses: dict[str, str], split: dict[str, list[str]]
         "held_out_bits_per_byte": held_out["bits_per_byte"],
         "held_out_perplexity": held_out["perplexity"],
         "held_out_tokens": held_out["tokens"],
-        **{f"{part}_bits_per_byte_first_512": loss["bits_per_byte"] for part, loss in first.items()},
-        **{f"{part}_perplexity_first_512": loss["perplexity"] for part, loss in first.items()},
-        **{f"{part}_tokens_first_512": loss["tokens"] for part, loss in first.items()},
+        **{f"{part}_bits_per_byte_first_window": loss["bits_per_byte"] for part, loss in first.items()},
+        **{f"{part}_perplexity_first_window": loss["perplexity"] for part, loss in first.items()},
+        **{f"{part}_tokens_first_window": loss["tokens"] for part, loss in first.items()},
         "random_half_seeds": list(RANDOM_HALF_SEEDS),
         "random_half_ratios": ratios,
         "random_half_ratio_mean": statistics.fmean(ratios),
@@ -302,7 +311,7 @@ def main(argv: list[str] | None = None) -> None:
             "let train.py finish, or package a --checkpoint as it is"
         )
     folder = args.data_folder / "bundled_model"
-    write_model(folder, args.work_dir, state, settings)
+    write_model(folder, args.work_dir, state)
     facts = {"steps": state["step"], "settings": settings, **measure(folder, addresses, split, prompts)}
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     write_card(folder, facts, settings, addresses, split)
