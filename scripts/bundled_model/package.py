@@ -240,6 +240,7 @@ def measure(folder: Path, addresses: dict[str, str], split: dict[str, list[str]]
         **{f"{part}_bits_per_byte_first_window": loss["bits_per_byte"] for part, loss in first.items()},
         **{f"{part}_perplexity_first_window": loss["perplexity"] for part, loss in first.items()},
         **{f"{part}_tokens_first_window": loss["tokens"] for part, loss in first.items()},
+        "validation_bits_per_byte_of_the_curve": losses_of(model, tokenizer, texts["validation"][:3])["bits_per_byte"],
         "random_half_seeds": list(RANDOM_HALF_SEEDS),
         "random_half_ratios": ratios,
         "random_half_ratio_mean": statistics.fmean(ratios),
