@@ -69,7 +69,7 @@ BAD = [
     (["--device=quantum"], "is not a device"),
     (["--prompt_file=/no/such/file"], "'/no/such/file' does not exist"),
     (["--eval_text=/no/such/file"], "--eval_text: '/no/such/file' does not exist"),
-    (["--num_tokens=1000"], "exceed the context of 512 tokens"),
+    (["--num_tokens=1000"], "exceed the context of 256 tokens"),
     (["--eval_stride=600"], "must not exceed the window"),
     (["--no_such_option=1"], "unrecognized arguments"),
     (["--model_name=./no/such/folder"], "does not exist"),
@@ -128,7 +128,8 @@ def test_a_whole_run_from_a_shell(tmp_path):
     """The installed entry point, end to end on a tiny local model, then the report again from the stored tables alone."""
     folder = save_tiny_model(tmp_path / "model")
     argv = [
-        sys.executable, "-m", "pruning_comparison", "run", f"--model-name={folder}", "--device=cpu", "--pruning_levels", "0,50",
+        sys.executable, "-m", "pruning_comparison", "run", f"--model-name={folder}", "--device=cpu",
+        "--pruning_levels", "0,50",
         "--num_tokens=6", "--max_prompts=2", "--iterations=2", "--eval_tokens=600", "--calibration_tokens=512",
         "--calibration_window=64", "--save_outputs", "--memory_logging", f"--output_dir={tmp_path / 'out'}", "--threads=1",
     ]  # fmt: skip

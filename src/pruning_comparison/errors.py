@@ -21,10 +21,6 @@ class ModelLoadError(InputError):
     """A model that cannot be loaded: unknown, unreachable, corrupt, unsafe or of an unsupported architecture."""
 
 
-class MeasurementError(PruningComparisonError):
-    """A measurement that failed; what was measured before it stays."""
-
-
 class StoreError(PruningComparisonError):
     """A run folder that cannot be read or written."""
 

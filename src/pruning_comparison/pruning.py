@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -109,13 +107,6 @@ def mask_heads(model: PreTrainedModel, keep: Tensor) -> HeadGates:
     """Closes the gates of the heads that are false in ``keep`` (bool [L, H]); undo with ``.remove()`` or as a context."""
     _check_mask(model, keep)
     return HeadGates(model, keep.float())
-
-
-@contextmanager
-def only_heads(model: PreTrainedModel, keep: Tensor) -> Iterator[PreTrainedModel]:
-    """The model with the gates of all heads outside ``keep`` closed, for the length of a ``with`` block."""
-    with mask_heads(model, keep):
-        yield model
 
 
 def _check_mask(model: PreTrainedModel, keep: Tensor) -> None:

@@ -47,33 +47,59 @@ def evaluation_windows(
     """Strided windows over the documents, as in the Hugging Face guide "Perplexity of fixed-length models".
 
     Each window of at most ``window`` tokens starts ``stride`` after the one before and scores only what that one has not;
-    the first token of a window has no context and is scored only where the window before it reached so far. The budget of
-    ``tokens`` is spread evenly: each document gives its first ceil(tokens / documents), so that many documents are heard,
-    not one at length. Windows never cross documents.
+    the first token of a document has no context and is not scored. Windows never cross documents. Where the text is longer
+    than about ``tokens``, whole windows are left out: those that stay are shared out evenly over the documents and spread
+    evenly within each, because the openings of documents are easier to predict than what follows them.
     """
-    share = max(2, -(-tokens // len(documents)))
-    windows = []
-    for document in documents:
-        ids, spans = tokenize(tokenizer, document.text)
-        ids, spans = ids[:share], spans[:share]
-        scored_to = 0
-        for index, start in enumerate(range(0, len(ids), stride)):
-            end = min(start + window, len(ids))
-            first = max(scored_to, start + 1)
-            if first >= end:
-                break
-            text = document.text[spans[first][0] : spans[end - 1][1]]
-            windows.append(
-                EvaluationWindow(
-                    document.name, index, torch.tensor(ids[start:end]), end - first, len(text.encode("utf-8"))
-                )
-            )
-            scored_to = end
-            if end == len(ids):
-                break
-    if not windows:
+    by_document = [_windows_of(document, tokenizer, window, stride) for document in documents]
+    shares = _share_out([len(windows) for windows in by_document], -(-tokens // stride))
+    chosen = [
+        windows[position]
+        for windows, share in zip(by_document, shares, strict=True)
+        for position in _spread(len(windows), share)
+    ]
+    if not chosen:
         raise InputError("--eval_text: no document has two tokens, so there is nothing to predict. Give a longer text.")
+    return chosen
+
+
+def _windows_of(document: Document, tokenizer: Any, window: int, stride: int) -> list[EvaluationWindow]:
+    """All windows of one document, in order."""
+    ids, spans = tokenize(tokenizer, document.text)
+    windows: list[EvaluationWindow] = []
+    scored_to = 0
+    for index, start in enumerate(range(0, len(ids), stride)):
+        end = min(start + window, len(ids))
+        first = max(scored_to, start + 1)
+        if first >= end:
+            break
+        text = document.text[spans[first][0] : spans[end - 1][1]]
+        size = len(text.encode("utf-8"))
+        windows.append(EvaluationWindow(document.name, index, torch.tensor(ids[start:end]), end - first, size))
+        scored_to = end
+        if end == len(ids):
+            break
     return windows
+
+
+def _share_out(available: Sequence[int], wanted: int) -> list[int]:
+    """How many of ``wanted`` windows each document gives: as evenly as what is ``available`` allows."""
+    shares = [0] * len(available)
+    while wanted > 0:
+        able = [position for position, count in enumerate(available) if shares[position] < count]
+        if not able:
+            break
+        if wanted < len(able):
+            able = [able[position] for position in _spread(len(able), wanted)]
+        for position in able:
+            shares[position] += 1
+        wanted -= len(able)
+    return shares
+
+
+def _spread(length: int, count: int) -> list[int]:
+    """``count`` distinct positions below ``length``, evenly spread."""
+    return [(2 * number + 1) * length // (2 * count) for number in range(count)]
 
 
 @torch.inference_mode()
