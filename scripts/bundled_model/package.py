@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from torch import Tensor
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
@@ -34,7 +35,7 @@ from transformers import (
 )
 
 from addresses import FIRST_MODERN_YEAR, HELD_OUT_CHARACTERS, RUN_OF_WORDS, read_addresses, shared_runs, split_addresses
-from train import END_OF_TEXT
+from train import END_OF_TEXT, read_checkpoint
 
 DATA_FOLDER = Path(__file__).resolve().parents[2] / "src" / "pruning_comparison" / "data"
 SIZE_LIMIT_BYTES = 16 * 1024 * 1024
@@ -111,12 +112,12 @@ def write_texts(folder: Path, addresses: dict[str, str], split: dict[str, list[s
     return prompts
 
 
-def write_model(folder: Path, work_dir: Path, state: dict[str, Any]) -> None:
+def write_model(folder: Path, work_dir: Path, weights: dict[str, Tensor]) -> None:
     """Writes configuration, float16 weights, tokenizer and training curve."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(work_dir / "model")
     model = GPT2LMHeadModel(GPT2Config.from_pretrained(work_dir / "model"))
-    model.load_state_dict(state["model"])
+    model.load_state_dict(weights)
     model = model.half()
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise SystemExit("weights that float16 cannot hold: nothing packaged")
@@ -305,15 +306,15 @@ def main(argv: list[str] | None = None) -> None:
     prompts = write_texts(args.data_folder / "texts", addresses, split)
 
     settings = json.loads((args.work_dir / "settings.json").read_text())
-    state = torch.load(args.checkpoint or args.work_dir / "checkpoint.pt", weights_only=True)
-    if state["step"] < settings["steps"] and args.checkpoint is None:
+    weights, _, step, _ = read_checkpoint(args.checkpoint or args.work_dir / "checkpoint.safetensors")
+    if step < settings["steps"] and args.checkpoint is None:
         raise SystemExit(
-            f"training stands at step {state['step']} of {settings['steps']}: "
+            f"training stands at step {step} of {settings['steps']}: "
             "let train.py finish, or package a --checkpoint as it is"
         )
     folder = args.data_folder / "bundled_model"
-    write_model(folder, args.work_dir, state)
-    facts = {"steps": state["step"], "settings": settings, **measure(folder, addresses, split, prompts)}
+    write_model(folder, args.work_dir, weights)
+    facts = {"steps": step, "settings": settings, **measure(folder, addresses, split, prompts)}
     (folder / "facts.json").write_text(json.dumps(facts, indent=2) + "\n")
     write_card(folder, facts, settings, addresses, split)
     shown = {key: value for key, value in facts.items() if key.startswith(("held_out", "random_half"))}

@@ -12,7 +12,7 @@ of memory. Everything is written to ``--work_dir``:
     model/                tokenizer and configuration from the start, float32 weights at the end
     training_curve.csv    one row per checkpoint: mean training loss since the last row (nats per token), bits per
                           byte on the first three validation addresses (last row: on all ten, so not comparable)
-    checkpoint.pt         weights, optimizer states, step, seconds
+    checkpoint.safetensors  weights, optimizer states; step and seconds as its metadata
 
 The same command again continues from the last checkpoint; other settings need another ``--work_dir``. Training looks at
 the ``train`` addresses only, and the curve at ``validation`` (see ``addresses.py``); held-out addresses are read by
@@ -30,7 +30,10 @@ import time
 from pathlib import Path
 
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+from torch import Tensor
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
 from addresses import read_addresses, split_addresses
@@ -140,6 +143,38 @@ def record_settings(path: Path, settings: dict[str, int | float]) -> None:
     path.write_text(json.dumps({**settings, "threads": torch.get_num_threads()}, indent=2) + "\n")
 
 
+def write_checkpoint(
+    path: Path, model: torch.nn.Module, optimizers: list[torch.optim.Optimizer], step: int, seconds: float
+) -> None:
+    """Everything needed to go on, in one safetensors file that is replaced only when the new one is whole."""
+    tensors = {f"model/{name}": tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    for number, optimizer in enumerate(optimizers):
+        for parameter, state in optimizer.state_dict()["state"].items():
+            tensors |= {f"optimizer/{number}/{parameter}/{name}": tensor for name, tensor in state.items()}
+    metadata = {"step": str(step), "seconds": str(seconds), "optimizers": str(len(optimizers))}
+    contiguous = {name: tensor.contiguous() for name, tensor in tensors.items()}
+    save_file(contiguous, path.with_suffix(".tmp"), metadata)
+    path.with_suffix(".tmp").replace(path)
+
+
+def read_checkpoint(path: Path) -> tuple[dict[str, Tensor], list[dict[int, dict[str, Tensor]]], int, float]:
+    """Weights (the tied output embedding included), states of the optimizers, steps done, and seconds they took."""
+    with safe_open(path, "pt") as file:
+        metadata = file.metadata()
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a dict)
+    weights: dict[str, Tensor] = {}
+    states: list[dict[int, dict[str, Tensor]]] = [{} for _ in range(int(metadata["optimizers"]))]
+    for name, tensor in tensors.items():
+        kind, rest = name.split("/", 1)
+        if kind == "model":
+            weights[rest] = tensor
+        else:
+            number, parameter, field = rest.split("/")
+            states[int(number)].setdefault(int(parameter), {})[field] = tensor
+    weights["lm_head.weight"] = weights["transformer.wte.weight"]
+    return weights, states, int(metadata["step"]), float(metadata["seconds"])
+
+
 def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--addresses", type=Path, required=True, help="folder, .tgz or .tar.gz of the addresses")
@@ -174,14 +209,14 @@ def main(argv: list[str] | None = None) -> None:
     model.config.save_pretrained(args.work_dir / "model")
     peaks = (args.muon_learning_rate, args.adam_learning_rate)
     optimizers = make_optimizers(model, *peaks)
-    checkpoint, curve = args.work_dir / "checkpoint.pt", args.work_dir / "training_curve.csv"
+    checkpoint, curve = args.work_dir / "checkpoint.safetensors", args.work_dir / "training_curve.csv"
     first_step, seconds = 0, 0.0
     if checkpoint.exists():
-        state = torch.load(checkpoint, weights_only=True)
-        model.load_state_dict(state["model"])
-        for optimizer, optimizer_state in zip(optimizers, state["optimizers"], strict=True):
-            optimizer.load_state_dict(optimizer_state)
-        first_step, seconds = state["step"], state["seconds"]
+        weights, optimizer_states, first_step, seconds = read_checkpoint(checkpoint)
+        model.load_state_dict(weights)
+        for optimizer, state in zip(optimizers, optimizer_states, strict=True):
+            # The groups' settings are set anew at each step, so that only the tensors have to be kept.
+            optimizer.load_state_dict({**optimizer.state_dict(), "state": state})
         header, *recorded = curve.read_text().splitlines(keepends=True)
         curve.write_text("".join([header, *(row for row in recorded if int(row.split(",")[0]) <= first_step)]))
     else:
@@ -228,14 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             with curve.open("a", newline="") as file:
                 csv.writer(file).writerow(row)
             print(*row, flush=True)
-            state = {
-                "model": model.state_dict(),
-                "optimizers": [optimizer.state_dict() for optimizer in optimizers],
-                "step": done,
-                "seconds": seconds,
-            }
-            torch.save(state, checkpoint.with_suffix(".tmp"))
-            checkpoint.with_suffix(".tmp").replace(checkpoint)
+            write_checkpoint(checkpoint, model, optimizers, done, seconds)
     model.save_pretrained(args.work_dir / "model", safe_serialization=True)
 
 

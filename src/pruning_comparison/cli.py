@@ -126,7 +126,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", **{"default": default.get(name), **kwargs})
 
     add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, or bundled")
-    add("device", default=None, help="cpu, cuda, cuda:N or mps; the best one there is, if not given")
+    add("device", default=None, help="cpu, cuda or cuda:N; the best one there is, if not given")
     add(
         "precision", default=None, help=f"{', '.join(PRECISIONS)}; float16 on a GPU and float32 elsewhere, if not given"
     )
@@ -207,13 +207,20 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _names(options.pruning_method)
     values["variants"] = _names(options.variants)
-    values["threads"] = options.threads if options.threads is not None else len(os.sched_getaffinity(0))
+    values["threads"] = options.threads if options.threads is not None else _cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
     from pruning_comparison.devices import resolve_device, resolve_precision
 
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
     return ComparisonSpec(**{**unresolved.as_dict_of_tuples(), "device": device, "precision": precision})
+
+
+def _cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _run(options: argparse.Namespace) -> int:

@@ -10,15 +10,13 @@ from pruning_comparison.errors import InputError
 def resolve_device(asked: str | None) -> str:
     """The device asked for, checked, or the best one there is. InputError if it is not there."""
     if asked is None:
-        if torch.cuda.is_available():
-            return "cuda"
-        return "mps" if torch.backends.mps.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise InputError(f"--device: {asked!r} is not a device. Choose cpu, cuda, cuda:N or mps.") from None
-    if device.type not in ("cpu", "cuda", "mps"):
-        raise InputError(f"--device: {asked!r} is not supported. Choose cpu, cuda, cuda:N or mps.")
+        raise InputError(f"--device: {asked!r} is not a device. Choose cpu, cuda or cuda:N.") from None
+    if device.type not in ("cpu", "cuda"):
+        raise InputError(f"--device: {asked!r} is not supported. Choose cpu, cuda or cuda:N.")
     if device.type == "cuda":
         count = torch.cuda.device_count() if torch.cuda.is_available() else 0
         if count == 0:
@@ -28,8 +26,6 @@ def resolve_device(asked: str | None) -> str:
             )
         if device.index is not None and device.index >= count:
             raise InputError(f"--device: {asked!r} does not exist; there are {count} GPUs, counted from 0.")
-    if device.type == "mps" and not torch.backends.mps.is_available():
-        raise InputError("--device: 'mps' was asked for, but this machine has none. Give --device=cpu.")
     return asked
 
 
