@@ -483,7 +483,9 @@ def test_saved_charts_are_the_same_bytes_each_time(tmp_path: Path):
 
 def test_chart_names_become_safe_file_names(tmp_path: Path):
     figure = Figure()
-    written = charts.save_charts({"summary_a/../b": figure}, tmp_path)
-    assert [path.parent for path in written] == [tmp_path, tmp_path]
+    pictures = charts.save_charts({"summary_a/../b": figure}, tmp_path)
+    written = list(tmp_path.iterdir())
+    assert sorted(path.suffix for path in written) == [".png", ".svg"]
+    assert pictures == {"summary_a/../b": next(tmp_path.glob("*.png")).read_bytes()}
     with pytest.raises(InputError, match="same file name"):
         charts.save_charts({"a/b": figure, "a b": figure}, tmp_path)

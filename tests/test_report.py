@@ -11,6 +11,7 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from pruning_comparison.charts import to_png
 from pruning_comparison.findings import Finding
 from pruning_comparison.measure.metrics import METRICS
 from pruning_comparison.report import render_report
@@ -117,7 +118,7 @@ def report(
         cells=pd.DataFrame(list(cells), columns=CELLS),
         missing=pd.DataFrame(list(missing), columns=MISSING),
         findings=list(findings),
-        figures=figures or {},
+        pictures={name: to_png(figure) for name, figure in (figures or {}).items()},
         manifest=manifest or {},
         texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXTS),
     )
@@ -380,7 +381,7 @@ def test_empty_tables_and_an_empty_manifest_still_make_a_report():
         cells=pd.DataFrame(columns=CELLS),
         missing=pd.DataFrame(columns=MISSING),
         findings=[],
-        figures={},
+        pictures={},
         manifest={},
         texts=pd.DataFrame(columns=TEXTS),
     )

@@ -9,7 +9,7 @@ import torch
 from test_measure import Letters
 
 from pruning_comparison.errors import InputError
-from pruning_comparison.texts import Document, calibration_windows, digest, load_documents, load_prompts
+from pruning_comparison.texts import Document, digest, load_documents, load_prompts, sample_windows, whole_windows
 
 
 def test_a_file_is_one_document_and_a_folder_one_per_file(tmp_path):
@@ -69,10 +69,10 @@ def test_prompts_are_lines(tmp_path):
 def test_calibration_windows_are_whole_distinct_and_seeded():
     documents = [Document("a", "abcdefghij" * 3), Document("b", "ABCDEFGHIJ" * 2 + "xyz")]
 
+    available = whole_windows(documents, Letters(), 10)
+
     def sample(seed, tokens=30):
-        return calibration_windows(
-            documents, Letters(), window=10, tokens=tokens, generator=torch.Generator().manual_seed(seed)
-        )
+        return sample_windows(available, tokens, torch.Generator().manual_seed(seed))
 
     assert sample(0).shape == (3, 10)
     assert torch.equal(sample(0), sample(0))

@@ -157,7 +157,11 @@ def _in_style(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
     @wraps(draw)
     def styled(*args: _P.args, **kwargs: _P.kwargs) -> Figure:
         with _style():
-            return draw(*args, **kwargs)
+            figure = draw(*args, **kwargs)
+            # Places are found once, not again for each file that is written of the figure.
+            figure.draw_without_rendering()
+            figure.set_layout_engine("none")
+        return figure
 
     return styled
 
@@ -1013,17 +1017,18 @@ def to_png(figure: Figure, *, dpi: float = 150) -> bytes:
     return buffer.getvalue()
 
 
-def save_charts(figures: Mapping[str, Figure], folder: Path) -> list[Path]:
-    """Write each figure as ``<name>.png`` (150 dots per inch) and ``<name>.svg``; same figures, same bytes."""
+def save_charts(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
+    """Write each figure as ``<name>.png`` (150 dots per inch) and ``<name>.svg``; same figures, same bytes.
+
+    The PNGs come back by the figures' names.
+    """
     stems = {name: re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".") or "chart" for name in figures}
     if len(set(stems.values())) < len(stems):
         raise InputError(f"two charts would have the same file name: {sorted(stems.values())}. Rename one")
     folder.mkdir(parents=True, exist_ok=True)
-    written = []
+    pictures = {name: to_png(figure) for name, figure in figures.items()}
     for name, figure in figures.items():
-        png, svg = folder / f"{stems[name]}.png", folder / f"{stems[name]}.svg"
-        png.write_bytes(to_png(figure))
+        (folder / f"{stems[name]}.png").write_bytes(pictures[name])
         with _style():
-            figure.savefig(svg, format="svg", metadata={"Date": None, "Creator": None})
-        written += [png, svg]
-    return written
+            figure.savefig(folder / f"{stems[name]}.svg", format="svg", metadata={"Date": None, "Creator": None})
+    return pictures

@@ -47,7 +47,16 @@ from pruning_comparison.store import (
     unfinished_run,
     write_manifest,
 )
-from pruning_comparison.texts import Document, calibration_windows, digest, load_documents, load_prompts, tokenize
+from pruning_comparison.texts import (
+    Document,
+    check_enough,
+    digest,
+    load_documents,
+    load_prompts,
+    sample_windows,
+    tokenize,
+    whole_windows,
+)
 
 ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation"})
 """Variants whose survivors adapt. In this version ``agency`` is ``agency-adaptation``: consent is not part of it yet."""
@@ -57,14 +66,16 @@ Report = Callable[[str], None]
 
 @dataclass(frozen=True)
 class Inputs:
-    """Everything a spec names, read and checked against the model's config, before any weight is loaded."""
+    """Everything a spec names, read and checked against the model's config, before any weight is loaded.
+
+    ``calibration`` [M, T] are all windows of calibration text, from which each iteration draws.
+    """
 
     preview: ModelPreview
     prompts: Sequence[str]
     prompt_ids: Sequence[Sequence[int]]
     windows: Sequence[EvaluationWindow]
-    calibration_documents: Sequence[Document]
-    calibration_window: int
+    calibration: Tensor
     digests: Mapping[str, str]
 
 
@@ -104,12 +115,8 @@ class Workspace:
     def calibration(self, iteration: int) -> Tensor:
         """This iteration's calibration windows [N, T]."""
         if iteration not in self._calibration:
-            self._calibration[iteration] = calibration_windows(
-                list(self.inputs.calibration_documents),
-                self.inputs.preview.tokenizer,
-                window=self.inputs.calibration_window,
-                tokens=self.spec.calibration_tokens,
-                generator=self.generator("calibration", iteration),
+            self._calibration[iteration] = sample_windows(
+                self.inputs.calibration, self.spec.calibration_tokens, self.generator("calibration", iteration)
             )
         return self._calibration[iteration]
 
@@ -158,14 +165,10 @@ def prepare(spec: ComparisonSpec) -> Inputs:
         stride=min(spec.eval_stride, preview.context),
         tokens=spec.eval_tokens,
     )
-    digests = {
-        "prompts": digest(prompts),
-        "eval_text": digest([document.text for document in evaluation]),
-        "calibration_text": digest([document.text for document in calibration]),
-        "model": preview.identity(),
-    }
-    window = min(spec.calibration_window, preview.context)
-    return Inputs(preview, prompts, prompt_ids, windows, calibration, window, digests)
+    calibration_windows = whole_windows(calibration, preview.tokenizer, min(spec.calibration_window, preview.context))
+    check_enough(calibration_windows, spec.calibration_tokens)
+    digests = _digests(preview, prompts, evaluation, calibration)
+    return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests)
 
 
 def load_workspace(spec: ComparisonSpec, inputs: Inputs) -> Workspace:
@@ -375,7 +378,13 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
 
 def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
     """Whether ``run_comparison`` would continue an unfinished run."""
-    return unfinished_run(output_dir, spec.content_hash(dict(prepare(spec).digests))) is not None
+    digests = _digests(
+        preview_model(spec.model_name),
+        load_prompts(spec.prompt_file, spec.max_prompts),
+        load_documents(spec.eval_text, option="--eval_text"),
+        load_documents(spec.calibration_text, option="--calibration_text"),
+    )
+    return unfinished_run(output_dir, spec.content_hash(digests)) is not None
 
 
 def versions() -> dict[str, str]:
@@ -419,6 +428,18 @@ def commit_of(checkout: Path) -> str | None:
         return None
     commit = git("rev-parse", "HEAD")
     return commit and commit + ("+changes" if git("status", "--porcelain", "--untracked-files=no") else "")
+
+
+def _digests(
+    preview: ModelPreview, prompts: list[str], evaluation: list[Document], calibration: list[Document]
+) -> dict[str, str]:
+    """Content hashes of everything that a run reads."""
+    return {
+        "prompts": digest(prompts),
+        "eval_text": digest([document.text for document in evaluation]),
+        "calibration_text": digest([document.text for document in calibration]),
+        "model": preview.identity(),
+    }
 
 
 def _attempt(

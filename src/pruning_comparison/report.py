@@ -19,10 +19,8 @@ from typing import Any
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
-from matplotlib.figure import Figure
 from PIL import Image
 
-from pruning_comparison.charts import to_png
 from pruning_comparison.findings import Finding, interval_with_unit, plain_number, with_unit
 from pruning_comparison.measure.metrics import METRICS
 
@@ -47,7 +45,6 @@ _MAIN_METRICS = (
 _CHART_BYTES = 1_250_000
 _TABLE_BYTES = 700_000
 _TEXT_BYTES = 350_000
-_DPI = 150
 _PNG_COLOURS = 128
 _PROMPTS_PER_METHOD = 5
 
@@ -138,14 +135,15 @@ def render_report(
     cells: pd.DataFrame,
     missing: pd.DataFrame,
     findings: Sequence[Finding],
-    figures: Mapping[str, Figure],
+    pictures: Mapping[str, bytes],
     manifest: Mapping[str, Any],
     texts: pd.DataFrame | None = None,
 ) -> str:
     """The whole report as one HTML document under 3 MB that opens offline.
 
-    ``figures`` is what ``charts.draw_all`` returns. ``texts`` holds the generated texts, where they were kept; of these
-    the report shows, per method, the first prompts at the level nearest to 50 % and the temperature nearest to 1.
+    ``pictures`` are the charts as PNG, 150 dots per inch, by name. ``texts`` holds the generated texts, where they were
+    kept; of these the report shows, per method, the first prompts at the level nearest to 50 % and the temperature nearest
+    to 1.
     """
     name = _model_name(summary, manifest)
     tables, rows_left_out = _method_tables(summary, contrasts)
@@ -167,7 +165,7 @@ def render_report(
         started=str(manifest.get("started") or ""),
         opening=_opening(name, summary, cells, manifest),
         findings=findings,
-        charts=_charts(figures, name),
+        charts=_charts(pictures, name),
         tables=tables,
         rows_left_out=rows_left_out,
         settings=_pairs(manifest.get("spec")),
@@ -299,15 +297,14 @@ _CHART_WORDS = {
 }
 
 
-def _charts(figures: Mapping[str, Figure], name: str) -> list[_Chart]:
-    area = sum(float(figure.get_figwidth() * figure.get_figheight()) for figure in figures.values())
-    dpi = min(_DPI, math.sqrt(_CHART_BYTES / (0.07 * area))) if area else _DPI
-    pictures = {key: _small_png(figure, dpi) for key, figure in figures.items()}
-    while sum(map(len, pictures.values())) > _CHART_BYTES and dpi > 30:
-        dpi *= 0.8
-        pictures = {key: _small_png(figure, dpi) for key, figure in figures.items()}
+def _charts(pictures: Mapping[str, bytes], name: str) -> list[_Chart]:
+    scale = 1.0
+    smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
+    while sum(len(png) for png, _ in smaller.values()) > _CHART_BYTES and scale > 0.2:
+        scale *= 0.8
+        smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
     charts = []
-    for key, figure in figures.items():
+    for key, (png, (width, height)) in smaller.items():
         stem = next((known for known in _CHART_WORDS if key.startswith(known)), None)
         heading, reading = _CHART_WORDS[stem] if stem else (key.replace("_", " "), "")
         method = key[len(stem) :].strip("_") if stem else ""
@@ -317,21 +314,28 @@ def _charts(figures: Mapping[str, Figure], name: str) -> list[_Chart]:
                 heading,
                 reading,
                 f"Chart for {name}: {heading}. {reading} The numbers are in the tables of this report.",
-                base64.b64encode(pictures[key]).decode(),
-                round(figure.get_figwidth() * 100),
-                round(figure.get_figheight() * 100),
+                base64.b64encode(png).decode(),
+                width,
+                height,
             )
         )
     return charts
 
 
-def _small_png(figure: Figure, dpi: float) -> bytes:
-    """The chart with a palette instead of full colour: a third of the size, and no difference to the eye."""
-    with Image.open(io.BytesIO(to_png(figure, dpi=dpi))) as picture:
-        small = picture.convert("RGB").quantize(_PNG_COLOURS, dither=Image.Dither.NONE)
+def _small_png(png: bytes, scale: float) -> tuple[bytes, tuple[int, int]]:
+    """The chart with a palette instead of full colour: a third of the size, and no difference to the eye.
+
+    Also its width and height in pixels of 100 to the inch, which is how wide it is to be shown.
+    """
+    with Image.open(io.BytesIO(png)) as picture:
+        shown = (round(picture.width / 1.5), round(picture.height / 1.5))
+        size = (max(1, round(picture.width * scale)), max(1, round(picture.height * scale)))
+        colours = picture.convert("RGB")
+        small = colours if scale == 1 else colours.resize(size, Image.Resampling.LANCZOS)
+        reduced = small.quantize(_PNG_COLOURS, dither=Image.Dither.NONE)
     buffer = io.BytesIO()
-    small.save(buffer, format="PNG", optimize=True)
-    return buffer.getvalue()
+    reduced.save(buffer, format="PNG", optimize=True)
+    return buffer.getvalue(), shown
 
 
 # Tables

@@ -55,7 +55,7 @@ def write_results(folder: Path, *, save_outputs: bool, say: Callable[[str], None
     write_atomically(
         folder / "results.json", _results_json(manifest, summary, contrasts, cells, missing, [vars(f) for f in plain])
     )
-    charts.save_charts(figures, folder / CHARTS)
+    pictures = charts.save_charts(figures, folder / CHARTS)
     say("writing the report")
     html = report.render_report(
         summary=summary,
@@ -63,7 +63,7 @@ def write_results(folder: Path, *, save_outputs: bool, say: Callable[[str], None
         cells=cells,
         missing=missing,
         findings=plain,
-        figures=figures,
+        pictures=pictures,
         manifest=manifest,
         texts=texts if save_outputs else None,
     )

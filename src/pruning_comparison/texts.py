@@ -83,27 +83,33 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
 
 
-def calibration_windows(
-    documents: list[Document], tokenizer: Any, *, window: int, tokens: int, generator: torch.Generator
-) -> Tensor:
-    """A random sample of whole windows [N, window] of token ids, without replacement; N = ceil(tokens / window).
-
-    Windows never cross documents. InputError where the text is shorter than what was asked for.
-    """
+def whole_windows(documents: list[Document], tokenizer: Any, window: int) -> Tensor:
+    """All windows [M, window] of token ids that follow one another in a document; what is left at its end is left out."""
     pieces: list[Tensor] = []
     for document in documents:
         ids = torch.tensor(tokenize(tokenizer, document.text)[0])
         whole = len(ids) // window
         if whole:
             pieces.append(ids[: whole * window].view(whole, window))
-    available = torch.cat(pieces) if pieces else torch.empty(0, window, dtype=torch.long)
-    wanted = -(-tokens // window)
-    if len(available) < wanted:
+    return torch.cat(pieces) if pieces else torch.empty(0, window, dtype=torch.long)
+
+
+def sample_windows(available: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+    """A random sample of the windows [M, window], without replacement: ceil(tokens / window) of them.
+
+    InputError where there are fewer.
+    """
+    check_enough(available, tokens)
+    return available[torch.randperm(len(available), generator=generator)[: -(-tokens // available.shape[1])]]
+
+
+def check_enough(available: Tensor, tokens: int) -> None:
+    """InputError where the windows [M, window] do not hold ``tokens``."""
+    if available.numel() < tokens:
         raise InputError(
-            f"--calibration_tokens: {tokens} tokens asked for, but the calibration text has only "
-            f"{len(available) * window} in whole windows of {window}. Ask for fewer, or give a longer --calibration_text."
+            f"--calibration_tokens: {tokens} tokens asked for, but the calibration text has only {available.numel()} in "
+            f"whole windows of {available.shape[1]}. Ask for fewer, or give a longer --calibration_text."
         )
-    return available[torch.randperm(len(available), generator=generator)[:wanted]]
 
 
 def _bundled_documents(name: str, option: str) -> list[Document]:
