@@ -29,8 +29,8 @@ class Layout:
 
     ``layers`` leads from the model to its list of blocks, ``attention`` from a block to its attention module; ``query``,
     ``key``, ``value`` and ``output`` name projections inside it. Where the first three are one fused projection they have
-    one name, and ``fused`` says how its outputs are ordered: "parts" for all queries, then all keys, then all values; "heads"
-    for the query, key and value of the first head, then those of the second, and so on.
+    one name, and ``fused`` says how its outputs are ordered: "parts" for all queries, then all keys, then all values;
+    "heads" for the query, key and value of the first head, then those of the second, and so on.
 
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
     counts: "heads" (query heads), "width" (their features) or "groups" (query heads per key-value head). ``parallel`` is the
@@ -353,7 +353,7 @@ def _kv_heads(config: Any) -> int:
 
 
 def _part_columns(layout: Layout, grid: HeadGrid) -> dict[str, Tensor]:
-    """For ``query``, ``key`` and ``value``: indices [heads, D] of each head's outputs within the projection that has them."""
+    """For ``query``, ``key`` and ``value``: indices [heads, D] of each head's outputs in the projection that makes them."""
     counts = {"query": grid.n_heads, "key": grid.n_kv_heads, "value": grid.n_kv_heads}
     if layout.fused == "heads":
         every = torch.arange(3 * grid.n_heads * grid.head_size).view(grid.n_heads, 3, grid.head_size)
