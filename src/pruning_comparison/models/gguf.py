@@ -48,7 +48,9 @@ def smollm2_file() -> Path:
         raise ModelLoadError(f"{SMOLLM2} needs the package {_PACKAGE}, which is not installed: {INSTALL}.") from None
     found = [Path(str(file.locate())) for file in listed if file.name.endswith(".gguf")]
     if not found or not found[0].is_file():
-        raise ModelLoadError(f"the package {_PACKAGE} is installed without its .gguf file. Install it again: {INSTALL}.")
+        raise ModelLoadError(
+            f"the package {_PACKAGE} is installed without its .gguf file. Install it again: {INSTALL}."
+        )
     return found[0]
 
 
@@ -69,7 +71,7 @@ def read_weights(path: Path, config: LlamaConfig) -> dict[str, Tensor]:
             raise ModelLoadError(f"{path.name} has a tensor {tensor.name!r} that a plain Llama model has not.")
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         if name in ("attn_q", "attn_k"):
-            values = _halves(values, config.num_attention_heads if name == "attn_q" else config.num_key_value_heads)
+            values = _halves(values, len(values) // (config.hidden_size // config.num_attention_heads))
         place = f"model.layers.{block[1]}." if block else ""
         weights[f"{place}{_TENSORS[name]}.weight"] = torch.from_numpy(values.copy())
     return weights
