@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from importlib import metadata
 from itertools import pairwise
 
@@ -56,7 +57,7 @@ def test_a_package_without_its_file_is_named(monkeypatch):
 
 
 def test_a_missing_reader_says_how_to_install_it(monkeypatch, tmp_path):
-    monkeypatch.setitem(__import__("sys").modules, "gguf", None)
+    monkeypatch.setitem(sys.modules, "gguf", None)
     with pytest.raises(ModelLoadError, match="pip install gguf"):
         gguf.read_header(tmp_path / "model.gguf")
 

@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AttentionInterface, PreTrainedModel
+from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from pruning_comparison.errors import ModelLoadError
@@ -384,8 +385,8 @@ class _UnevenGroupsConfig:
     def _attn_implementation(self) -> str:
         stock = self.model_config._attn_implementation
         name = f"uneven groups, {stock}"
-        if name not in AttentionInterface():
-            AttentionInterface.register(name, partial(_attend_in_uneven_groups, stock))
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend_in_uneven_groups, stock))
         return name
 
 
@@ -404,6 +405,6 @@ def _attend_in_uneven_groups(
     one each of the surviving query heads reads.
     """
     eager = sys.modules[type(module).__module__].eager_attention_forward
-    attend = AttentionInterface().get_interface(implementation, eager)
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     index = module.get_buffer("kv_index")
     return attend(module, query, key.index_select(1, index), value.index_select(1, index), attention_mask, **kwargs)
