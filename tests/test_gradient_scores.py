@@ -182,7 +182,9 @@ def test_parameters_that_require_gradients_get_none(model):
     assert all(parameter.grad is None and parameter.requires_grad for parameter in model.parameters())
 
 
-def test_callers_in_inference_mode_get_gradients_too(model):
+@pytest.mark.parametrize("trainable", [False, True])
+def test_callers_in_inference_mode_get_gradients_too(model, trainable):
+    model.requires_grad_(trainable)
     expected = torch.cat(list(gate_gradients(model, WINDOWS, batch_size=2)))
     with torch.inference_mode():
         assert torch.equal(torch.cat(list(gate_gradients(model, WINDOWS.clone(), batch_size=2))), expected)
@@ -235,6 +237,11 @@ def test_bfloat16_gradients_are_used_where_the_ranks_agree(separated, score):
     assert not torch.equal(fast.scores, exact.scores)
     torch.testing.assert_close(fast.scores, exact.scores, rtol=0.2, atol=1e-3)
     assert separated.dtype == torch.float32
+
+
+def test_gradients_of_bfloat16_models_are_summed_in_float32(model):
+    differences = next(gate_gradients(model.bfloat16(), WINDOWS, batch_size=5))
+    assert not torch.equal(differences, differences.bfloat16().double())
 
 
 def test_ranks_that_disagree_fall_back_to_the_models_own_precision(model, monkeypatch):

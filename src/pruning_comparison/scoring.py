@@ -150,7 +150,7 @@ def _batch_gate_gradients(model: PreTrainedModel, ids: Tensor) -> Tensor:
             precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
             loss = nn.functional.cross_entropy(precise, targets.flatten(), reduction="sum", ignore_index=-100)
             gradients = torch.autograd.grad(loss, gates)
-    return torch.stack(gradients, 1).double().cpu()
+    return torch.stack(gradients, 1).cpu().double()
 
 
 @contextmanager
