@@ -55,7 +55,10 @@ BAD = [
     (["--pruning_levels=0,many"], "'many' is not a number"),
     (["--pruning_levels=nan"], "nan"),
     (["--pruning_levels="], "at least one"),
-    (["--pruning_method=guess"], "'guess' is unknown. Choose from entropy, random, magnitude"),
+    (
+        ["--pruning_method=guess"],
+        "'guess' is unknown. Choose from entropy, random, magnitude, taylor, fisher, ablation",
+    ),
     (["--variants=nobody"], "'nobody' is unknown"),
     (["--iterations=0"], "must be at least 1"),
     (["--num_tokens=0"], "must be at least 1"),

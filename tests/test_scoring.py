@@ -105,7 +105,7 @@ def test_random_scores_repeat_under_a_seed():
 
 
 def test_unknown_method_lists_the_known_ones(model):
-    with pytest.raises(ValueError, match="entropy, random, magnitude"):
+    with pytest.raises(ValueError, match="choose one of entropy, random, magnitude, taylor, fisher, ablation"):
         score_heads(
             "nonsense",
             model,

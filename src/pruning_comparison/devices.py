@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+from typing import Any
+
 import torch
 
 from pruning_comparison.errors import InputError
@@ -42,3 +45,24 @@ def resolve_precision(asked: str | None, device: str) -> str:
             "--precision: 'bfloat16' is not supported by this GPU, only emulated. Choose float16 or float32."
         )
     return asked
+
+
+def has_bfloat16_matrix_units(device: torch.device | str) -> bool:
+    """Whether the device multiplies bfloat16 matrices in hardware, and so faster than float32 ones.
+
+    CUDA GPUs do from compute capability 8.0 on, x86 processors with AMX or AVX-512 instructions for bfloat16. False where
+    it cannot be told.
+    """
+    device = torch.device(device)
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return device.type == "cpu" and not _cpu_features().isdisjoint({"amx_bf16", "avx512_bf16"})
+
+
+def _cpu_features() -> set[str]:
+    """Names of the processor's features, from torch or, where it is too old to tell, from Linux."""
+    ask: Any = getattr(torch.cpu, "get_capabilities", None)
+    if ask is not None:
+        return {name for name, there in ask().items() if there is True}
+    listing = Path("/proc/cpuinfo")
+    return set(listing.read_text().split()) if listing.is_file() else set()

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from pruning_comparison.errors import InputError
 
-METHODS = ("entropy", "random", "magnitude")
+METHODS = ("entropy", "random", "magnitude", "taylor", "fisher", "ablation")
 VARIANTS = ("baseline", "agency", "agency-adaptation")
 PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")
