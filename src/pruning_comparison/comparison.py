@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison import __version__
-from pruning_comparison.agency import AdaptationCost, refit_output_projections
+from pruning_comparison.agency import AdaptationCost, ProgressiveTrajectory, refit_output_projections
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
@@ -99,6 +99,7 @@ class Workspace:
     dense: PreTrainedModel
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
+    _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
 
@@ -123,17 +124,40 @@ class Workspace:
         """The method's scores on the dense model, computed once per iteration."""
         key = (method, 0 if method == "magnitude" else iteration)
         if key not in self._rankings:
-            self._rankings[key] = score_heads(
-                method,
+            self._rankings[key] = self._rank(self.reference, method, iteration, self.spec.entropy_direction)
+        return self._rankings[key]
+
+    def progressive(self, method: str, iteration: int) -> ProgressiveTrajectory:
+        """The path of ``baseline-progressive``. Only the latest is kept: cells come trajectory by trajectory."""
+        key = (method, iteration)
+        if key not in self._progressive:
+            self._progressive.clear()
+            self._progressive[key] = ProgressiveTrajectory(
                 self.reference,
-                self.calibration(iteration),
-                batch_size=self.spec.quality_batch_size,
-                generator=self.generator("random ranking", iteration),
-                entropy_direction=self.spec.entropy_direction,
-                smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
+                score=lambda model: self._rank_again(model, method, iteration),
+                all_heads=self.grid.all_heads(),
                 scope=cast(Scope, self.spec.scope),
             )
-        return self._rankings[key]
+        return self._progressive[key]
+
+    def _rank_again(self, model: PreTrainedModel, method: str, iteration: int) -> HeadScores:
+        """The method's scores on a model that has been pruned further; the direction of entropy stays the dense model's."""
+        dense = self.ranking(method, iteration)
+        if model is self.reference:
+            return dense
+        return self._rank(model, method, iteration, dense.details.get("entropy_direction", self.spec.entropy_direction))
+
+    def _rank(self, model: PreTrainedModel, method: str, iteration: int, entropy_direction: str) -> HeadScores:
+        return score_heads(
+            method,
+            model,
+            self.calibration(iteration),
+            batch_size=self.spec.quality_batch_size,
+            generator=self.generator("random ranking", iteration),
+            entropy_direction=entropy_direction,
+            smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
+            scope=cast(Scope, self.spec.scope),
+        )
 
 
 def prepare(spec: ComparisonSpec) -> Inputs:
@@ -208,12 +232,16 @@ def run_cell(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResul
 def build(workspace: Workspace, cell: Cell) -> PrunedModel:
     """Scores, chooses, prunes and, for variants that do, adapts: the model that a cell measures."""
     spec = workspace.spec
-    scores = workspace.ranking(cell.method, cell.iteration)
-    keep = select_heads(scores.scores, cell.level, cast(Scope, spec.scope))
+    if cell.variant == "baseline-progressive":
+        reached = workspace.progressive(cell.method, cell.iteration).at(cell.level)
+        keep, scores, compact = reached.keep, reached.scores, reached.model
+    else:
+        scores = workspace.ranking(cell.method, cell.iteration)
+        keep = select_heads(scores.scores, cell.level, cast(Scope, spec.scope))
+        compact = remove_heads(workspace.reference, keep)
     check_count(keep, cell.level, spec)
     if bool(keep.all()):
         return PrunedModel(workspace.dense, keep, scores, "dense", None)
-    compact = remove_heads(workspace.reference, keep)
     cost, identity = None, [keep.numpy().tobytes()]
     if cell.variant in ADAPTING_VARIANTS:
         windows = workspace.calibration(cell.iteration)

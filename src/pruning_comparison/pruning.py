@@ -115,7 +115,7 @@ class _Multiply:
         self.factors = factors
 
     def __call__(self, module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
-        return (inputs[0] * self.factors, *inputs[1:])
+        return (inputs[0] * self.factors.to(inputs[0].dtype), *inputs[1:])
 
 
 def mask_heads(model: PreTrainedModel, keep: Tensor) -> HeadGates:

@@ -5,7 +5,6 @@ Dimension letters: N windows, T time, L layers, H heads, D head size, E embeddin
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -20,7 +19,7 @@ from transformers import PreTrainedModel
 from pruning_comparison.devices import has_bfloat16_matrix_units
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.models.heads import attentions, head_grid, head_parameters, live_heads, output_projections
-from pruning_comparison.pruning import mask_heads
+from pruning_comparison.pruning import converted_copy, mask_heads
 from pruning_comparison.selection import Scope, select_heads
 from pruning_comparison.spec import METHODS
 
@@ -224,7 +223,7 @@ def _score_by_gradients(
 
     agreement = None
     if _tries_bfloat16(model, windows, precision):
-        rounded, few = _bfloat16_copy(model), windows[:_AGREEMENT_WINDOWS]
+        rounded, few = converted_copy(model, torch.bfloat16), windows[:_AGREEMENT_WINDOWS]
         agreement = rank_agreement(scores_of(model, few), scores_of(rounded, few))
         if agreement is not None and agreement >= LEAST_RANK_AGREEMENT:
             model = rounded
@@ -251,15 +250,6 @@ def _tries_bfloat16(model: PreTrainedModel, windows: Tensor, precision: str) -> 
         and sum(parameter.numel() for parameter in model.parameters()) >= _LEAST_PARAMETERS_FOR_BFLOAT16
         and has_bfloat16_matrix_units(model.device)
     )
-
-
-def _bfloat16_copy(model: PreTrainedModel) -> PreTrainedModel:
-    """A copy with parameters in bfloat16. Buffers stay: rounded rotary frequencies would shift far positions."""
-    rounded: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to(torch.bfloat16), requires_grad=False)
-        for parameter in model.parameters()
-    }
-    return copy.deepcopy(model, rounded)
 
 
 def score_ablation(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:

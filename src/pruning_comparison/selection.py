@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Literal, get_args
 
 import torch
@@ -18,21 +19,27 @@ def heads_to_prune(level: float, total: int) -> int:
     return round(level / 100 * total)
 
 
-def select_heads(scores: Tensor, level: float, scope: Scope = "model") -> Tensor:
+def select_heads(scores: Tensor, level: float, scope: Scope = "model", gone: Tensor | None = None) -> Tensor:
     """Keep mask, bool [L, H]: the lowest-scored heads leave.
 
     ``scores`` [L, H]: higher = keep. ``scope`` "model" ranks all heads together; "layer" takes the same share of every
     layer, rounded within it. Ties leave in order of layer, then head, so that equal scores give equal masks, and the masks
-    of rising levels are nested. ValueError if a score is not finite.
+    of rising levels are nested. Heads that are true in ``gone`` (bool [L, H]) have left before and stay away, whatever their
+    scores; they count towards the level. ValueError if a score is not finite, or if more heads are gone than may be.
     """
     if not bool(torch.isfinite(scores).all()):
         bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise ValueError(f"the score of head {tuple(bad)} is {scores[tuple(bad)].item()}; scores must be finite")
+    ranked = scores.cpu().double() if gone is None else scores.cpu().double().masked_fill(gone.cpu(), -math.inf)
     if scope == "model":
-        return _drop_lowest(scores.flatten(), level).view_as(scores)
-    if scope == "layer":
-        return torch.stack([_drop_lowest(layer, level) for layer in scores])
-    raise ValueError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+        keep = _drop_lowest(ranked.flatten(), level).view_as(ranked)
+    elif scope == "layer":
+        keep = torch.stack([_drop_lowest(layer, level) for layer in ranked])
+    else:
+        raise ValueError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+    if gone is not None and bool((keep & gone.cpu()).any()):
+        raise ValueError(f"{int(gone.sum())} heads are gone already, more than level {level} takes out")
+    return keep
 
 
 def expected_heads_pruned(level: float, n_layers: int, n_heads: int, scope: Scope) -> int:

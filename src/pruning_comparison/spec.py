@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 from pruning_comparison.errors import InputError
 
 METHODS = ("entropy", "random", "magnitude", "taylor", "fisher", "ablation")
-VARIANTS = ("baseline", "agency", "agency-adaptation")
+VARIANTS = ("baseline", "agency", "baseline-progressive", "agency-adaptation")
 PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")
 SCOPES = ("model", "layer")

@@ -41,7 +41,7 @@ class _Stop(Exception):
     """Ends a forward pass as soon as what it was run for is known."""
 
 
-@torch.inference_mode()
+@torch.no_grad()
 def refit_output_projections(
     dense: PreTrainedModel,
     pruned: PreTrainedModel,
