@@ -104,6 +104,13 @@ def test_an_empty_prompt_file(tmp_path, capsys):
     assert "holds no prompt" in capsys.readouterr().err
 
 
+def test_a_prompt_that_fills_the_context(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("peace " * 300)
+    options = [f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output_dir={tmp_path}", "--num_tokens=1"]
+    assert cli.main(["run", "--model_name=bundled", *options]) == 2
+    assert "fill the context of 256 tokens of bundled. Shorten it" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["run", "--model_name=bundled", f"--output_dir={tmp_path / 'file' / 'x'}"]) == 2
