@@ -463,6 +463,18 @@ def test_the_summary_page_wants_one_known_method():
         charts.comprehensive_summary(summary, method="nonsense")
 
 
+@pytest.mark.parametrize("reach", [1e20, 1e200])
+def test_intervals_beyond_all_measure_are_drawn_without_warnings(reach: float):
+    rows = [
+        estimate(metric, variant, level, 40.0, 40.0 / reach, 40.0 * reach)
+        for metric in ("perplexity", "tokens_per_second", "first_token_latency_s")
+        for variant in ("baseline", "agency")
+        for level in (0, 50)
+    ]
+    for figure in charts.draw_all(summary_of(*rows), contrasts_of()).values():
+        assert charts.to_png(figure, dpi=40)
+
+
 # Files
 
 

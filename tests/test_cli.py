@@ -107,10 +107,32 @@ def test_an_empty_prompt_file(tmp_path, capsys):
     assert "holds no prompt" in capsys.readouterr().err
 
 
+def test_a_prompt_that_fills_the_context(tmp_path, capsys):
+    (tmp_path / "prompts.txt").write_text("peace " * 300)
+    options = [f"--prompt_file={tmp_path / 'prompts.txt'}", f"--output_dir={tmp_path}", "--num_tokens=1"]
+    assert cli.main(["run", "--model_name=bundled", *options]) == 2
+    assert "fill the context of 256 tokens of bundled. Shorten it" in capsys.readouterr().err
+
+
 def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["run", "--model_name=bundled", f"--output_dir={tmp_path / 'file' / 'x'}"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_ctrl_c_while_the_report_is_drawn_says_that_all_is_measured(tmp_path, capsys, monkeypatch):
+    import pruning_comparison.results as results
+
+    def stopped(*arguments, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(results, "write_results", stopped)
+    folder = save_tiny_model(tmp_path / "model")
+    options = [f"--model_name={folder}", "--device=cpu", "--pruning_levels=0", "--num_tokens=3", "--max_prompts=1"]
+    sizes = ["--iterations=1", "--eval_tokens=100", "--calibration_tokens=100", "--variants=baseline", "--quiet"]
+    assert cli.main(["run", *options, *sizes, f"--output_dir={tmp_path / 'out'}"]) == 130
+    run = next((tmp_path / "out").glob("run_*"))
+    assert f"pruning-comparison report {run}" in capsys.readouterr().err
 
 
 def test_no_command_and_help(capsys):

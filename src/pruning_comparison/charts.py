@@ -45,6 +45,7 @@ __all__ = [
 ]
 
 AGENCY_VS_BASELINE = "agency vs baseline"
+_FARTHEST = 1e30
 _WIDTH_IN = 8.5
 _WIDTH_PT = 72 * _WIDTH_IN - 14
 _FONT = "DejaVu Sans"
@@ -223,7 +224,8 @@ def _number(value: float) -> str:
 
 
 def _tick(value: float, _position: object = None) -> str:
-    text = f"{value:,.0f}" if abs(value) >= 1e3 and value == round(value) else f"{value:.6g}"
+    whole = 1e3 <= abs(value) < 1e7 and value == round(value)
+    text = f"{value:,.0f}" if whole else f"{value:.6g}"
     return text.replace("-", "\N{MINUS SIGN}")
 
 
@@ -320,6 +322,9 @@ def _line(rows: pd.DataFrame, levels: Sequence[float], factor: float) -> np.ndar
     by_level = rows.drop_duplicates("level").set_index("level")[["estimate", "ci_low", "ci_high"]].reindex(list(levels))
     values = by_level.to_numpy(dtype=float).T * factor
     values[~np.isfinite(values)] = np.nan
+    # An interval from two observations can reach beyond anything that an axis can carry.
+    values = np.clip(values, -_FARTHEST, _FARTHEST)
+    values[(values > 0) & (values < 1 / _FARTHEST)] = 1 / _FARTHEST
     return np.asarray(values, dtype=np.float64)
 
 

@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped: nothing was being measured yet", file=sys.stderr)
+        print("stopped", file=sys.stderr)
         return Interrupted.exit_code
     except Exception as error:
         if options.debug_traceback:
@@ -250,7 +250,12 @@ def _run(options: argparse.Namespace) -> int:
             if stopped.folder is not None:
                 _report_what_there_is(stopped.folder, options.save_outputs)
             raise
-        report = write_results(folder, save_outputs=options.save_outputs, say=live.say)
+        try:
+            report = write_results(folder, save_outputs=options.save_outputs, say=live.say)
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"everything is measured and kept in {folder}; pruning-comparison report {folder} draws it.", folder
+            ) from None
     with RunStore(folder) as store:
         failed = int((store.table("cells")["status"] == "failed").sum())
     print(f"report: {report}")

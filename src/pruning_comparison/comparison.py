@@ -168,6 +168,11 @@ def prepare(spec: ComparisonSpec) -> Inputs:
     for number, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True), start=1):
         if not ids:
             raise InputError(f"--prompt_file: prompt {number} ({prompt[:40]!r}) has no tokens. Write some text.")
+        if len(ids) >= preview.context:
+            raise InputError(
+                f"--prompt_file: prompt {number} ({prompt[:40]!r}...) has {len(ids)} tokens, which fill the context of "
+                f"{preview.context} tokens of {spec.model_name}. Shorten it."
+            )
         if len(ids) + spec.num_tokens > preview.context:
             raise InputError(
                 f"--num_tokens: prompt {number} has {len(ids)} tokens, and {spec.num_tokens} more exceed the context of "

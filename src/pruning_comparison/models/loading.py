@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import struct
 from dataclasses import dataclass
 from importlib.resources import files
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -293,15 +295,21 @@ def _first_line(error: Exception) -> str:
 
 
 class _quiet_transformers:
-    """Keeps transformers' progress bars and load reports off the terminal; its errors still reach us as exceptions."""
+    """Keeps transformers' progress bars and load reports, and the hub's retries, off the terminal.
+
+    Errors still reach us as exceptions.
+    """
 
     def __enter__(self) -> None:
         self.verbosity = transformers_logging.get_verbosity()
         self.progress = transformers_logging.is_progress_bar_enabled()
+        self.hub_level = hub_logging.get_verbosity()
         transformers_logging.set_verbosity_error()
+        hub_logging.set_verbosity(logging.ERROR)
         transformers_logging.disable_progress_bar()
 
     def __exit__(self, *exception: object) -> None:
         transformers_logging.set_verbosity(self.verbosity)
+        hub_logging.set_verbosity(self.hub_level)
         if self.progress:
             transformers_logging.enable_progress_bar()
