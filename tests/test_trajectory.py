@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 from conftest import save_tiny_model, tiny_gpt2
@@ -70,7 +72,7 @@ def test_a_level_means_the_same_whatever_else_was_asked_for(levels, scope, seed)
         total = 2 * heads_to_prune(level, 6) if scope == "layer" else heads_to_prune(level, 12)
         assert int((~reached.keep).sum()) == total
     rising = [trajectory().at(level).keep for level in range(0, 100, 10)]
-    assert all(bool((later <= sooner).all()) for sooner, later in zip(rising, rising[1:], strict=False))
+    assert all(bool((later <= sooner).all()) for sooner, later in itertools.pairwise(rising))
 
 
 def test_the_variant_is_the_baseline_where_scores_do_not_change(tmp_path):

@@ -50,7 +50,7 @@ class ProgressiveTrajectory:
         self._reached = self._start
 
     def at(self, level: float) -> Round:
-        """The model at ``level`` per cent. Rising levels go on from the last round; a lower one begins at the dense model."""
+        """The model at ``level`` per cent. Rising levels go on from the last round; a lower one begins anew."""
         if level < self._reached.level:
             self._reached = self._start
         for target in _grid_up_to(level):
