@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PRUNING_COMPARISON_NO_UPDATE", "1")
@@ -10,6 +11,8 @@ os.environ.setdefault("PRUNING_COMPARISON_NO_UPDATE", "1")
 import pytest
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from pruning_comparison.texts import load_documents
 
 
 def tiny_gpt2(*, layers: int = 3, heads: int = 4, width: int = 32, context: int = 64, seed: int = 0) -> PreTrainedModel:
@@ -109,6 +112,20 @@ def random_masks(layers: int, heads: int) -> dict[str, torch.Tensor]:
     one_left[layers - 1, 1] = True
     masks["one head left"] = one_left
     return masks
+
+
+def write_short_texts(folder: Path) -> dict[str, str]:
+    """The beginnings of bundled documents as folders of a user's own: a tokenizer of bytes takes long for them in full.
+
+    As settings of a comparison. No two documents are alike.
+    """
+    settings = {}
+    for option, name, characters in (("eval_text", "held_out", 400), ("calibration_text", "calibration", 3_000)):
+        (folder / name).mkdir(parents=True)
+        for document in load_documents(f"bundled:{name}", option=f"--{option}"):
+            (folder / name / f"{document.name}.txt").write_text(document.text[:characters], encoding="utf-8")
+        settings[option] = str(folder / name)
+    return settings
 
 
 def save_tiny_model(folder, *, seed: int = 0, layers: int = 2, model: PreTrainedModel | None = None):

@@ -7,7 +7,7 @@ import json
 import pandas as pd
 import pytest
 import torch
-from conftest import save_tiny_model
+from conftest import save_tiny_model, write_short_texts
 
 from pruning_comparison import comparison
 from pruning_comparison.comparison import Workspace, build, load_workspace, prepare, run_comparison
@@ -22,7 +22,9 @@ MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "ceiling")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    return save_tiny_model(tmp_path_factory.mktemp("model"))
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
+    write_short_texts(folder / "texts")
+    return folder
 
 
 def small_spec(folder, **changes):
@@ -37,6 +39,8 @@ def small_spec(folder, **changes):
         "eval_tokens": 500,
         "calibration_tokens": 256,
         "calibration_window": 64,
+        "eval_text": str(folder / "texts" / "held_out"),
+        "calibration_text": str(folder / "texts" / "calibration"),
     }
     return ComparisonSpec(**{**settings, **changes})
 
@@ -227,7 +231,7 @@ def test_timing_rows_add_up(folder, tmp_path):
 
 def test_calibrating_on_what_is_evaluated_is_refused(folder):
     with pytest.raises(InputError, match="evaluated"):
-        prepare(small_spec(folder, calibration_text="bundled:held_out"))
+        prepare(small_spec(folder, calibration_text=str(folder / "texts" / "held_out")))
 
 
 def test_spec_round_trip_and_hash(folder):

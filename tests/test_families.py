@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import FAMILIES, random_masks, save_tiny_model, tiny_model
+from conftest import FAMILIES, random_masks, save_tiny_model, tiny_model, write_short_texts
 from test_pruning import ids, stepwise_logits
 
 from pruning_comparison.agency import refit_output_projections
@@ -368,6 +368,7 @@ def test_a_grouped_model_goes_through_the_whole_comparison(tmp_path):
         eval_tokens=256,
         calibration_tokens=256,
         calibration_window=64,
+        **write_short_texts(tmp_path),
     )
     with RunStore(run_comparison(spec, output_dir=tmp_path, raise_failures=True)) as store:
         cells, rows = store.table("cells"), store.table("measurements")

@@ -246,7 +246,7 @@ def test_gradients_of_bfloat16_models_are_summed_in_float32(model):
 
 def test_ranks_that_disagree_fall_back_to_the_models_own_precision(model, monkeypatch):
     exact = score_taylor(model, WINDOWS, batch_size=2, precision="float32")
-    monkeypatch.setattr(scoring, "_bfloat16_copy", lambda model: tiny_gpt2(seed=1).bfloat16())
+    monkeypatch.setattr(scoring, "converted_copy", lambda model, dtype: tiny_gpt2(seed=1).bfloat16())
     result = score_taylor(model, WINDOWS, batch_size=2, precision="bfloat16")
     assert torch.equal(result.scores, exact.scores)
     assert result.details["gradient_precision"] == "float32"
@@ -302,7 +302,7 @@ def test_unknown_gradient_precision_lists_the_known_ones(model):
 
 def test_the_bfloat16_copy_keeps_buffers_and_tied_weights(model):
     model.register_buffer("frequencies", torch.tensor([1 / 3]))
-    rounded = scoring._bfloat16_copy(model)
+    rounded = scoring.converted_copy(model, torch.bfloat16)
     assert {parameter.dtype for parameter in rounded.parameters()} == {torch.bfloat16}
     assert torch.equal(rounded.frequencies, torch.tensor([1 / 3]))
     assert rounded.lm_head.weight is rounded.transformer.wte.weight

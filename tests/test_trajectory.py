@@ -6,7 +6,7 @@ import itertools
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_gpt2
+from conftest import save_tiny_model, tiny_gpt2, write_short_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -86,6 +86,7 @@ def test_the_variant_is_the_baseline_where_scores_do_not_change(tmp_path):
         eval_tokens=500,
         calibration_tokens=256,
         calibration_window=64,
+        **write_short_texts(tmp_path / "texts"),
     )
     workspace = load_workspace(spec, prepare(spec))
     for method, same in (("random", True), ("magnitude", True), ("taylor", False)):
