@@ -13,6 +13,7 @@ from pruning_comparison import comparison
 from pruning_comparison.comparison import Workspace, build, load_workspace, prepare, run_comparison
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.results import write_results
+from pruning_comparison.scoring import mean_attention_entropy
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.statistics import SUMMARY_COLUMNS
 from pruning_comparison.store import RunStore, latest_run, read_manifest
@@ -67,6 +68,18 @@ def test_every_cell_metric_prompt_and_document_is_there(folder, tmp_path):
         assert len(cell[cell["metric"] == "tokens_per_second"]) == 2 * 2
     assert stored["heads"].groupby(["variant", "method", "iteration", "level"])["kept"].sum().isin([4, 8]).all()
     assert len(stored["texts"]) == 16 * 4
+
+
+def test_scores_may_see_a_part_of_the_calibration_text_and_adaptation_sees_all_of_it(folder):
+    spec = small_spec(folder, score_tokens=100)
+    workspace = load_workspace(spec, prepare(spec))
+    assert workspace.calibration(1).shape == (4, 64)
+    assert torch.equal(workspace.score_windows(1), workspace.calibration(1)[:2])
+    scored = mean_attention_entropy(workspace.reference, workspace.calibration(0)[:2], batch_size=8)
+    ranking = workspace.ranking("entropy", 0)
+    assert torch.equal(ranking.scores.abs(), scored)
+    everything = small_spec(folder)
+    assert torch.equal(*(load_workspace(s, prepare(s)).calibration(1) for s in (spec, everything)))
 
 
 def test_both_variants_lose_the_same_heads_and_agency_pays_for_adaptation(folder, tmp_path):

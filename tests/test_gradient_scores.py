@@ -9,9 +9,10 @@ import weakref
 
 import pytest
 import torch
-from conftest import tiny_gpt2
+from conftest import tiny_gpt2, tiny_model
 
 from pruning_comparison import devices, scoring
+from pruning_comparison.models.heads import blocks
 from pruning_comparison.pruning import mask_heads, remove_heads
 from pruning_comparison.scoring import (
     gate_gradients,
@@ -116,6 +117,39 @@ def test_ablation_is_what_losing_the_head_costs(model):
     assert expected.min() < 0 < expected.max()
     # Losses are taken in float32, whatever the model's precision.
     torch.testing.assert_close(SCORES["ablation"](model, WINDOWS), expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "opt with norms after"])
+def test_ablation_that_starts_from_recorded_blocks_is_the_whole_models(family):
+    model = tiny_model(family)
+    gone = torch.ones(3, 6, dtype=torch.bool)
+    gone[1, 2] = False
+
+    def loss(keep):
+        with mask_heads(model, keep):
+            return model(WINDOWS, labels=WINDOWS).loss
+
+    with mask_heads(model, gone):
+        scores = score_ablation(model, WINDOWS, batch_size=3)
+    assert scores[1, 2] == 0
+    for layer, head in [(0, 0), (1, 1), (2, 5)]:
+        keep = gone.clone()
+        keep[layer, head] = False
+        torch.testing.assert_close(scores[layer, head], (loss(keep) - loss(gone)).double(), rtol=1e-4, atol=1e-5)
+    # Nothing is left behind.
+    assert all("forward" not in vars(block) for block in blocks(model))
+
+
+def test_ablation_does_not_try_heads_that_write_nothing(model, monkeypatch):
+    tried = []
+    monkeypatch.setattr(
+        "pruning_comparison.scoring.mask_heads", lambda model, keep: tried.append(1) or mask_heads(model, keep)
+    )
+    gone = torch.ones(LAYERS, HEADS, dtype=torch.bool)
+    gone[0] = False
+    with mask_heads(model, gone):
+        score_ablation(model, WINDOWS, batch_size=len(WINDOWS))
+    assert len(tried) == (LAYERS - 1) * HEADS
 
 
 @pytest.mark.parametrize("method", SCORES)

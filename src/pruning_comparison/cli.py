@@ -148,6 +148,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("calibration_text", help="what scores and adaptation may see; other documents than the evaluation text")
     add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")
     add("calibration_window", type=_whole_number, help="tokens per calibration window")
+    add(
+        "score_tokens",
+        type=_whole_number,
+        help="of these, how many heads are scored on; all, if not given (slow methods such as ablation need few)",
+    )
     add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
     add("execution", help=f"{' or '.join(EXECUTIONS)}: heads physically removed, or their gates closed")
     add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")

@@ -120,6 +120,12 @@ class Workspace:
             )
         return self._calibration[iteration]
 
+    def score_windows(self, iteration: int) -> Tensor:
+        """The part of this iteration's calibration windows that heads are scored on, [N, T]."""
+        windows = self.calibration(iteration)
+        tokens = self.spec.score_tokens
+        return windows if tokens is None else windows[: -(-tokens // windows.shape[1])]
+
     def ranking(self, method: str, iteration: int) -> HeadScores:
         """The method's scores on the dense model, computed once per iteration."""
         key = (method, 0 if method == "magnitude" else iteration)
@@ -151,7 +157,7 @@ class Workspace:
         return score_heads(
             method,
             model,
-            self.calibration(iteration),
+            self.score_windows(iteration),
             batch_size=self.spec.quality_batch_size,
             generator=self.generator("random ranking", iteration),
             entropy_direction=entropy_direction,

@@ -67,6 +67,7 @@ class ComparisonSpec:
     calibration_text: str = "bundled:calibration"
     calibration_tokens: int = 16384
     calibration_window: int = 256
+    score_tokens: int | None = None
     ridge: float = 0.03
     threads: int = 1
     quality_batch_size: int = 8
@@ -132,6 +133,14 @@ class ComparisonSpec:
             f"must not exceed the window of {self.eval_window} tokens, or tokens would be skipped",
             "Give a smaller stride.",
         )
+        if self.score_tokens is not None:
+            _require(
+                2 <= self.score_tokens <= self.calibration_tokens,
+                "score_tokens",
+                self.score_tokens,
+                f"must be at least 2 and at most the {self.calibration_tokens} calibration tokens, of which it is a part",
+                "Leave it out to score on all of them.",
+            )
         _require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "must be above 0", "Give 0.03.")
 
     def cells(self) -> Iterator[Cell]:
