@@ -10,7 +10,7 @@ import torch
 from conftest import FAMILIES, random_masks, save_tiny_model, tiny_model, write_short_texts
 from test_pruning import ids, stepwise_logits
 
-from pruning_comparison.agency import refit_output_projections
+from pruning_comparison.agency import DenseStream, adapt
 from pruning_comparison.comparison import run_comparison
 from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.measure.generation import generate
@@ -309,7 +309,7 @@ def test_adaptation_helps_and_masked_execution_follows_it(family, name, allow_ne
         keep[0, 1:3] = False
     windows = torch.randint(1, 97, (12, 20), generator=torch.Generator().manual_seed(7))
     plain, adapted = remove_heads(model, keep), remove_heads(model, keep)
-    refit_output_projections(model, adapted, windows, ridge=0.01, batch_size=5, allow_new_bias=allow_new_bias)
+    adapt(DenseStream(model, windows, batch_size=5), adapted, steps="refit", ridge=0.01, allow_new_bias=allow_new_bias)
     dense = model(windows).logits
     errors = [float((other(windows).logits - dense).square().mean()) for other in (adapted, plain)]
     assert errors[0] < 0.9 * errors[1]

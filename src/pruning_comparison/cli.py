@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 from pruning_comparison import __version__
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
 from pruning_comparison.spec import (
+    ADAPTATIONS,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     METHODS,
@@ -157,7 +158,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("execution", help=f"{' or '.join(EXECUTIONS)}: heads physically removed, or their gates closed")
     add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads leave first under entropy")
-    add("ridge", type=float, help="ridge of the adaptation, relative to the mean diagonal")
+    add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
+    add("ridge", type=float, help="ridge of the adaptation of attention, relative to the mean diagonal")
+    add("mlp_ridge", type=float, help="ridge of the adaptation of the MLP, relative to the mean diagonal")
     add("seed", type=_whole_number, help="seed of everything random")
     add("threads", type=_whole_number, default=None, help="CPU threads; all cores, if not given")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")

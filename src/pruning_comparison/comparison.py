@@ -17,7 +17,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison import __version__
-from pruning_comparison.agency import AdaptationCost, ProgressiveTrajectory, refit_output_projections
+from pruning_comparison.agency import AdaptationCost, DenseStream, ProgressiveTrajectory, adapt
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
@@ -100,6 +100,7 @@ class Workspace:
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
+    _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
 
@@ -125,6 +126,17 @@ class Workspace:
         windows = self.calibration(iteration)
         tokens = self.spec.score_tokens
         return windows if tokens is None else windows[: -(-tokens // windows.shape[1])]
+
+    def dense_stream(self, iteration: int) -> DenseStream:
+        """What adaptation aims at, on this iteration's calibration text. Only the latest is kept: it may be large."""
+        if iteration not in self._dense_streams:
+            for stream in self._dense_streams.values():
+                stream.close()
+            self._dense_streams.clear()
+            self._dense_streams[iteration] = DenseStream(
+                self.reference, self.calibration(iteration), batch_size=self.spec.quality_batch_size
+            )
+        return self._dense_streams[iteration]
 
     def ranking(self, method: str, iteration: int) -> HeadScores:
         """The method's scores on the dense model, computed once per iteration."""
@@ -256,12 +268,12 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
     cost, identity = None, [keep.numpy().tobytes()]
     if cell.variant in ADAPTING_VARIANTS:
         windows = workspace.calibration(cell.iteration)
-        cost = refit_output_projections(
-            workspace.reference,
+        cost = adapt(
+            workspace.dense_stream(cell.iteration),
             compact,
-            windows,
+            steps=spec.adaptation,
             ridge=spec.ridge,
-            batch_size=spec.quality_batch_size,
+            mlp_ridge=spec.mlp_ridge,
             measure_peak=spec.memory_logging,
         )
         identity.append(windows.numpy().tobytes())

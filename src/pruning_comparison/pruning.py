@@ -12,9 +12,12 @@ from transformers import PreTrainedModel
 from pruning_comparison.models.heads import (
     head_columns,
     head_grid,
+    input_major_weight,
     live_heads,
+    mlp_output_projections,
     output_projections,
     restore_output_rows,
+    set_projection,
     shrink_attention,
 )
 
@@ -59,7 +62,8 @@ def remove_heads(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
 
 
 def masked_copy(dense: PreTrainedModel, compact: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
-    """The dense model with the output projections of a physically pruned one written into its rows of surviving heads.
+    """The dense model with the output projections of a physically pruned one written into its rows of surviving heads, and
+    that model's MLP output projections.
 
     With the gates of the other heads closed (``mask_heads``) it computes what ``compact`` computes, at full size. A layer
     that has lost no head may have been refitted too.
@@ -71,6 +75,10 @@ def masked_copy(dense: PreTrainedModel, compact: PreTrainedModel, keep: Tensor) 
     for layer, (before, after) in enumerate(projections):
         if before is None or after is None or before.weight is not after.weight:
             restore_output_rows(copied, compact, layer, head_columns(keep[layer], grid.head_size))
+    mlps = zip(mlp_output_projections(copied), mlp_output_projections(compact), strict=True)
+    for before, after in mlps:
+        if before.weight is not after.weight:
+            set_projection(before, input_major_weight(after), getattr(after, "bias", None))
     return copied
 
 

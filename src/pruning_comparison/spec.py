@@ -17,6 +17,7 @@ PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")
 SCOPES = ("model", "layer")
 ENTROPY_DIRECTIONS = ("auto", "high", "low")
+ADAPTATIONS = ("none", "bias", "gate", "refit", "refit-mlp")
 
 
 class Trajectory(NamedTuple):
@@ -68,7 +69,9 @@ class ComparisonSpec:
     calibration_tokens: int = 16384
     calibration_window: int = 256
     score_tokens: int | None = None
-    ridge: float = 0.03
+    adaptation: str = "refit-mlp"
+    ridge: float = 0.1
+    mlp_ridge: float = 0.3
     threads: int = 1
     quality_batch_size: int = 8
     memory_logging: bool = False
@@ -86,6 +89,7 @@ class ComparisonSpec:
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
             ("entropy_direction", ENTROPY_DIRECTIONS),
+            ("adaptation", ADAPTATIONS),
         ):
             value = getattr(self, field)
             _require(value in allowed, field, value, "is unknown", f"Choose from {', '.join(allowed)}.")
@@ -141,7 +145,9 @@ class ComparisonSpec:
                 f"must be at least 2 and at most the {self.calibration_tokens} calibration tokens, of which it is a part",
                 "Leave it out to score on all of them.",
             )
-        _require(math.isfinite(self.ridge) and self.ridge > 0, "ridge", self.ridge, "must be above 0", "Give 0.03.")
+        for field in ("ridge", "mlp_ridge"):
+            strength = getattr(self, field)
+            _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Give 0.1.")
 
     def cells(self) -> Iterator[Cell]:
         """Every cell, in the order in which a serial run measures them: by method, iteration, level, then variant."""

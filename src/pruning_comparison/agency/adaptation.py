@@ -1,103 +1,107 @@
-"""Adaptation: the survivors' output projections are refitted, in closed form, so that the residual stream is kept.
+"""Adaptation: what survives is refitted, in closed form, so that the residual stream is kept.
 
-Dimension letters: N windows, T time, E embedding, F features (surviving heads x head size), S = N * T samples.
+Dimension letters: B batch, T time, S samples, E embedding, F features, H' live heads of a layer, D head size.
 """
 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
 from pruning_comparison.measure.memory import PeakMemory
 from pruning_comparison.models.heads import (
     EmptiedAttention,
     attentions,
     blocks,
     has_parallel_blocks,
+    head_grid,
     input_major_weight,
+    last_norms,
+    mlp_output_projections,
     output_projections,
     set_projection,
 )
+from pruning_comparison.spec import ADAPTATIONS
 
 
 @dataclass(frozen=True)
 class AdaptationCost:
-    """What adapting one model cost: seconds, calibration tokens, and peak memory (None with a reason if not measured)."""
+    """What adapting one model cost: seconds, calibration tokens, and peak memory (None with a reason if not measured).
+
+    ``seconds`` counts the dense pass, which models that are adapted on the same text share, as if this were the only one.
+    """
 
     seconds: float
     tokens: int
     peak_memory_bytes: int | None
     peak_memory_reason: str | None
-
-
-class _Stop(Exception):
-    """Ends a forward pass as soon as what it was run for is known."""
+    scratch_bytes: int = 0
 
 
 @torch.no_grad()
-def refit_output_projections(
-    dense: PreTrainedModel,
+def adapt(
+    dense: DenseStream,
     pruned: PreTrainedModel,
-    windows: Tensor,
     *,
-    ridge: float,
-    batch_size: int,
+    steps: str = "refit-mlp",
+    ridge: float = 0.1,
+    mlp_ridge: float = 0.3,
     measure_peak: bool = False,
     allow_new_bias: bool = True,
 ) -> AdaptationCost:
-    """Refits, in place, the attention output projections of a physically pruned model towards its dense original.
+    """Adapts a physically pruned model, in place, to its dense original on the calibration text of ``dense``.
 
-    Both models walk the layers in lock-step over the calibration ``windows`` [N, T] of token ids. At each layer the target
-    is what attention has to add for the pruned model's residual stream to meet the dense model's, so that later layers make
-    up for what earlier ones lost. With h the stream that enters a block, A what attention and M what the MLP adds, it is
+    The pruned stream walks the layers towards the dense one, which is known at every place. At each layer the target is what
+    attention, and then the MLP, has to add for the two to meet, so that later layers make up for what earlier ones lost.
+    With h the stream that enters a block, A what attention and M what the MLP adds, attention's target is
 
-        T = A_dense + (h_dense - h_pruned)                                 where the MLP reads what attention has added to,
-        T = (h_dense + A_dense + M_dense) - (h_pruned + M_pruned)          where both read h and are added up together:
+        T = (h + A)_dense - h_pruned                 where the MLP reads what attention has added to,
+        T = (h + A + M)_dense - (h + M)_pruned       where both read h and are added up together,
 
-    there M_pruned does not depend on attention, so the block's whole output can be met. With X [S, F] the surviving heads'
-    outputs in the *pruned* model, centred, and W [F, E] the original weights,
+    and the MLP's is what then is left: T = (h + A + M)_dense - (h + A')_pruned, A' being adapted. ``steps`` names how
+    far adaptation goes:
 
-        dW = (X'X + lambda I)^-1 X'(T - X W),  bias = mean(T) - mean(X) (W + dW),  lambda = ridge * mean diagonal of X'X,
+    * "none": nothing is changed;
+    * "bias": a constant, mean(T) - mean(X) W, on attention's output projection (bias compensation; An et al. 2024, FLAP);
+    * "gate": also a gate for each surviving head, fitted by least squares and folded into its weights (mask tuning; Kwon et
+      al. 2022). It may exceed 1;
+    * "refit": also attention's whole output projection, W [F, E], from X [S, F], the surviving heads' outputs in the
+      *pruned* model, centred:
 
-    ridge regression towards the original weights (Hoerl and Kennard 1970, shrunk to a prior other than zero). A layer
-    without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
+          dW = (X'X + lambda I)^-1 X'(T - X W),  bias = mean(T) - mean(X) (W + dW),  lambda = ridge * mean diagonal of X'X,
+
+      ridge regression towards the original weights (Hoerl and Kennard 1970, shrunk to a prior other than zero);
+    * "refit-mlp": the MLP's output projection as well, with ``mlp_ridge``.
+
+    A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
 
-    Sums accumulate in float64 from products in the model's dtype, which must be float32 or better, and are solved in
-    float64; a singular matrix gets more ridge until the solution is finite. Layers before the first pruned one are
-    untouched.
-
-    ValueError if a model is not float32 or float64.
+    Sums accumulate in float64 from products in float32 or better, and are solved in float64; a singular matrix gets more
+    ridge until the solution is finite. Layers before the first pruned one are untouched. ValueError for unknown steps.
     """
-    if dense.dtype not in (torch.float32, torch.float64):
-        raise ValueError(f"adaptation needs float32 weights, got {dense.dtype}: coarser streams cannot be accumulated")
+    if steps not in ADAPTATIONS:
+        raise ValueError(f"unknown adaptation {steps!r}; choose one of {', '.join(ADAPTATIONS)}")
+    if steps == "none":
+        return AdaptationCost(0.0, 0, None, "nothing was adapted")
     started = time.perf_counter()
-    with PeakMemory(dense.device, enabled=measure_peak) as peak:
-        batches = [batch.to(dense.device) for batch in windows.split(batch_size)]
-        dense_stream = _block_inputs(dense, batches)
-        pruned_stream = [_Stream(entry.hidden, entry.calls) for entry in dense_stream]
+    with PeakMemory(dense.model.device, enabled=measure_peak) as peak:
+        streams = dense.start()
         changed = False
-        for layer in range(len(blocks(dense))):
-            changed = changed or _is_pruned(dense, pruned, layer)
+        for layer in range(len(blocks(pruned))):
+            changed = changed or _is_pruned(dense.model, pruned, layer)
             if not changed:
-                for dense_entry, pruned_entry in zip(dense_stream, pruned_stream, strict=True):
-                    pruned_entry.hidden = dense_entry.hidden = dense_entry.run(dense, layer)
+                _follow(dense, streams, layer)
                 continue
-            targets = [
-                _target(dense, pruned, layer, dense_entry, pruned_entry)
-                for dense_entry, pruned_entry in zip(dense_stream, pruned_stream, strict=True)
-            ]
-            _refit_layer(pruned, layer, pruned_stream, targets, ridge, allow_new_bias)
-            for entry in pruned_stream:
-                entry.hidden = entry.run(pruned, layer)
-    return AdaptationCost(time.perf_counter() - started, windows.numel(), peak.bytes, peak.reason)
+            added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias)
+            refits_mlp = steps == "refit-mlp"
+            _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias)
+    seconds = time.perf_counter() - started + dense.seconds
+    return AdaptationCost(seconds, dense.windows.numel(), peak.bytes, peak.reason, dense.scratch_bytes)
 
 
 def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:
@@ -124,70 +128,74 @@ def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> 
 
 
 @dataclass
-class _Stream:
-    """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks."""
+class _Moments:
+    """Sums of what a projection reads, X [S, F], and of its targets, T [S, E], from which it is refitted.
 
-    hidden: Tensor
-    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-
-    def run(self, model: PreTrainedModel, layer: int) -> Tensor:
-        """The stream after the block."""
-        args, kwargs = self.calls[layer]
-        output: Any = blocks(model)[layer](self.hidden, *args, **kwargs)
-        hidden: Tensor = output[0] if isinstance(output, tuple) else output
-        return hidden
-
-    def run_apart(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor]:
-        """The stream after the block, and what its attention adds."""
-        caught: list[Tensor] = []
-        handle = attentions(model)[layer].register_forward_hook(
-            lambda module, inputs, outputs: caught.append(outputs[0])
-        )
-        try:
-            return self.run(model, layer), caught[0]
-        finally:
-            handle.remove()
-
-
-def _block_inputs(model: PreTrainedModel, batches: list[Tensor]) -> list[_Stream]:
-    """What the blocks receive, per batch: the model's own code makes masks and positions, not ours.
-
-    Masks may differ between layers (sliding windows), but not between batches of one shape: nothing is padded.
+    Activations can be far from zero compared with their spread: products are taken around the first batch's means, or
+    float32 would lose in the mean what the regression needs of the spread. Moving to any other centre later is exact.
     """
-    every_block = blocks(model)
-    calls_by_shape: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
-    streams: list[_Stream] = []
-    for batch in batches:
-        known = batch.shape in calls_by_shape
-        calls = calls_by_shape.setdefault(batch.shape, [])
-        last = every_block[0] if known else every_block[-1]
-        hidden: list[Tensor] = []
 
-        def catch(
-            module: nn.Module,
-            args: tuple[Any, ...],
-            kwargs: dict[str, Any],
-            *,
-            known: bool = known,
-            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = calls,
-            last: nn.Module = last,
-            hidden: list[Tensor] = hidden,
-        ) -> None:
-            hidden.append(args[0])
-            if not known:
-                calls.append((args[1:], kwargs))
-            if module is last:
-                raise _Stop
+    samples: int = 0
+    shifts: tuple[Tensor, Tensor] | None = None
+    sums: tuple[Tensor, Tensor] = field(init=False)
+    gram: Tensor = field(init=False)
+    cross: Tensor = field(init=False)
 
-        handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in every_block]
-        try:
-            model(input_ids=batch, use_cache=False)
-        except _Stop:
-            streams.append(_Stream(hidden[0], calls))
-        finally:
-            for handle in handles:
-                handle.remove()
-    return streams
+    def add(self, x: Tensor, targets: Tensor) -> None:
+        """Adds samples of ``x`` [.., F] and ``targets`` [.., E]."""
+        x, targets = x.flatten(0, -2).to(targets.dtype), targets.flatten(0, -2)
+        if self.shifts is None:
+            self.shifts = x.mean(0), targets.mean(0)
+            self.sums = self.shifts[0].double() * 0, self.shifts[1].double() * 0
+            self.gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
+            self.cross = x.new_zeros(x.shape[1], targets.shape[1], dtype=torch.float64)
+        x, targets = x - self.shifts[0], targets - self.shifts[1]
+        self.samples += len(x)
+        self.sums = self.sums[0] + x.double().sum(0), self.sums[1] + targets.double().sum(0)
+        self.gram += (x.T @ x).double()
+        self.cross += (x.T @ targets).double()
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Means of X [F] and of T [E], float64."""
+        assert self.shifts is not None
+        x, targets = (
+            shift.double() + total / self.samples for shift, total in zip(self.shifts, self.sums, strict=True)
+        )
+        return x, targets
+
+    def products(self, *, centred: bool) -> tuple[Tensor, Tensor]:
+        """X'X [F, F] and X'T [F, E] around the means, or around zero."""
+        x_mean, target_mean = self.means()
+        gram = self.gram - torch.outer(self.sums[0], self.sums[0]) / self.samples
+        cross = self.cross - torch.outer(self.sums[0], self.sums[1]) / self.samples
+        if not centred:
+            gram = gram + self.samples * torch.outer(x_mean, x_mean)
+            cross = cross + self.samples * torch.outer(x_mean, target_mean)
+        return gram, cross
+
+    def solve(
+        self, weight: Tensor, steps: str, ridge: float, head_size: int, with_bias: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        """The adapted weight [F, E] and bias [E], float64."""
+        solution = weight.double()
+        if steps != "bias":
+            gram, cross = self.products(centred=with_bias)
+            if steps == "gate":
+                gates = _fitted_gates(gram, cross, solution, ridge, head_size)
+                solution = solution * gates.repeat_interleave(head_size)[:, None]
+            else:
+                solution = ridge_towards(gram, cross, weight, ridge)
+        x_mean, target_mean = self.means()
+        return solution, target_mean - x_mean @ solution if with_bias else None
+
+
+def _fitted_gates(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float, head_size: int) -> Tensor:
+    """The gates g [H'] that minimise |T - sum over h of g_h X_h W_h|^2 + lambda |g - 1|^2, none below 0."""
+    heads = len(weight) // head_size
+    written = (gram * (weight @ weight.T)).view(heads, head_size, heads, head_size).sum((1, 3))
+    towards = (cross * weight).view(heads, -1).sum(1)
+    gates = ridge_towards(written, towards[:, None], weight.new_ones(heads, 1), ridge)
+    return gates.squeeze(1).clamp(min=0)
 
 
 def _is_pruned(dense: PreTrainedModel, pruned: PreTrainedModel, layer: int) -> bool:
@@ -195,83 +203,111 @@ def _is_pruned(dense: PreTrainedModel, pruned: PreTrainedModel, layer: int) -> b
     return after is None or before is None or before.weight.shape != after.weight.shape
 
 
-def _target(
-    dense: PreTrainedModel, pruned: PreTrainedModel, layer: int, dense_entry: _Stream, pruned_entry: _Stream
-) -> Tensor:
-    """What the pruned layer's attention should add to one batch, [B, T, E]. Moves the dense stream on past the block."""
-    before = dense_entry.hidden
-    after, added = dense_entry.run_apart(dense, layer)
-    dense_entry.hidden = after
-    if not has_parallel_blocks(dense):
-        return before + added - pruned_entry.hidden
-    pruned_after, pruned_added = pruned_entry.run_apart(pruned, layer)
-    return after - (pruned_after - pruned_added)
+def _follow(dense: DenseStream, streams: list[Stream], layer: int) -> None:
+    """Moves the streams past a block that is still the dense model's."""
+    norm = last_norms(dense.model)[layer]
+    for number, stream in enumerate(streams):
+        total = dense.at(number, layer, "after block")
+        stream.hidden = total if norm is None else norm(total)
 
 
-def _refit_layer(
-    model: PreTrainedModel,
+def _adapt_attention(
+    dense: DenseStream,
+    pruned: PreTrainedModel,
     layer: int,
-    stream: list[_Stream],
-    targets: list[Tensor],
+    streams: list[Stream],
+    steps: str,
     ridge: float,
     allow_new_bias: bool,
-) -> None:
-    attention = attentions(model)[layer]
-    samples = sum(target.shape[0] * target.shape[1] for target in targets)
-    # Activations can be far from zero compared with their spread: products are taken around the first batch's means, or
-    # float32 would lose in the mean what the regression needs of the spread. Moving to any other centre later is exact.
-    target_shift = targets[0].mean((0, 1))
-    target_sum = sum((target - target_shift).double().sum((0, 1)) for target in targets)
-    assert isinstance(target_sum, Tensor)
-    target_mean = target_shift.double() + target_sum / samples
-    if isinstance(attention, EmptiedAttention):
+) -> list[Tensor]:
+    """Adapts one layer's attention; what it then adds to every batch, [B, T, E]."""
+    attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
+    moments = _Moments()
+    if projection is None:
+        assert isinstance(attention, EmptiedAttention)
+        for number, stream in enumerate(streams):
+            target = _attention_target(dense, pruned, layer, number, stream)
+            moments.add(target[..., :0], target)
         if attention.bias is not None or allow_new_bias:
-            attention.bias = nn.Parameter(target_mean.to(targets[0]), requires_grad=False)
-        return
-    projection = output_projections(model)[layer]
-    assert projection is not None
+            attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
+        bias = attention.bias
+        return [torch.zeros_like(s.hidden) if bias is None else bias.expand_as(s.hidden) for s in streams]
+    inputs = []
+    for number, stream in enumerate(streams):
+        with dense.fast():
+            x = stream.run_to(pruned, layer, projection)
+        moments.add(x, _attention_target(dense, pruned, layer, number, stream))
+        inputs.append(x)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
-    weight = input_major_weight(projection)
-    features, outputs = weight.shape
-    gram = torch.zeros(features, features, dtype=torch.float64, device=weight.device)
-    cross = torch.zeros(features, outputs, dtype=torch.float64, device=weight.device)
-    input_sum = torch.zeros(features, dtype=torch.float64, device=weight.device)
-    input_shift: Tensor | None = None
-    for entry, target in zip(stream, targets, strict=True):
-        with _stop_before(projection) as inputs:
-            entry.run(model, layer)
-        x = inputs[0].flatten(0, 1)
-        if input_shift is None:
-            input_shift = x.mean(0)
-        x = x - input_shift
-        gram += (x.T @ x).double()
-        cross += (x.T @ (target.flatten(0, 1) - target_shift)).double()
-        input_sum += x.double().sum(0)
-    assert input_shift is not None
-    input_mean = input_shift.double() + input_sum / samples
-    gram -= torch.outer(input_sum, input_sum) / samples
-    cross -= torch.outer(input_sum, target_sum) / samples
-    if not with_bias:
-        gram += samples * torch.outer(input_mean, input_mean)
-        cross += samples * torch.outer(input_mean, target_mean)
-    solution = ridge_towards(gram, cross, weight, ridge)
-    bias = (target_mean - input_mean @ solution).to(weight) if with_bias else None
-    set_projection(projection, solution.to(weight), bias)
+    head_size = head_grid(pruned.config).head_size
+    solution = moments.solve(input_major_weight(projection), steps, ridge, head_size, with_bias)
+    return _replaced(projection, solution, inputs, streams[0].hidden)
 
 
-@contextmanager
-def _stop_before(module: nn.Module) -> Iterator[list[Tensor]]:
-    """Within it, the forward pass ends where ``module`` starts, and the list holds the module's input."""
-    caught: list[Tensor] = []
+def _attention_target(dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream) -> Tensor:
+    """What the pruned layer's attention should add to one batch, [B, T, E]."""
+    if not has_parallel_blocks(pruned):
+        return dense.at(number, layer, "after attention") - stream.hidden
+    silent = torch.zeros_like(stream.hidden)
+    with replaced_output(attentions(pruned)[layer], (silent, None)), dense.fast():
+        without_attention = stream.run(pruned, layer)
+    return dense.at(number, layer, "after block") - without_attention
 
-    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
-        caught.append(inputs[0])
-        raise _Stop
 
-    handle = module.register_forward_pre_hook(hook)
-    try:
-        yield caught
-    except _Stop:
-        pass
-    finally:
-        handle.remove()
+def _adapt_mlp(
+    dense: DenseStream,
+    pruned: PreTrainedModel,
+    layer: int,
+    streams: list[Stream],
+    added: list[Tensor],
+    ridge: float | None,
+    allow_new_bias: bool,
+) -> None:
+    """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
+
+    ``added`` is what attention adds to every batch.
+    """
+    projection, norm = mlp_output_projections(pruned)[layer], last_norms(pruned)[layer]
+    weight, old_bias = input_major_weight(projection), getattr(projection, "bias", None)
+    moments = _Moments()
+    inputs, totals = [], []
+    for number, (stream, attention_adds) in enumerate(zip(streams, added, strict=True)):
+        with (
+            replaced_output(attentions(pruned)[layer], (attention_adds, None)),
+            silent_inputs(projection, weight.shape[1]) as caught,
+            dense.fast(),
+        ):
+            total = stream.run_apart(pruned, layer)[1].to(stream.hidden)
+        z = caught[0].view(*total.shape[:-1], -1)
+        if ridge is not None:
+            moments.add(z, dense.at(number, layer, "after block") - total)
+        inputs.append(z)
+        totals.append(total)
+    if ridge is None:
+        solution = weight.double(), None if old_bias is None else old_bias.double()
+    else:
+        solution = moments.solve(weight, "refit", ridge, 1, old_bias is not None or allow_new_bias)
+    written = _replaced(projection, solution, inputs, streams[0].hidden, write=ridge is not None)
+    for stream, total, adds in zip(streams, totals, written, strict=True):
+        stream.hidden = total + adds if norm is None else norm(total + adds)
+
+
+def _replaced(
+    projection: nn.Module,
+    solution: tuple[Tensor, Tensor | None],
+    inputs: list[Tensor],
+    like: Tensor,
+    write: bool = True,
+) -> list[Tensor]:
+    """Writes a solution into its projection; what the projection then makes of every batch of ``inputs``.
+
+    Inputs are let go of one by one: they are the largest thing in memory.
+    """
+    weight, bias = solution[0].to(like), None if solution[1] is None else solution[1].to(like)
+    if write:
+        set_projection(projection, weight, bias)
+    outputs = []
+    while inputs:
+        product = inputs.pop(0).to(like) @ weight
+        outputs.append(product if bias is None else product + bias)
+    return outputs

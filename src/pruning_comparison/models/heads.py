@@ -33,6 +33,9 @@ class Layout:
     one name, and ``fused`` says how its outputs are ordered: "parts" for all queries, then all keys, then all values;
     "heads" for the query, key and value of the first head, then those of the second, and so on.
 
+    ``mlp_output`` leads from a block to the projection that writes what the MLP adds. ``norm_after`` is the config attribute
+    that is false where the block's last norm, named ``last_norm``, comes after that sum; None where no norm does.
+
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
     counts: "heads" (query heads), "width" (their features) or "groups" (query heads per key-value head). ``parallel`` is the
     config attribute that says that attention and MLP read the same input and are added up together; None if they never do.
@@ -46,7 +49,10 @@ class Layout:
     output: str
     fused: str | None
     sizes: Mapping[str, str]
+    mlp_output: str
     parallel: str | None = None
+    norm_after: str | None = None
+    last_norm: str | None = None
 
 
 _LLAMA = Layout(
@@ -58,6 +64,7 @@ _LLAMA = Layout(
     output="o_proj",
     fused=None,
     sizes=MappingProxyType({"num_key_value_groups": "groups"}),
+    mlp_output="mlp.down_proj",
 )
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
@@ -71,6 +78,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             output="c_proj",
             fused="parts",
             sizes=MappingProxyType({"num_heads": "heads", "split_size": "width"}),
+            mlp_output="mlp.c_proj",
         ),
         "gpt_neox": Layout(
             layers="gpt_neox.layers",
@@ -81,6 +89,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             output="dense",
             fused="heads",
             sizes=MappingProxyType({}),
+            mlp_output="mlp.dense_4h_to_h",
             parallel="use_parallel_residual",
         ),
         "llama": _LLAMA,
@@ -94,6 +103,9 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             output="out_proj",
             fused=None,
             sizes=MappingProxyType({"num_heads": "heads"}),
+            mlp_output="fc2",
+            norm_after="do_layer_norm_before",
+            last_norm="final_layer_norm",
         ),
         "qwen2": _LLAMA,
         "qwen3": _LLAMA,
@@ -193,6 +205,19 @@ def output_projections(model: PreTrainedModel) -> list[nn.Module | None]:
     """The output projection of every layer; None where a layer has lost all its heads."""
     name = layout_of(model).output
     return [None if isinstance(a, EmptiedAttention) else a.get_submodule(name) for a in attentions(model)]
+
+
+def mlp_output_projections(model: PreTrainedModel) -> list[nn.Module]:
+    """The projection of every layer that writes what its MLP adds to the residual stream."""
+    name = layout_of(model).mlp_output
+    return [block.get_submodule(name) for block in blocks(model)]
+
+
+def last_norms(model: PreTrainedModel) -> list[nn.Module | None]:
+    """The norm of every block that comes after what its MLP has added; None where blocks end with the sum."""
+    layout = layout_of(model)
+    after = layout.norm_after is not None and not getattr(model.config, layout.norm_after)
+    return [block.get_submodule(layout.last_norm) if after and layout.last_norm else None for block in blocks(model)]
 
 
 def input_major_weight(projection: nn.Module) -> Tensor:

@@ -1,0 +1,265 @@
+"""Residual streams: a model walked block by block, and what the dense model's stream is at every block.
+
+Dimension letters: N windows, B batch, T time, L layers, E embedding.
+"""
+
+from __future__ import annotations
+
+import os
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning_comparison.devices import has_bfloat16_matrix_units
+from pruning_comparison.models.heads import attentions, blocks, last_norms
+
+Place = Literal["after attention", "after block"]
+
+MOST_BYTES_IN_MEMORY = 256 * 2**20
+"""A dense stream larger than this, in float32, goes to a scratch file, in float16."""
+
+_LEAST_PARAMETERS_FOR_BFLOAT16 = 10_000_000
+
+
+class _Stop(Exception):
+    """Ends a forward pass as soon as what it was run for is known."""
+
+
+@dataclass
+class Stream:
+    """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks."""
+
+    hidden: Tensor
+    calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+
+    def run(self, model: PreTrainedModel, layer: int) -> Tensor:
+        """The stream after the block."""
+        args, kwargs = self.calls[layer]
+        output: Any = blocks(model)[layer](self.hidden, *args, **kwargs)
+        hidden: Tensor = output[0] if isinstance(output, tuple) else output
+        return hidden
+
+    def run_to(self, model: PreTrainedModel, layer: int, module: nn.Module) -> Tensor:
+        """What enters ``module`` of the block; nothing after it is computed."""
+        with _caught_inputs(module, stop=True) as caught:
+            self.run(model, layer)
+        return caught[0]
+
+    def run_apart(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor, Tensor]:
+        """The stream after the block, the sum that the block ends with (before its last norm, if it has one there), and
+        what its attention adds."""
+        added: list[Tensor] = []
+        norm = last_norms(model)[layer]
+        handle = attentions(model)[layer].register_forward_hook(
+            lambda module, inputs, outputs: added.append(outputs[0])
+        )
+        try:
+            if norm is None:
+                after = self.run(model, layer)
+                return after, after, added[0]
+            with _caught_inputs(norm) as caught:
+                after = self.run(model, layer)
+            return after, caught[0].view_as(after), added[0]
+        finally:
+            handle.remove()
+
+
+class DenseStream:
+    """What the dense model's residual stream is after attention and after the MLP of every block, over calibration text.
+
+    It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. A
+    large one is kept in a scratch file, which ``scratch_bytes`` reports and ``close`` (or the end of the process) removes:
+    memory then holds one batch at a time. In a file values are in float16, scaled by a power of two for each layer.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, windows: Tensor, *, batch_size: int, scratch_folder: Path | None = None
+    ) -> None:
+        """Walks the dense ``model`` over ``windows`` [N, T] of token ids.
+
+        ValueError if it is not float32 or float64: streams in less are too coarse to accumulate regression statistics in.
+        """
+        if model.dtype not in (torch.float32, torch.float64):
+            raise ValueError(
+                f"adaptation needs float32 weights, got {model.dtype}: coarser streams cannot be accumulated"
+            )
+        started = time.perf_counter()
+        self.model = model
+        self.windows = windows
+        batches = [batch.to(model.device) for batch in windows.split(batch_size)]
+        self._starts = block_inputs(model, batches)
+        layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
+        size = 2 * layers * windows.numel() * width * model.dtype.itemsize
+        self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
+        self._scratch = _Scratch(layers, scratch_folder) if size > MOST_BYTES_IN_MEMORY else None
+        with torch.no_grad(), self.fast():
+            for number, start in enumerate(self._starts):
+                stream = Stream(start.hidden, start.calls)
+                for layer in range(layers):
+                    before = stream.hidden
+                    after, total, added = stream.run_apart(model, layer)
+                    stream.hidden = after.to(model.dtype)
+                    self._keep(number, layer, "after attention", before + added)
+                    self._keep(number, layer, "after block", total.to(model.dtype))
+        self.seconds = time.perf_counter() - started
+
+    @property
+    def scratch_bytes(self) -> int:
+        """Size of the scratch file; 0 where everything is kept in memory."""
+        return 0 if self._scratch is None else self._scratch.size
+
+    def start(self) -> list[Stream]:
+        """The streams of all batches before the first block."""
+        return [Stream(stream.hidden, stream.calls) for stream in self._starts]
+
+    def at(self, batch: int, layer: int, place: Place) -> Tensor:
+        """The stream [B, T, E] of a batch at a place of a block: the sum that attention, or the block, ends with."""
+        if self._scratch is None:
+            return self._kept[batch][layer, place]
+        return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
+
+    def fast(self) -> AbstractContextManager[Any]:
+        """Within it, matrix products of large models run in bfloat16 where the processor has units for it.
+
+        The stream itself stays in float32: what is rounded is what a block adds to it.
+        """
+        device = self.model.device
+        large = sum(parameter.numel() for parameter in self.model.parameters()) >= _LEAST_PARAMETERS_FOR_BFLOAT16
+        if self.model.dtype == torch.float32 and large and has_bfloat16_matrix_units(device):
+            return torch.autocast(device.type, dtype=torch.bfloat16)
+        return nullcontext()
+
+    def close(self) -> None:
+        """Removes the scratch file."""
+        if self._scratch is not None:
+            self._scratch.close()
+
+    def _keep(self, batch: int, layer: int, place: Place, value: Tensor) -> None:
+        if self._scratch is None:
+            self._kept[batch][layer, place] = value
+        else:
+            self._scratch.write(batch, layer, place, value)
+
+
+class _Scratch:
+    """Streams in a temporary file, in float16, read and written in pieces: no page of it counts as the process's memory."""
+
+    def __init__(self, layers: int, folder: Path | None) -> None:
+        self._file = tempfile.TemporaryFile(prefix="dense_stream_", dir=folder)  # noqa: SIM115
+        self._places: dict[tuple[int, int, Place], tuple[int, torch.Size, float]] = {}
+        self.size = 0
+
+    def write(self, batch: int, layer: int, place: Place, value: Tensor) -> None:
+        largest = float(value.abs().max())
+        # Powers of two lose nothing; what is left of the range keeps small values out of float16's coarse end.
+        scale = 2.0 ** np.floor(np.log2(32768 / largest)) if 0 < largest < float("inf") else 1.0
+        data = (value.float() * scale).half().cpu().contiguous().numpy().tobytes()
+        self._file.seek(self.size)
+        self._file.write(data)
+        self._places[batch, layer, place] = (self.size, value.shape, scale)
+        self.size += len(data)
+
+    def read(self, batch: int, layer: int, place: Place) -> Tensor:
+        offset, shape, scale = self._places[batch, layer, place]
+        self._file.flush()
+        raw = os.pread(self._file.fileno(), 2 * shape.numel(), offset)
+        return torch.frombuffer(bytearray(raw), dtype=torch.float16).view(shape).float() / scale
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def block_inputs(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Stream]:
+    """What the blocks receive, per batch: the model's own code makes masks and positions, not ours.
+
+    Masks may differ between layers (sliding windows), but not between batches of one shape: nothing is padded.
+    """
+    every_block = blocks(model)
+    calls_by_shape: dict[torch.Size, list[tuple[tuple[Any, ...], dict[str, Any]]]] = {}
+    streams: list[Stream] = []
+    for batch in batches:
+        known = batch.shape in calls_by_shape
+        calls = calls_by_shape.setdefault(batch.shape, [])
+        last = every_block[0] if known else every_block[-1]
+        hidden: list[Tensor] = []
+
+        def catch(
+            module: nn.Module,
+            args: tuple[Any, ...],
+            kwargs: dict[str, Any],
+            *,
+            known: bool = known,
+            calls: list[tuple[tuple[Any, ...], dict[str, Any]]] = calls,
+            last: nn.Module = last,
+            hidden: list[Tensor] = hidden,
+        ) -> None:
+            hidden.append(args[0])
+            if not known:
+                calls.append((args[1:], kwargs))
+            if module is last:
+                raise _Stop
+
+        handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in every_block]
+        try:
+            with torch.no_grad():
+                model(input_ids=batch, use_cache=False)
+        except _Stop:
+            streams.append(Stream(hidden[0], calls))
+        finally:
+            for handle in handles:
+                handle.remove()
+    return streams
+
+
+@contextmanager
+def replaced_output(module: nn.Module, output: Any) -> Iterator[None]:
+    """Within it, ``module`` returns ``output`` whatever it is called with, and computes nothing."""
+    module.forward = lambda *args, **kwargs: output
+    try:
+        yield
+    finally:
+        del module.forward
+
+
+@contextmanager
+def silent_inputs(module: nn.Module, features: int) -> Iterator[list[Tensor]]:
+    """Within it, ``module`` adds nothing, zeros [.., features], and the list holds what it was called with."""
+    caught: list[Tensor] = []
+
+    def forward(x: Tensor) -> Tensor:
+        caught.append(x)
+        return x.new_zeros(*x.shape[:-1], features)
+
+    module.forward = forward
+    try:
+        yield caught
+    finally:
+        del module.forward
+
+
+@contextmanager
+def _caught_inputs(module: nn.Module, *, stop: bool = False) -> Iterator[list[Tensor]]:
+    """Within it, the list holds the first inputs of ``module``; with ``stop`` the pass ends there."""
+    caught: list[Tensor] = []
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+        caught.append(inputs[0])
+        if stop:
+            raise _Stop
+
+    handle = module.register_forward_pre_hook(hook)
+    try:
+        yield caught
+    except _Stop:
+        pass
+    finally:
+        handle.remove()
