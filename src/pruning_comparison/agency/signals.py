@@ -294,9 +294,10 @@ def redundancies(moments: LayerMoments, *, ridge: float) -> Tensor:
         for position in range(heads):
             own = slice(position * moments.head_size, (position + 1) * moments.head_size)
             # The columns of the inverse hold the regression of this head on all others: -P_oh = B P_hh.
-            error = inverse[:, own] @ torch.linalg.solve(inverse[own, own], weight[own])
-            missed[position] += (error * (gram @ error)).sum()
-            total[position] += (weight[own] * (gram[own, own] @ weight[own])).sum()
+            unexplained = torch.linalg.solve(inverse[own, own], inverse[own])  # [D, F]
+            written = weight[own] @ weight[own].T
+            missed[position] += (written * (unexplained @ gram @ unexplained.T)).sum()
+            total[position] += (written * gram[own, own]).sum()
     nothing = total <= _ROUNDING * total.max()
     return torch.where(nothing, torch.ones_like(total), 1 - missed / total.clamp(min=1e-300))
 
