@@ -1,0 +1,344 @@
+"""States and consent: which heads agree to leave, in what order they are asked, and who is overridden. Pure functions.
+
+Dimension letters: L layers, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from enum import StrEnum
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pruning_comparison.agency.signals import CostModel, HeadSignals
+from pruning_comparison.selection import Scope, heads_to_prune
+
+
+class HeadState(StrEnum):
+    """What a head is doing at the moment. See ``states``."""
+
+    ACTIVE = "active"
+    OVERLOADED = "overloaded"
+    MISALIGNED = "misaligned"
+    WITHDRAWN = "withdrawn"
+
+
+class Answer(StrEnum):
+    """How a head that was asked to leave has answered, or been answered."""
+
+    CONSENTED = "consented"
+    REFUSED = "refused"
+    OVERRIDDEN = "overridden"
+
+
+States = tuple[tuple[HeadState, ...], ...]
+"""The state of every head, ``states[layer][head]``."""
+
+
+@dataclass(frozen=True)
+class Thresholds:
+    """Every threshold of states and consent, by name.
+
+    States are entered at one value and left at another, so that a head near the edge does not change sides every round.
+    """
+
+    consent_cost: float | None = None
+    """A head consents at or below this withdrawal cost, in the unit of the costs. None: ``consent_quantile`` decides."""
+
+    consent_quantile: float = 0.5
+    """The threshold is this quantile, 0 to 1, of the live heads' withdrawal costs at the start of the round."""
+
+    overloaded_factor: float = 0.5
+    """An overloaded head consents only at or below this share of the threshold."""
+
+    overloaded_growth: float = 2.0
+    """Overloaded from this multiple of the head's own contribution at the start on, if ``overloaded_share`` is met too."""
+
+    overloaded_growth_left: float = 1.5
+    """No longer overloaded below this multiple of the head's own contribution at the start."""
+
+    overloaded_share: float = 2.0
+    """Overloaded from this multiple of the equal share, 1 / live heads of the layer, on, if ``overloaded_growth`` is met."""
+
+    overloaded_share_left: float = 1.5
+    """No longer overloaded below this multiple of the equal share."""
+
+    misaligned: float = -0.2
+    """Misaligned at or below this correlation with the rest of the layer."""
+
+    misaligned_left: float = -0.1
+    """No longer misaligned above this correlation with the rest of the layer."""
+
+    def __post_init__(self) -> None:
+        if self.consent_cost is not None and not self.consent_cost >= 0:
+            raise ValueError(f"consent_cost must be at least 0, got {self.consent_cost}")
+        if not 0 <= self.consent_quantile <= 1:
+            raise ValueError(f"consent_quantile must lie in [0, 1], got {self.consent_quantile}")
+        if not 0 <= self.overloaded_factor <= 1:
+            raise ValueError(f"overloaded_factor must lie in [0, 1], got {self.overloaded_factor}")
+        for entered, left in (("overloaded_growth",) * 2, ("overloaded_share",) * 2):
+            if not getattr(self, f"{left}_left") <= getattr(self, entered):
+                raise ValueError(f"{left}_left must be at most {entered}, got {getattr(self, f'{left}_left')}")
+        if not self.misaligned <= self.misaligned_left:
+            raise ValueError(f"misaligned_left must be at least misaligned, got {self.misaligned_left}")
+
+    def limit(self, costs: Tensor) -> float:
+        """The cost up to which heads consent in a round that starts with ``costs`` [L, H], NaN for withdrawn heads."""
+        if self.consent_cost is not None:
+            return self.consent_cost
+        live = costs[costs.isfinite()]
+        return float(np.quantile(live.numpy(), self.consent_quantile)) if len(live) else 0.0
+
+
+def states(
+    signals: HeadSignals, previous: States | None, thresholds: Thresholds, *, start: Tensor | None = None
+) -> States:
+    """The state of every head.
+
+    * ``withdrawn``: it has left; its signals are NaN.
+    * ``misaligned``: it works against its layer, its alignment is at most ``thresholds.misaligned``.
+    * ``overloaded``: it carries far more than its share since others withdrew. Its contribution has grown to at least
+      ``overloaded_growth`` times its own at the ``start`` [L, H], and is at least ``overloaded_share`` times the equal
+      share of its layer's live heads.
+    * ``active`` otherwise. A head that is both misaligned and overloaded is misaligned.
+
+    A head keeps a state that it was in, by ``previous``, until it crosses the ``.._left`` threshold. Without a ``start``
+    nobody is overloaded. ValueError where a withdrawn head is back.
+    """
+    contribution, alignment = signals.contribution, signals.alignment
+    live = contribution.isfinite()
+    equal_share = 1 / live.sum(1).clamp(min=1).double()
+    table = []
+    for layer in range(live.shape[0]):
+        row = []
+        for head in range(live.shape[1]):
+            before = HeadState.ACTIVE if previous is None else previous[layer][head]
+            if not live[layer, head]:
+                row.append(HeadState.WITHDRAWN)
+                continue
+            if before is HeadState.WITHDRAWN:
+                raise ValueError(f"head {(layer, head)} was withdrawn and has signals again")
+            was_misaligned, was_overloaded = before is HeadState.MISALIGNED, before is HeadState.OVERLOADED
+            growth = thresholds.overloaded_growth_left if was_overloaded else thresholds.overloaded_growth
+            share = thresholds.overloaded_share_left if was_overloaded else thresholds.overloaded_share
+            edge = thresholds.misaligned_left if was_misaligned else thresholds.misaligned
+            own, first = float(contribution[layer, head]), math.inf if start is None else float(start[layer, head])
+            if float(alignment[layer, head]) <= edge:
+                row.append(HeadState.MISALIGNED)
+            elif own > 0 and own >= growth * first and own >= share * float(equal_share[layer]):
+                row.append(HeadState.OVERLOADED)
+            else:
+                row.append(HeadState.ACTIVE)
+        table.append(tuple(row))
+    return tuple(table)
+
+
+@dataclass(frozen=True)
+class Reply:
+    """One head that was asked to leave in a negotiation.
+
+    ``rank`` counts the heads asked, from 0. ``cost`` is its weighed withdrawal cost when it was asked, ``limit`` the cost up
+    to which it would have consented. ``left`` counts the heads that left, from 0, None for one that stayed; ``left_cost`` is
+    what it cost then, which for an overridden head differs from ``cost`` where others of its layer left in between.
+    """
+
+    layer: int
+    head: int
+    answer: Answer
+    state: HeadState
+    rank: int
+    cost: float
+    limit: float
+    left: int | None
+    left_cost: float | None
+
+
+@dataclass(frozen=True)
+class Negotiation:
+    """What a negotiation came to.
+
+    ``replies`` in the order in which heads were asked; ``keep`` bool [L, H] without those that left; ``limit`` the
+    withdrawal cost up to which active heads consented; ``costs`` the cost model of the heads that stay.
+    """
+
+    replies: tuple[Reply, ...]
+    keep: Tensor
+    limit: float
+    costs: CostModel
+
+    @property
+    def left(self) -> tuple[tuple[int, int], ...]:
+        """The heads (layer, head) that left, in that order."""
+        leaving = sorted((reply.left, reply.layer, reply.head) for reply in self.replies if reply.left is not None)
+        return tuple((layer, head) for _, layer, head in leaving)
+
+    @property
+    def violations(self) -> tuple[Reply, ...]:
+        """Heads that left although they had refused, in the order in which they were overridden."""
+        overridden = [reply for reply in self.replies if reply.answer is Answer.OVERRIDDEN]
+        return tuple(sorted(overridden, key=lambda reply: -1 if reply.left is None else reply.left))
+
+
+def negotiate(
+    scores: Tensor,
+    costs: CostModel,
+    keep: Tensor,
+    quota: int | Sequence[int],
+    thresholds: Thresholds,
+    *,
+    states: States | None = None,
+    heed_states: bool = True,
+    everyone_consents: bool = False,
+) -> Negotiation:
+    """Asks live heads to leave, in the method's order, until ``quota`` of them have left.
+
+    ``scores`` [L, H]: the method's, higher = keep; ties are asked in order of layer, then head. ``keep`` bool [L, H]: live
+    heads. ``quota``: how many must leave, of the whole model, or of each layer (L numbers, ``--scope=layer``).
+
+    A head consents when its present withdrawal cost is at most ``thresholds.limit``. One that consents leaves at once, which
+    changes the costs of the others in its layer: of two heads that duplicate each other exactly one is cheap. When everyone
+    was asked and too few have consented, the refusals that are cheapest by then are overridden one at a time, with costs
+    brought up to date in between; each is a consent violation. Nobody is asked once the quota is met.
+
+    ``states`` change the answers where ``heed_states``: misaligned heads are asked before all others, and overloaded ones
+    consent only at ``thresholds.overloaded_factor`` of the limit. ``everyone_consents`` takes the method's order as it is.
+
+    ValueError if the quota is more than the live heads, if a live head's score is not finite, or if costs and mask disagree
+    on who is live.
+    """
+    keep = keep.cpu().clone()
+    scores = scores.cpu().double()
+    open_quota = _Quota.of(quota, keep)
+    start_costs = costs.costs()
+    _check_live(scores, start_costs, keep)
+    limit = thresholds.limit(start_costs)
+    heeded = states if heed_states and not everyone_consents else None
+
+    def state_of(layer: int, head: int) -> HeadState:
+        return HeadState.ACTIVE if states is None else states[layer][head]
+
+    def urgency(place: list[int]) -> tuple[bool, float, list[int]]:
+        late = heeded is None or heeded[place[0]][place[1]] is not HeadState.MISALIGNED
+        return late, float(scores[place[0], place[1]]), place
+
+    replies: list[Reply] = []
+    gone = 0
+
+    def leave(layer: int, head: int) -> None:
+        nonlocal costs, gone
+        costs = costs.withdraw(layer, head)
+        keep[layer, head] = False
+        open_quota.take(layer)
+        gone += 1
+
+    for layer, head in sorted(keep.nonzero().tolist(), key=urgency):
+        if not open_quota.left(layer):
+            continue
+        cost = costs.cost(layer, head)
+        overloaded = heeded is not None and heeded[layer][head] is HeadState.OVERLOADED
+        own_limit = limit * thresholds.overloaded_factor if overloaded else limit
+        yes = everyone_consents or cost <= own_limit
+        answer = Answer.CONSENTED if yes else Answer.REFUSED
+        place, left_cost = (gone, cost) if yes else (None, None)
+        state = state_of(layer, head)
+        replies.append(Reply(layer, head, answer, state, len(replies), cost, own_limit, place, left_cost))
+        if yes:
+            leave(layer, head)
+    while refused := [reply for reply in replies if reply.left is None and open_quota.left(reply.layer)]:
+        cheapest = min(refused, key=lambda reply: (costs.cost(reply.layer, reply.head), reply.rank))
+        cost = costs.cost(cheapest.layer, cheapest.head)
+        replies[cheapest.rank] = replace(cheapest, answer=Answer.OVERRIDDEN, left=gone, left_cost=cost)
+        leave(cheapest.layer, cheapest.head)
+    return Negotiation(tuple(replies), keep, limit, costs)
+
+
+def quota_of_level(level: float, keep: Tensor, scope: Scope = "model") -> int | list[int]:
+    """How many more heads have to leave, besides those gone from ``keep`` bool [L, H], for the model to be at ``level``.
+
+    For the whole model, or for each layer where ``scope`` is "layer". ValueError where more are gone than the level says.
+    """
+    if scope == "layer":
+        quota = [heads_to_prune(level, keep.shape[1]) - int(gone) for gone in (~keep).sum(1)]
+    else:
+        quota = [heads_to_prune(level, keep.numel()) - int((~keep).sum())]
+    if min(quota) < 0:
+        raise ValueError(f"{int((~keep).sum())} heads are gone already, more than level {level} takes out")
+    return quota if scope == "layer" else quota[0]
+
+
+def negotiate_levels(
+    scores: Tensor,
+    costs: CostModel,
+    keep: Tensor,
+    levels: Sequence[float],
+    thresholds: Thresholds,
+    *,
+    scope: Scope = "model",
+    states: States | None = None,
+    heed_states: bool = True,
+    everyone_consents: bool = False,
+) -> list[Negotiation]:
+    """One negotiation for each of the rising ``levels`` on the same scores and signals, each going on from the one before.
+
+    Every level ends with the number of heads that its rule asks for, so the keep masks are nested and as large as those of
+    any other variant. The threshold is that of the heads then live.
+    """
+    results: list[Negotiation] = []
+    for level in levels:
+        negotiation = negotiate(
+            scores,
+            costs,
+            keep,
+            quota_of_level(level, keep, scope),
+            thresholds,
+            states=states,
+            heed_states=heed_states,
+            everyone_consents=everyone_consents,
+        )
+        results.append(negotiation)
+        keep, costs = negotiation.keep, negotiation.costs
+    return results
+
+
+class _Quota:
+    """How many heads still have to leave: of the model as a whole, or of each layer."""
+
+    def __init__(self, remaining: list[int], per_layer: bool) -> None:
+        self._remaining = remaining
+        self._per_layer = per_layer
+
+    @classmethod
+    def of(cls, quota: int | Sequence[int], keep: Tensor) -> _Quota:
+        """ValueError where the quota does not fit the live heads."""
+        per_layer = not isinstance(quota, int)
+        remaining = [quota] if isinstance(quota, int) else list(quota)
+        live = keep.sum(1).tolist() if per_layer else [int(keep.sum())]
+        if len(remaining) != len(live):
+            raise ValueError(f"the quota has {len(remaining)} numbers, the model {len(live)} layers")
+        for wanted, available in zip(remaining, live, strict=True):
+            if not 0 <= wanted <= available:
+                raise ValueError(f"{wanted} heads must leave, but {available} are live; choose a lower level")
+        return cls(remaining, per_layer)
+
+    def left(self, layer: int) -> int:
+        return self._remaining[layer if self._per_layer else 0]
+
+    def take(self, layer: int) -> None:
+        self._remaining[layer if self._per_layer else 0] -= 1
+
+
+def _check_live(scores: Tensor, costs: Tensor, keep: Tensor) -> None:
+    if scores.shape != keep.shape:
+        raise ValueError(f"scores have shape {tuple(scores.shape)}, the keep mask {tuple(keep.shape)}")
+    for layer, head in keep.nonzero().tolist():
+        if not bool(scores[layer, head].isfinite()):
+            raise ValueError(
+                f"the score of head {(layer, head)} is {scores[layer, head].item()}; scores must be finite"
+            )
+    if not torch.equal(costs.isfinite(), keep):
+        layer, head = (costs.isfinite() != keep).nonzero()[0].tolist()
+        raise ValueError(f"costs and keep mask disagree on head {(layer, head)}: measure signals on the same heads")
