@@ -48,7 +48,7 @@ def small_spec(folder, **changes):
 
 def tables(folder):
     with RunStore(folder) as store:
-        return {name: store.table(name) for name in ("cells", "measurements", "heads", "texts")}
+        return {name: store.table(name) for name in ("cells", "measurements", "heads", "signals", "replies", "texts")}
 
 
 def test_every_cell_metric_prompt_and_document_is_there(folder, tmp_path):
@@ -82,19 +82,78 @@ def test_scores_may_see_a_part_of_the_calibration_text_and_adaptation_sees_all_o
     assert torch.equal(*(load_workspace(s, prepare(s)).calibration(1) for s in (spec, everything)))
 
 
-def test_both_variants_lose_the_same_heads_and_agency_pays_for_adaptation(folder, tmp_path):
-    stored = tables(run_comparison(small_spec(folder), output_dir=tmp_path))
+def test_agency_adaptation_loses_the_baselines_heads_and_pays_for_adaptation(folder, tmp_path):
+    spec = small_spec(folder, variants=("baseline", "agency-adaptation"))
+    stored = tables(run_comparison(spec, output_dir=tmp_path))
     heads = stored["heads"].set_index(["method", "iteration", "level", "layer", "head"])
-    kept = {variant: heads.loc[heads["variant"] == variant, "kept"] for variant in ("baseline", "agency")}
-    pd.testing.assert_series_equal(kept["baseline"].sort_index(), kept["agency"].sort_index())
+    kept = {variant: heads.loc[heads["variant"] == variant, "kept"] for variant in spec.variants}
+    pd.testing.assert_series_equal(kept["baseline"].sort_index(), kept["agency-adaptation"].sort_index())
     cost = stored["measurements"].query("metric == 'adaptation_s'")
-    assert set(cost["variant"]) == {"agency"}
+    assert set(cost["variant"]) == {"agency-adaptation"}
     assert set(cost["level"]) == {50}
     fingerprints = stored["cells"].set_index(["variant", "method", "iteration", "level"])["fingerprint"]
     assert (fingerprints.xs(0, level="level") == "dense").all()
     assert fingerprints["baseline", "magnitude", 0, 50] == fingerprints["baseline", "magnitude", 1, 50]
     assert fingerprints["baseline", "random", 0, 50] != fingerprints["baseline", "random", 1, 50]
-    assert fingerprints["agency", "magnitude", 0, 50] != fingerprints["agency", "magnitude", 1, 50]
+    adapted = [fingerprints["agency-adaptation", "magnitude", iteration, 50] for iteration in (0, 1)]
+    assert adapted[0] != adapted[1]
+
+
+def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
+    """Levels 20 and 50 of 8 heads: 2 and 4 leave, in rounds of 10 % that take 1, 1, 0, 1 and 1."""
+    spec = small_spec(
+        folder,
+        variants=("agency", "agency-always-yes", "agency-selection", "baseline-progressive"),
+        pruning_levels=(0, 20, 50),
+        pruning_methods=("magnitude",),
+        iterations=1,
+    )
+    stored = tables(run_comparison(spec, output_dir=tmp_path, raise_failures=True))
+    replies, signals, cells = stored["replies"], stored["signals"], stored["cells"]
+    assert set(replies["variant"]) == {"agency", "agency-always-yes", "agency-selection"}
+    at_50 = replies[(replies["variant"] == "agency") & (replies["level"] == 50)]
+    gone = at_50[at_50["left_rank"].notna()]
+    lost = stored["heads"].query("variant == 'agency' and level == 50 and kept == 0")
+    assert sorted(zip(gone["layer"], gone["head"], strict=True)) == sorted(
+        zip(lost["layer"], lost["head"], strict=True)
+    )
+    assert gone.groupby("round_level").size().to_dict() == {10: 1, 20: 1, 40: 1, 50: 1}
+    assert set(gone["answer"]) <= {"consented", "overridden"}
+    assert (at_50[at_50["left_rank"].isna()]["answer"] == "refused").all()
+    assert set(replies.loc[replies["variant"] == "agency-always-yes", "answer"]) == {"consented"}
+    states = signals.query("variant == 'agency' and level == 50 and round_level == 50")
+    assert (states["state"] == "withdrawn").sum() == 3
+    assert states.loc[states["state"] != "withdrawn", ["contribution", "redundancy", "importance"]].notna().all(axis=None)
+    # Selection is agency's heads with the original weights; the progressive baseline does not adapt either.
+    keys = ["layer", "head", "kept"]
+    heads = {
+        v: stored["heads"].query(f"variant == '{v}' and level == 50")[keys].to_numpy().tolist() for v in spec.variants
+    }
+    assert heads["agency"] == heads["agency-selection"]
+    rows = stored["measurements"].query("level == 50")
+    assert set(rows.loc[rows["metric"] == "adaptation_s", "variant"]) == {"agency", "agency-always-yes"}
+    assert set(rows.loc[rows["metric"] == "negotiation_s", "variant"]) == set(replies["variant"])
+    prints = cells.query("level == 50").set_index("variant")["fingerprint"]
+    assert prints["agency"] != prints["agency-selection"]
+
+
+def test_recovery_trains_every_variant_alike(folder, tmp_path):
+    spec = small_spec(
+        folder,
+        pruning_methods=("magnitude",),
+        variants=("baseline", "agency-adaptation"),
+        recovery_steps=3,
+        iterations=1,
+    )
+    rows = tables(run_comparison(spec, output_dir=tmp_path, raise_failures=True))["measurements"]
+    tokens = rows[rows["metric"] == "recovery_tokens"].set_index(["variant", "level"])["value"].to_dict()
+    # 3 steps of 8 windows of 64 tokens; nothing to recover at level 0.
+    assert tokens == {("agency-adaptation", 50): 1536, ("baseline", 50): 1536}
+    workspaces = [load_workspace(s, prepare(s)) for s in (spec, small_spec(folder))]
+    cell = Cell("baseline", "magnitude", 0, 50.0)
+    recovered, plain = (build(workspace, cell) for workspace in workspaces)
+    assert torch.equal(recovered.keep, plain.keep)
+    assert recovered.fingerprint != plain.fingerprint
 
 
 @pytest.mark.parametrize("execution", ["compact", "masked"])

@@ -368,6 +368,7 @@ def test_a_grouped_model_goes_through_the_whole_comparison(tmp_path):
         eval_tokens=256,
         calibration_tokens=256,
         calibration_window=64,
+        variants=("baseline", "agency", "agency-adaptation"),
         **write_short_texts(tmp_path),
     )
     with RunStore(run_comparison(spec, output_dir=tmp_path, raise_failures=True)) as store:
@@ -375,8 +376,8 @@ def test_a_grouped_model_goes_through_the_whole_comparison(tmp_path):
     assert (cells["status"] == "done").all()
     assert (cells.loc[cells["level"] == 50, "heads_pruned"] == 6).all()
     sizes = rows[rows["metric"] == "parameter_bytes"].set_index(["variant", "method", "level"])["value"]
-    for method in spec.pruning_methods:  # agency pays for a new bias of 48 float32 numbers per refitted layer
-        assert sizes["agency", method, 50] - sizes["baseline", method, 50] in (4 * 48, 8 * 48)
+    for method in spec.pruning_methods:  # agency pays for two new biases of 48 float32 numbers per refitted layer
+        assert sizes["agency-adaptation", method, 50] - sizes["baseline", method, 50] in (8 * 48, 16 * 48)
     perplexity = rows[rows["metric"] == "window_nats"].groupby(["variant", "level"])["value"].sum()
     assert perplexity["agency", 0] == perplexity["baseline", 0]
 

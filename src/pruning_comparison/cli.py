@@ -161,6 +161,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
     add("ridge", type=float, help="ridge of the adaptation of attention, relative to the mean diagonal")
     add("mlp_ridge", type=float, help="ridge of the adaptation of the MLP, relative to the mean diagonal")
+    add(
+        "recovery_steps",
+        type=_whole_number,
+        help="steps of distillation from the dense model, the same for every variant",
+    )
+    add("recovery_rate", type=float, help="learning rate of these steps")
     add("seed", type=_whole_number, help="seed of everything random")
     add("threads", type=_whole_number, default=None, help="CPU threads; all cores, if not given")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")

@@ -17,7 +17,17 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison import __version__
-from pruning_comparison.agency import AdaptationCost, DenseStream, ProgressiveTrajectory, adapt
+from pruning_comparison.agency import (
+    AdaptationCost,
+    DenseStream,
+    Hearing,
+    NegotiatedTrajectory,
+    ProgressiveTrajectory,
+    RecoveryCost,
+    Round,
+    adapt,
+    recover,
+)
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
@@ -57,8 +67,11 @@ from pruning_comparison.texts import (
     whole_windows,
 )
 
-ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation"})
-"""Variants whose survivors adapt. In this version ``agency`` is ``agency-adaptation``: consent is not part of it yet."""
+ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation", "agency-always-yes"})
+"""Variants that are measured with adapted weights."""
+
+NEGOTIATING_VARIANTS = frozenset({"agency", "agency-selection", "agency-always-yes"})
+"""Variants whose heads are asked, in rounds between which the survivors adapt."""
 
 Report = Callable[[str], None]
 
@@ -80,13 +93,19 @@ class Inputs:
 
 @dataclass(frozen=True)
 class PrunedModel:
-    """A model that is ready to be measured, with what was done to it. ``fingerprint`` names weights and heads."""
+    """A model that is ready to be measured, with what was done to it. ``fingerprint`` names weights and heads.
+
+    ``hearings`` are the rounds in which its heads were asked, ``negotiation_s`` what they took; None where nobody was asked.
+    """
 
     model: PreTrainedModel
     keep: Tensor
     scores: HeadScores
     fingerprint: str
     cost: AdaptationCost | None
+    hearings: tuple[Hearing, ...] = ()
+    negotiation_s: float | None = None
+    recovery: RecoveryCost | None = None
 
 
 @dataclass
@@ -100,6 +119,7 @@ class Workspace:
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
+    _negotiated: dict[tuple[bool, str, int], NegotiatedTrajectory] = field(default_factory=dict)
     _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
@@ -157,6 +177,40 @@ class Workspace:
                 scope=cast(Scope, self.spec.scope),
             )
         return self._progressive[key]
+
+    def negotiated(self, variant: str, method: str, iteration: int) -> NegotiatedTrajectory:
+        """The path of a variant whose heads are asked; variants that ask alike share one. Only the latest are kept."""
+        everyone_consents = variant == "agency-always-yes"
+        key = (everyone_consents, method, iteration)
+        if key not in self._negotiated:
+            for other in [other for other in self._negotiated if other[1:] != key[1:]]:
+                del self._negotiated[other]
+            dense = self.dense_stream(iteration)
+            windows = self.score_windows(iteration)
+            # Rounds only have to find the heads; what is measured is adapted with all there is.
+            steps = "refit" if self.spec.adaptation == "refit-mlp" else self.spec.adaptation
+
+            def adapt_round(model: PreTrainedModel) -> None:
+                adapt(dense, model, steps=steps, ridge=self.spec.ridge, most_tokens=windows.numel())
+
+            def importance(model: PreTrainedModel) -> Tensor:
+                if model is self.reference:
+                    return self.ranking("fisher", iteration).scores
+                return self._rank(model, "fisher", iteration, self.spec.entropy_direction).scores
+
+            self._negotiated[key] = NegotiatedTrajectory(
+                self.reference,
+                score=lambda model: self._rank_again(model, method, iteration),
+                importance=None if method == "fisher" else importance,
+                adapt=adapt_round,
+                windows=windows,
+                batch_size=self.spec.quality_batch_size,
+                all_heads=self.grid.all_heads(),
+                scope=cast(Scope, self.spec.scope),
+                ridge=self.spec.ridge,
+                everyone_consents=everyone_consents,
+            )
+        return self._negotiated[key]
 
     def _rank_again(self, model: PreTrainedModel, method: str, iteration: int) -> HeadScores:
         """The method's scores on a model that has been pruned further; the direction of entropy stays the dense model's."""
@@ -242,32 +296,36 @@ def run_cell(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResul
         heads_total=total,
         fingerprint=pruned.fingerprint,
         details=pruned.scores.details,
-        measurements=[*perplexity, *text_measurements, *size, *_cost_measurements(pruned.cost)],
+        measurements=[*perplexity, *text_measurements, *size, *_cost_measurements(pruned)],
         heads=[
             (layer, head, float(scores[layer, head]), bool(pruned.keep[layer, head]))
             for layer in range(workspace.grid.n_layers)
             for head in range(workspace.grid.n_heads)
         ],
         texts=texts,
+        hearings=pruned.hearings,
     )
 
 
 def build(workspace: Workspace, cell: Cell) -> PrunedModel:
     """Scores, chooses, prunes and, for variants that do, adapts: the model that a cell measures."""
     spec = workspace.spec
-    if cell.variant == "baseline-progressive":
+    reached: Round | None = None
+    if cell.variant in NEGOTIATING_VARIANTS and cell.level > 0:
+        reached = workspace.negotiated(cell.variant, cell.method, cell.iteration).at(cell.level)
+    elif cell.variant == "baseline-progressive":
         reached = workspace.progressive(cell.method, cell.iteration).at(cell.level)
-        keep, scores, compact = reached.keep, reached.scores, reached.model
+    if reached is not None:
+        keep, scores = reached.keep, reached.scores
     else:
         scores = workspace.ranking(cell.method, cell.iteration)
         keep = select_heads(scores.scores, cell.level, cast(Scope, spec.scope))
-        compact = remove_heads(workspace.reference, keep)
     check_count(keep, cell.level, spec)
     if bool(keep.all()):
         return PrunedModel(workspace.dense, keep, scores, "dense", None)
+    compact = remove_heads(workspace.reference, keep)
     cost, identity = None, [keep.numpy().tobytes()]
-    if cell.variant in ADAPTING_VARIANTS:
-        windows = workspace.calibration(cell.iteration)
+    if cell.variant in ADAPTING_VARIANTS and spec.adaptation != "none":
         cost = adapt(
             workspace.dense_stream(cell.iteration),
             compact,
@@ -276,14 +334,28 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
             mlp_ridge=spec.mlp_ridge,
             measure_peak=spec.memory_logging,
         )
-        identity.append(windows.numpy().tobytes())
+        identity.append(workspace.calibration(cell.iteration).numpy().tobytes())
+    recovery = None
+    if spec.recovery_steps:
+        compact, recovery = recover(
+            workspace.reference,
+            compact,
+            workspace.calibration(cell.iteration),
+            steps=spec.recovery_steps,
+            batch_size=spec.quality_batch_size,
+            learning_rate=spec.recovery_rate,
+            generator=workspace.generator("recovery", cell.iteration),
+        )
+        identity.append(f"recovered {cell.iteration}".encode())
     fingerprint = hashlib.sha256(b"|".join(identity)).hexdigest()[:16]
     if spec.execution == "masked":
         model = at_precision(masked_copy(workspace.reference, compact, keep), spec.precision)
         mask_heads(model, keep)
     else:
         model = at_precision(compact, spec.precision)
-    return PrunedModel(model, keep, scores, fingerprint, cost)
+    hearings = () if reached is None else reached.hearings
+    negotiation_s = reached.seconds if reached is not None and hearings else None
+    return PrunedModel(model, keep, scores, fingerprint, cost, hearings, negotiation_s, recovery)
 
 
 def check_count(keep: Tensor, level: float, spec: ComparisonSpec) -> None:
@@ -577,13 +649,20 @@ def _write_and_measure(
     return measurements, texts
 
 
-def _cost_measurements(cost: AdaptationCost | None) -> list[Measurement]:
+def _cost_measurements(pruned: PrunedModel) -> list[Measurement]:
+    rows = []
+    if pruned.negotiation_s is not None:
+        rows.append(Measurement("negotiation_s", pruned.negotiation_s, "s"))
+    if pruned.recovery is not None:
+        rows.append(Measurement("recovery_s", pruned.recovery.seconds, "s"))
+        rows.append(Measurement("recovery_tokens", pruned.recovery.tokens, "token"))
+    cost = pruned.cost
     if cost is None:
-        return []
-    rows = [
-        Measurement("adaptation_s", cost.seconds, "s"),
-        Measurement("adaptation_tokens", cost.tokens, "token"),
-    ]
+        return rows
+    rows.append(Measurement("adaptation_s", cost.seconds, "s"))
+    rows.append(Measurement("adaptation_tokens", cost.tokens, "token"))
+    if cost.scratch_bytes:
+        rows.append(Measurement("adaptation_scratch_bytes", cost.scratch_bytes, "byte"))
     if cost.peak_memory_bytes is not None:
         rows.append(Measurement("adaptation_peak_memory_bytes", cost.peak_memory_bytes, "byte"))
     return rows
@@ -599,11 +678,6 @@ def _measurement(metric: str, value: float | None, reason: str | None, **place: 
 
 def _warnings(spec: ComparisonSpec) -> list[str]:
     warnings = []
-    if "agency" in spec.variants:
-        warnings.append(
-            "in this version the variant agency is agency-adaptation: the baseline's heads are cut and the survivors adapt; "
-            "signals, states and consent are not part of it yet"
-        )
     if spec.device == "cpu" and spec.precision == "float16":
         warnings.append("float16 on a CPU is slow and its speed says nothing about a GPU")
     return warnings

@@ -12,7 +12,14 @@ from typing import Any, NamedTuple
 from pruning_comparison.errors import InputError
 
 METHODS = ("entropy", "random", "magnitude", "taylor", "fisher", "ablation")
-VARIANTS = ("baseline", "agency", "baseline-progressive", "agency-adaptation")
+VARIANTS = (
+    "baseline",
+    "agency",
+    "baseline-progressive",
+    "agency-adaptation",
+    "agency-selection",
+    "agency-always-yes",
+)
 PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")
 SCOPES = ("model", "layer")
@@ -72,6 +79,8 @@ class ComparisonSpec:
     adaptation: str = "refit-mlp"
     ridge: float = 0.1
     mlp_ridge: float = 0.3
+    recovery_steps: int = 0
+    recovery_rate: float = 3e-4
     threads: int = 1
     quality_batch_size: int = 8
     memory_logging: bool = False
@@ -106,6 +115,7 @@ class ComparisonSpec:
             ("threads", 1),
             ("quality_batch_size", 1),
             ("seed", 0),
+            ("recovery_steps", 0),
         ):
             value = getattr(self, field)
             _require(value >= least, field, value, f"must be at least {least}", "Give a larger whole number.")
@@ -137,6 +147,13 @@ class ComparisonSpec:
             f"must not exceed the window of {self.eval_window} tokens, or tokens would be skipped",
             "Give a smaller stride.",
         )
+        _require(
+            self.execution == "compact" or not self.recovery_steps,
+            "recovery_steps",
+            self.recovery_steps,
+            "needs --execution=compact: a masked model has full-size weights, which recovery would train",
+            "Leave one of the two out.",
+        )
         if self.score_tokens is not None:
             _require(
                 2 <= self.score_tokens <= self.calibration_tokens,
@@ -145,9 +162,9 @@ class ComparisonSpec:
                 f"must be at least 2 and at most the {self.calibration_tokens} calibration tokens, of which it is a part",
                 "Leave it out to score on all of them.",
             )
-        for field in ("ridge", "mlp_ridge"):
+        for field in ("ridge", "mlp_ridge", "recovery_rate"):
             strength = getattr(self, field)
-            _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Give 0.1.")
+            _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Leave it out.")
 
     def cells(self) -> Iterator[Cell]:
         """Every cell, in the order in which a serial run measures them: by method, iteration, level, then variant."""

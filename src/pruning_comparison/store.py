@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import sqlite3
 import time
@@ -10,12 +11,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from pruning_comparison.errors import StoreError
 from pruning_comparison.spec import Cell
+
+if TYPE_CHECKING:
+    from pruning_comparison.agency import Hearing
 
 JOURNAL = "journal.sqlite"
 MANIFEST = "manifest.json"
@@ -31,6 +35,10 @@ CREATE TABLE IF NOT EXISTS measurements (
     metric TEXT, value REAL, unit TEXT, reason TEXT);
 CREATE INDEX IF NOT EXISTS measurements_by_cell ON measurements (method, iteration, level, variant, phase);
 CREATE TABLE IF NOT EXISTS heads ({_KEY}, layer INTEGER, head INTEGER, score REAL, kept INTEGER);
+CREATE TABLE IF NOT EXISTS signals ({_KEY}, round_level REAL, layer INTEGER, head INTEGER, state TEXT, utilisation REAL,
+    contribution REAL, alignment REAL, redundancy REAL, importance REAL, withdrawal_cost REAL);
+CREATE TABLE IF NOT EXISTS replies ({_KEY}, round_level REAL, layer INTEGER, head INTEGER, answer TEXT, state TEXT,
+    asked_rank INTEGER, cost REAL, cost_limit REAL, left_rank INTEGER, left_cost REAL);
 CREATE TABLE IF NOT EXISTS texts ({_KEY}, temperature REAL, prompt INTEGER, prompt_text TEXT, text TEXT);
 CREATE TABLE IF NOT EXISTS timings (method TEXT, iteration INTEGER, level REAL, PRIMARY KEY (method, iteration, level));
 """
@@ -76,6 +84,7 @@ class CellResult:
     measurements: Sequence[Measurement] = ()
     heads: Sequence[tuple[int, int, float, bool]] = ()
     texts: Sequence[GeneratedText] = ()
+    hearings: Sequence[Hearing] = ()
 
 
 class RunStore:
@@ -112,7 +121,7 @@ class RunStore:
         key = tuple(result.cell)
         where = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
         with self._transaction():
-            for table in ("cells", "heads", "texts"):
+            for table in ("cells", "heads", "signals", "replies", "texts"):
                 self._journal.execute(f"DELETE FROM {table} {where}", key)
             self._journal.execute(f"DELETE FROM measurements {where} AND phase = 'quality'", key)
             self._insert(
@@ -133,6 +142,9 @@ class RunStore:
             )
             self._insert("measurements", [self._row(result.cell, "quality", row) for row in result.measurements])
             self._insert("heads", [(*key, *row) for row in result.heads])
+            for hearing in result.hearings:
+                self._insert("signals", [(*key, *row) for row in _signal_rows(hearing)])
+                self._insert("replies", [(*key, *row) for row in _reply_rows(hearing)])
             self._insert("texts", [(*key, t.temperature, t.prompt, t.prompt_text, t.text) for t in result.texts])
 
     def write_timings(self, method: str, iteration: int, level: float, rows: Iterable[tuple[str, Measurement]]) -> None:
@@ -149,12 +161,14 @@ class RunStore:
             self._insert("timings", [(method, iteration, level)])
 
     def table(self, name: str) -> pd.DataFrame:
-        """A journal table (cells, measurements, heads, texts) in a stable order."""
+        """A journal table (cells, measurements, heads, signals, replies, texts) in a stable order."""
         order = {
             "cells": "method, iteration, level, variant",
             "measurements": "method, iteration, level, variant, phase, "
             'temperature, prompt, document, "window", repeat, rowid',
             "heads": "method, iteration, level, variant, layer, head",
+            "signals": "method, iteration, level, variant, round_level, layer, head",
+            "replies": "method, iteration, level, variant, round_level, asked_rank",
             "texts": "method, iteration, level, variant, temperature, prompt",
         }
         if name not in order:
@@ -174,6 +188,45 @@ class RunStore:
     def _row(cell: Cell, phase: str, m: Measurement) -> tuple[Any, ...]:
         place = (m.temperature, m.prompt, m.document, m.window, m.repeat)
         return (*cell, phase, *place, m.metric, m.value, m.unit, m.reason)
+
+
+def _signal_rows(hearing: Hearing) -> list[tuple[Any, ...]]:
+    """State and signals of every head before a round; NULL where a withdrawn head has none."""
+    signals = hearing.signals
+    tables = (
+        signals.utilisation,
+        signals.contribution,
+        signals.alignment,
+        signals.redundancy,
+        signals.importance,
+        signals.withdrawal_cost,
+    )
+    rows: list[tuple[Any, ...]] = []
+    for layer, states in enumerate(hearing.states):
+        for head, state in enumerate(states):
+            values = [float(table[layer, head]) for table in tables]
+            finite = [value if math.isfinite(value) else None for value in values]
+            rows.append((hearing.level, layer, head, str(state), *finite))
+    return rows
+
+
+def _reply_rows(hearing: Hearing) -> list[tuple[Any, ...]]:
+    """What every head that was asked in a round has answered, in the order in which they were asked."""
+    return [
+        (
+            hearing.level,
+            reply.layer,
+            reply.head,
+            str(reply.answer),
+            str(reply.state),
+            reply.rank,
+            reply.cost,
+            reply.limit,
+            reply.left,
+            reply.left_cost,
+        )
+        for reply in hearing.negotiation.replies
+    ]
 
 
 def create_run(output_dir: Path, manifest: Mapping[str, Any]) -> Path:

@@ -1,7 +1,18 @@
-"""Agency: what makes the heads of a pruned model more than leftovers. In this version: adaptation of the survivors."""
+"""Agency: what makes the heads of a pruned model more than leftovers. Signals, states, consent, adaptation."""
 
 from pruning_comparison.agency.adaptation import AdaptationCost, adapt
+from pruning_comparison.agency.recovery import RecoveryCost, recover
 from pruning_comparison.agency.streams import DenseStream
-from pruning_comparison.agency.trajectory import ProgressiveTrajectory
+from pruning_comparison.agency.trajectory import Hearing, NegotiatedTrajectory, ProgressiveTrajectory, Round
 
-__all__ = ["AdaptationCost", "DenseStream", "ProgressiveTrajectory", "adapt"]
+__all__ = [
+    "AdaptationCost",
+    "DenseStream",
+    "Hearing",
+    "NegotiatedTrajectory",
+    "ProgressiveTrajectory",
+    "RecoveryCost",
+    "Round",
+    "adapt",
+    "recover",
+]

@@ -51,6 +51,7 @@ def adapt(
     steps: str = "refit-mlp",
     ridge: float = 0.1,
     mlp_ridge: float = 0.3,
+    most_tokens: int | None = None,
     measure_peak: bool = False,
     allow_new_bias: bool = True,
 ) -> AdaptationCost:
@@ -80,6 +81,7 @@ def adapt(
 
     A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
+    ``most_tokens`` leaves out what comes after the batch that reaches so many.
 
     Sums accumulate in float64 from products in float32 or better, and are solved in float64; a singular matrix gets more
     ridge until the solution is finite. Layers before the first pruned one are untouched. ValueError for unknown steps.
@@ -90,7 +92,7 @@ def adapt(
         return AdaptationCost(0.0, 0, None, "nothing was adapted")
     started = time.perf_counter()
     with PeakMemory(dense.model.device, enabled=measure_peak) as peak:
-        streams = dense.start()
+        streams = dense.start(most_tokens)
         changed = False
         for layer in range(len(blocks(pruned))):
             changed = changed or _is_pruned(dense.model, pruned, layer)
@@ -101,7 +103,8 @@ def adapt(
             refits_mlp = steps == "refit-mlp"
             _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias)
     seconds = time.perf_counter() - started + dense.seconds
-    return AdaptationCost(seconds, dense.windows.numel(), peak.bytes, peak.reason, dense.scratch_bytes)
+    tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
+    return AdaptationCost(seconds, tokens, peak.bytes, peak.reason, dense.scratch_bytes)
 
 
 def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:

@@ -117,9 +117,16 @@ class DenseStream:
         """Size of the scratch file; 0 where everything is kept in memory."""
         return 0 if self._scratch is None else self._scratch.size
 
-    def start(self) -> list[Stream]:
-        """The streams of all batches before the first block."""
-        return [Stream(stream.hidden, stream.calls) for stream in self._starts]
+    def start(self, most_tokens: int | None = None) -> list[Stream]:
+        """The streams of all batches before the first block; of the first ones that hold ``most_tokens``, if given."""
+        streams: list[Stream] = []
+        tokens = 0
+        for stream in self._starts:
+            if most_tokens is not None and tokens >= most_tokens:
+                break
+            streams.append(Stream(stream.hidden, stream.calls))
+            tokens += stream.hidden.shape[0] * stream.hidden.shape[1]
+        return streams
 
     def at(self, batch: int, layer: int, place: Place) -> Tensor:
         """The stream [B, T, E] of a batch at a place of a block: the sum that attention, or the block, ends with."""

@@ -1,35 +1,54 @@
-"""Progressive pruning: in rounds on a fixed grid of levels, with heads scored anew on what the rounds before left.
+"""Progressive pruning: in rounds on a fixed grid of levels, with heads scored, and asked, anew on what earlier rounds left.
 
 Dimension letters: L layers, H heads.
 """
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.consent import Negotiation, States, Thresholds, negotiate, quota_of_level, states
+from pruning_comparison.agency.signals import HeadSignals, cost_model, measure_signals, nats_weights, observe
 from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
 from pruning_comparison.scoring import HeadScores
 from pruning_comparison.selection import Scope, select_heads
+
+_T = TypeVar("_T")
 
 ROUND_LEVEL = 10.0
 """Per cent of the heads that a round takes out."""
 
 
 @dataclass(frozen=True)
+class Hearing:
+    """What a negotiated round was decided on, and how: signals and states before it, the replies of its heads."""
+
+    level: float
+    signals: HeadSignals
+    states: States
+    negotiation: Negotiation
+
+
+@dataclass(frozen=True)
 class Round:
     """What a round left: the level it reached, the heads that stay (bool [L, H]), and the scores that chose them.
 
-    ``model`` is the physically pruned model.
+    ``model`` is the physically pruned model. ``hearings`` are those of all rounds so far, where heads were asked at all, and
+    ``seconds`` what the rounds have taken.
     """
 
     level: float
     keep: Tensor
     scores: HeadScores
     model: PreTrainedModel
+    hearings: tuple[Hearing, ...] = ()
+    seconds: float = 0.0
 
 
 class ProgressiveTrajectory:
@@ -59,16 +78,83 @@ class ProgressiveTrajectory:
         return self._reached if self._reached.level == level else self._next(self._reached, level)
 
     def _next(self, reached: Round, level: float) -> Round:
-        scores = self._scores_of(reached)
+        scores = self._of_full_size(reached, self._score)
         keep = select_heads(scores.scores, level, self._scope, gone=~reached.keep)
         return Round(level, keep, scores, remove_heads(self._dense, keep))
 
-    def _scores_of(self, reached: Round) -> HeadScores:
+    def _of_full_size(self, reached: Round, measure: Callable[[PreTrainedModel], _T]) -> _T:
+        """``measure`` of the full-size model in which the lost heads are masked: scores keep their shape."""
         if bool(reached.keep.all()):
-            return self._score(self._dense)
+            return measure(self._dense)
         full_size = masked_copy(self._dense, reached.model, reached.keep)
         with mask_heads(full_size, reached.keep):
-            return self._score(full_size)
+            return measure(full_size)
+
+
+class NegotiatedTrajectory(ProgressiveTrajectory):
+    """The path on which heads are asked to leave, and survivors adapt after every round.
+
+    In each round the heads' signals, states and withdrawal costs are measured on the adapted model, heads are asked in the
+    order of the method's scores, and those that consent, or are overridden, leave; see ``consent.negotiate``. The number
+    that leaves is that of every other variant.
+    """
+
+    def __init__(
+        self,
+        dense: PreTrainedModel,
+        *,
+        score: Callable[[PreTrainedModel], HeadScores],
+        importance: Callable[[PreTrainedModel], Tensor] | None,
+        adapt: Callable[[PreTrainedModel], object],
+        windows: Tensor,
+        batch_size: int,
+        all_heads: Tensor,
+        scope: Scope,
+        thresholds: Thresholds | None = None,
+        ridge: float = 0.1,
+        everyone_consents: bool = False,
+    ) -> None:
+        """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
+        they are the method's own scores.
+
+        ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
+        """
+        super().__init__(dense, score=score, all_heads=all_heads, scope=scope)
+        self._importance = importance
+        self._adapt = adapt
+        self._windows = windows
+        self._batch_size = batch_size
+        self._thresholds = thresholds or Thresholds()
+        self._ridge = ridge
+        self._everyone_consents = everyone_consents
+        self._first_contributions: Tensor | None = None
+
+    def _next(self, reached: Round, level: float) -> Round:
+        started = time.perf_counter()
+        scores = self._of_full_size(reached, self._score)
+        importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
+        seen = observe(reached.model, self._windows, keep=reached.keep, batch_size=self._batch_size)
+        weights = nats_weights(importance.masked_fill(~reached.keep, 0.0), self._windows.numel(), seen)
+        costs = cost_model(seen, ridge=self._ridge, weights=weights)
+        signals = measure_signals(seen, costs, ridge=self._ridge, importance=importance)
+        if self._first_contributions is None:
+            self._first_contributions = signals.contribution
+        before = reached.hearings[-1].states if reached.hearings else None
+        now = states(signals, before, self._thresholds, start=self._first_contributions)
+        negotiation = negotiate(
+            scores.scores,
+            costs,
+            reached.keep,
+            quota_of_level(level, reached.keep, self._scope),
+            self._thresholds,
+            states=now,
+            everyone_consents=self._everyone_consents,
+        )
+        model = remove_heads(self._dense, negotiation.keep)
+        self._adapt(model)
+        hearing = Hearing(level, signals, now, negotiation)
+        seconds = reached.seconds + time.perf_counter() - started
+        return Round(level, negotiation.keep, scores, model, (*reached.hearings, hearing), seconds)
 
 
 def _grid_up_to(level: float) -> list[float]:

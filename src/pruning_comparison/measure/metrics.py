@@ -47,6 +47,10 @@ _ALL = (
     Metric("peak_memory_bytes", "byte", "lower", "Peak memory while generating"),
     Metric("adaptation_s", "s", "lower", "Adaptation time"),
     Metric("adaptation_tokens", "token", "lower", "Adaptation tokens"),
+    Metric("adaptation_scratch_bytes", "byte", "lower", "Scratch file while adapting"),
+    Metric("recovery_s", "s", "lower", "Recovery time"),
+    Metric("recovery_tokens", "token", "lower", "Recovery tokens"),
+    Metric("negotiation_s", "s", "lower", "Negotiation time"),
     Metric("adaptation_peak_memory_bytes", "byte", "lower", "Peak memory while adapting"),
 )
 
