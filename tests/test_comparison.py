@@ -123,7 +123,9 @@ def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     assert set(replies.loc[replies["variant"] == "agency-always-yes", "answer"]) == {"consented"}
     states = signals.query("variant == 'agency' and level == 50 and round_level == 50")
     assert (states["state"] == "withdrawn").sum() == 3
-    assert states.loc[states["state"] != "withdrawn", ["contribution", "redundancy", "importance"]].notna().all(axis=None)
+    assert (
+        states.loc[states["state"] != "withdrawn", ["contribution", "redundancy", "importance"]].notna().all(axis=None)
+    )
     # Selection is agency's heads with the original weights; the progressive baseline does not adapt either.
     keys = ["layer", "head", "kept"]
     heads = {
