@@ -10,7 +10,7 @@ from conftest import save_tiny_model, tiny_gpt2, write_short_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning_comparison.agency.trajectory import ProgressiveTrajectory
+from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory, adapt
 from pruning_comparison.comparison import build, load_workspace, prepare
 from pruning_comparison.pruning import mask_heads
 from pruning_comparison.scoring import HeadScores, score_fisher
@@ -73,6 +73,60 @@ def test_a_level_means_the_same_whatever_else_was_asked_for(levels, scope, seed)
         assert int((~reached.keep).sum()) == total
     rising = [trajectory().at(level).keep for level in range(0, 100, 10)]
     assert all(bool((later <= sooner).all()) for sooner, later in itertools.pairwise(rising))
+
+
+def negotiated(model, *, adapted=True, **settings):
+    dense = DenseStream(model, WINDOWS, batch_size=3)
+    return NegotiatedTrajectory(
+        model,
+        score=fisher,
+        importance=None,
+        adapt=lambda pruned: adapt(dense, pruned, steps="refit" if adapted else "none"),
+        windows=WINDOWS,
+        batch_size=3,
+        all_heads=ALL,
+        scope=settings.pop("scope", "model"),
+        **settings,
+    )
+
+
+@pytest.mark.parametrize("level", [0, 30, 55, 80])
+def test_where_all_consent_and_nobody_adapts_it_is_the_progressive_baseline(level):
+    model = tiny_gpt2(layers=LAYERS, heads=HEADS)
+    asked = negotiated(model, adapted=False, everyone_consents=True).at(level)
+    plain = ProgressiveTrajectory(model, score=fisher, all_heads=ALL, scope="model").at(level)
+    assert torch.equal(asked.keep, plain.keep)
+    assert all(reply.answer == "consented" for hearing in asked.hearings for reply in hearing.negotiation.replies)
+
+
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_a_negotiated_level_means_the_same_whatever_else_was_asked_for(scope):
+    model = tiny_gpt2(layers=LAYERS, heads=HEADS)
+    together = negotiated(model, scope=scope)
+    kept = []
+    for level in (20, 35, 55, 80, 50):
+        reached = together.at(level)
+        assert torch.equal(reached.keep, negotiated(model, scope=scope).at(level).keep)
+        total = LAYERS * heads_to_prune(level, HEADS) if scope == "layer" else heads_to_prune(level, LAYERS * HEADS)
+        assert int((~reached.keep).sum()) == total
+        # A level off the grid branches off from the last round before it.
+        rounds = [*range(10, level, 10), level]
+        assert [hearing.level for hearing in reached.hearings] == rounds
+        lost = [place for hearing in reached.hearings for place in hearing.negotiation.left]
+        assert len(set(lost)) == len(lost) == total
+        assert sorted(lost) == [tuple(place) for place in (~reached.keep).nonzero().tolist()]
+        kept.append(reached.keep)
+    assert all(bool((kept[later] <= kept[sooner]).all()) for sooner, later in ((0, 1), (0, 4), (4, 3)))
+
+
+def test_rounds_are_measured_on_the_adapted_model():
+    """With adaptation in between, what heads signal in the second round is no longer what they would signal without it."""
+    model = tiny_gpt2(layers=LAYERS, heads=HEADS)
+    first, second = (
+        [t.at(20).hearings[n].signals for t in (negotiated(model), negotiated(model, adapted=False))] for n in (0, 1)
+    )
+    torch.testing.assert_close(first[0].contribution, first[1].contribution, equal_nan=True)
+    assert not torch.allclose(second[0].contribution, second[1].contribution, equal_nan=True)
 
 
 def test_the_variant_is_the_baseline_where_scores_do_not_change(tmp_path):
