@@ -39,11 +39,12 @@ def main(calibration_tokens: int, validation_tokens: int) -> None:
     model = load_model(preview).model
     keep = head_grid(model.config).all_heads()
 
-    def windows(name: str, tokens: int) -> Tensor:
+    def windows(name: str, tokens: int, seed: int) -> Tensor:
         available = whole_windows(load_documents(f"bundled:{name}", option="--text"), preview.tokenizer, WINDOW)
-        return sample_windows(available, tokens, torch.Generator().manual_seed(0))
+        return sample_windows(available, tokens, torch.Generator().manual_seed(seed))
 
-    calibration, validation = windows("calibration", calibration_tokens), list(windows("validation", validation_tokens))
+    calibration = windows("calibration", calibration_tokens, 0)
+    validation = list(windows("validation", validation_tokens, 1))
     observations = observe(model, calibration, keep=keep, batch_size=BATCH)
     fisher = score_fisher(model, calibration, batch_size=BATCH, precision="float32").scores
     weights = nats_weights(fisher, calibration.numel(), observations)
