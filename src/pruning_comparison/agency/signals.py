@@ -533,7 +533,7 @@ def _watched_attention(model: PreTrainedModel, keep: Tensor, used: Tensor, avail
             carrier = nn.functional.pad(norm.unsqueeze(-1), (0, value.shape[-1] - 1))
             weighed = stock(module, query, key, carrier, *args, **kwargs)[0][..., 0]  # [B, T, H]
             layer, group = layers[module], query.shape[1] // norm.shape[1]
-            sums = [weighed[:, 1:].double().sum((0, 1)), norm.double().sum((0, 2)).repeat_interleave(group)]
+            sums = [weighed.double().sum((0, 1)), norm.double().sum((0, 2)).repeat_interleave(group)]
             for total, part in zip((used, available), sums, strict=True):
                 part = part.cpu()
                 total[layer, keep[layer].cpu()] += (
