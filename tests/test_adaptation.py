@@ -31,22 +31,15 @@ def caught(module, run, what="input"):
     return torch.cat(seen).flatten(0, -2)
 
 
-def tokens_count(goal):
-    """How much each token counts, [samples]: one over the mean square of the dense stream that is to be met."""
-    return 1 / (goal.double().numpy() ** 2).mean(1)
-
-
-def brute_force(x, targets, weight, ridge, counts, centre=True):
+def brute_force(x, targets, weight, ridge, centre=True):
     """Least squares on stacked rows: |T - X V - b|^2 + lambda |V - W|^2, b not penalised; b = 0 if not ``centre``."""
     x, targets, weight = (t.double().numpy() for t in (x, targets, weight))
-    x_mean, target_mean = (np.average(values, axis=0, weights=counts) for values in (x, targets))
-    centred, goal = (x - x_mean, targets - target_mean) if centre else (x, targets)
-    centred, goal = (rows * np.sqrt(counts)[:, None] for rows in (centred, goal))
+    centred, goal = (x - x.mean(0), targets - targets.mean(0)) if centre else (x, targets)
     strength = ridge * np.mean(np.sum(centred**2, 0))
     rows = np.vstack([centred, np.sqrt(strength) * np.eye(x.shape[1])])
     goals = np.vstack([goal, np.sqrt(strength) * weight])
     solution = np.linalg.lstsq(rows, goals, rcond=None)[0]
-    return solution, target_mean - x_mean @ solution
+    return solution, targets.mean(0) - x.mean(0) @ solution
 
 
 @pytest.mark.parametrize("name", ["uneven", "middle layer emptied", "first layer emptied"])
@@ -65,13 +58,10 @@ def test_every_layer_is_the_brute_force_solution(model, name):
         pruned_before = caught(block.ln_1, lambda: compact(WINDOWS))
         targets = dense_after - pruned_before
         if not MASKS[name][layer].any():
-            mean = np.average(targets.numpy(), axis=0, weights=tokens_count(dense_after))
-            np.testing.assert_allclose(block.attn.bias.numpy(), mean, rtol=1e-3, atol=1e-4)
+            torch.testing.assert_close(block.attn.bias, targets.mean(0), rtol=1e-3, atol=1e-4)
             continue
         x = caught(block.attn.c_proj, lambda: compact(WINDOWS))
-        weight, bias = brute_force(
-            x, targets, original.transformer.h[layer].attn.c_proj.weight, 0.05, tokens_count(dense_after)
-        )
+        weight, bias = brute_force(x, targets, original.transformer.h[layer].attn.c_proj.weight, 0.05)
         np.testing.assert_allclose(block.attn.c_proj.weight.numpy(), weight, rtol=1e-3, atol=1e-4)
         np.testing.assert_allclose(block.attn.c_proj.bias.numpy(), bias, rtol=1e-3, atol=1e-4)
 
@@ -97,20 +87,16 @@ def test_other_families_are_the_brute_force_solution(family, name, allow_new_bia
             dense_after = caught(dense_block, lambda: model(WINDOWS), "output")
             targets = dense_after - pruned_before - caught(block.mlp, run, "output")
         else:
-            dense_after = caught(dense_block.post_attention_layernorm, lambda: model(WINDOWS))
-            targets = dense_after - pruned_before
+            targets = caught(dense_block.post_attention_layernorm, lambda: model(WINDOWS)) - pruned_before
         if not mask[layer].any():
             if with_bias:
-                mean = np.average(targets.numpy(), axis=0, weights=tokens_count(dense_after))
-                np.testing.assert_allclose(attention.bias.numpy(), mean, rtol=1e-3, atol=1e-4)
+                torch.testing.assert_close(attention.bias, targets.mean(0), rtol=1e-3, atol=1e-4)
             else:
                 assert attention.bias is None
             continue
         projection = output_projections(compact)[layer]
         before = input_major_weight(output_projections(original)[layer])
-        weight, bias = brute_force(
-            caught(projection, run), targets, before, 0.05, tokens_count(dense_after), centre=with_bias
-        )
+        weight, bias = brute_force(caught(projection, run), targets, before, 0.05, centre=with_bias)
         np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=1e-4)
         if with_bias:
             np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=1e-4)
@@ -152,7 +138,7 @@ def test_mlps_are_the_brute_force_solution(family, name, allow_new_bias):
             before = caught(block, run) + caught(attentions(compact)[layer], run, "output")
         z = caught(projection, run)
         old = input_major_weight(blocks(original)[layer].get_submodule(outputs.get(family, "fc2")))
-        weight, bias = brute_force(z, dense_end - before, old, 0.2, tokens_count(dense_end), centre=with_bias)
+        weight, bias = brute_force(z, dense_end - before, old, 0.2, centre=with_bias)
         np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=2e-4)
         if with_bias:
             np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=2e-4)
@@ -173,25 +159,22 @@ def test_smaller_steps_are_the_brute_force_solution(model, steps):
     assert changed
     for layer in changed:
         block = compact.transformer.h[layer]
-        dense_after = caught(model.transformer.h[layer].ln_2, lambda: model(WINDOWS))
-        targets = dense_after - caught(block.ln_1, lambda: compact(WINDOWS))
-        counts = torch.tensor(tokens_count(dense_after))
+        targets = caught(model.transformer.h[layer].ln_2, lambda: model(WINDOWS)) - caught(
+            block.ln_1, lambda: compact(WINDOWS)
+        )
         x, old = caught(block.attn.c_proj, lambda: compact(WINDOWS)), original.transformer.h[layer].attn.c_proj.weight
         expected = old.double()
         if steps == "gate":
             written = torch.stack(
                 [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
             )  # [S, E, heads]
-            mean = (counts[:, None, None] * written).sum(0) / counts.sum()
-            centred = (written - mean).flatten(0, 1)
-            goal = (targets - (counts[:, None] * targets).sum(0) / counts.sum()).flatten()[:, None]
+            centred = (written - written.mean(0)).flatten(0, 1)
+            goal = (targets - targets.mean(0)).flatten()[:, None]
             ones = torch.ones(centred.shape[1], 1)
-            each = counts.repeat_interleave(WIDTH).numpy()
-            gates = brute_force(centred, goal, ones, 0.05, each, centre=False)[0]
+            gates = brute_force(centred, goal, ones, 0.05, centre=False)[0]
             assert gates.min() > 0
             expected = expected * torch.tensor(gates).repeat_interleave(SIZE, 0)
-        means = [(counts[:, None] * values.double()).sum(0) / counts.sum() for values in (targets, x)]
-        bias = means[0] - means[1] @ expected
+        bias = targets.double().mean(0) - x.double().mean(0) @ expected
         torch.testing.assert_close(block.attn.c_proj.weight.double(), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(block.attn.c_proj.bias.double(), bias, rtol=1e-3, atol=1e-4)
         assert block.mlp.c_proj.weight is model.transformer.h[layer].mlp.c_proj.weight
@@ -240,10 +223,9 @@ def test_layers_with_other_masks_are_refitted_under_their_own():
     compact, original = remove_heads(model, mask), remove_heads(model, mask)
     adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="refit", ridge=0.05)
     targets = caught(blocks(model)[2].self_attn, lambda: model(WINDOWS), "output")
-    counts = tokens_count(caught(blocks(model)[2].post_attention_layernorm, lambda: model(WINDOWS)))
     projection = output_projections(compact)[2]
     x = caught(projection, lambda: compact(WINDOWS))
-    weight, _ = brute_force(x, targets, input_major_weight(output_projections(original)[2]), 0.05, counts)
+    weight, _ = brute_force(x, targets, input_major_weight(output_projections(original)[2]), 0.05)
     np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=1e-4)
 
 

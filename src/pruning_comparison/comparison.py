@@ -207,6 +207,7 @@ class Workspace:
                 batch_size=self.spec.quality_batch_size,
                 all_heads=self.grid.all_heads(),
                 scope=cast(Scope, self.spec.scope),
+                ridge=self.spec.ridge,
                 everyone_consents=everyone_consents,
             )
         return self._negotiated[key]

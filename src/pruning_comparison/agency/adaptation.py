@@ -79,11 +79,6 @@ def adapt(
       ridge regression towards the original weights (Hoerl and Kennard 1970, shrunk to a prior other than zero);
     * "refit-mlp": the MLP's output projection as well, with ``mlp_ridge``.
 
-    Tokens are weighed by 1 / mean square over E of the dense stream where it is met. Every reader of the stream normalises
-    it first, so what counts is the error relative to it; and without weights the few tokens on which models park huge
-    activations (Sun et al. 2024, "Massive activations in large language models") would decide everything. X'X, X'T and means
-    are weighted ones throughout.
-
     A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
     ``most_tokens`` leaves out what comes after the batch that reaches so many.
@@ -137,49 +132,49 @@ def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> 
 
 @dataclass
 class _Moments:
-    """Weighted sums of what a projection reads, X [S, F], and of its targets, T [S, E], from which it is refitted.
+    """Sums of what a projection reads, X [S, F], and of its targets, T [S, E], from which it is refitted.
 
     Activations can be far from zero compared with their spread: products are taken around the first batch's means, or
     float32 would lose in the mean what the regression needs of the spread. Moving to any other centre later is exact.
     """
 
-    weight: float = 0.0
+    samples: int = 0
     shifts: tuple[Tensor, Tensor] | None = None
     sums: tuple[Tensor, Tensor] = field(init=False)
     gram: Tensor = field(init=False)
     cross: Tensor = field(init=False)
 
-    def add(self, x: Tensor, targets: Tensor, weights: Tensor) -> None:
-        """Adds samples of ``x`` [.., F] and ``targets`` [.., E] with ``weights`` [..]."""
-        x, targets, weights = x.flatten(0, -2).to(targets.dtype), targets.flatten(0, -2), weights.flatten()[:, None]
+    def add(self, x: Tensor, targets: Tensor) -> None:
+        """Adds samples of ``x`` [.., F] and ``targets`` [.., E]."""
+        x, targets = x.flatten(0, -2).to(targets.dtype), targets.flatten(0, -2)
         if self.shifts is None:
-            self.shifts = _weighted_mean(x, weights), _weighted_mean(targets, weights)
+            self.shifts = x.mean(0), targets.mean(0)
             self.sums = self.shifts[0].double() * 0, self.shifts[1].double() * 0
             self.gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
             self.cross = x.new_zeros(x.shape[1], targets.shape[1], dtype=torch.float64)
         x, targets = x - self.shifts[0], targets - self.shifts[1]
-        weighted = x * weights
-        self.weight += float(weights.double().sum())
-        self.sums = self.sums[0] + weighted.double().sum(0), self.sums[1] + (targets * weights).double().sum(0)
-        self.gram += (weighted.T @ x).double()
-        self.cross += (weighted.T @ targets).double()
+        self.samples += len(x)
+        self.sums = self.sums[0] + x.double().sum(0), self.sums[1] + targets.double().sum(0)
+        self.gram += (x.T @ x).double()
+        self.cross += (x.T @ targets).double()
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Means of X [F] and of T [E], float64."""
         assert self.shifts is not None
-        x, targets = (shift.double() + total / self.weight for shift, total in zip(self.shifts, self.sums, strict=True))
+        x, targets = (
+            shift.double() + total / self.samples for shift, total in zip(self.shifts, self.sums, strict=True)
+        )
         return x, targets
 
     def products(self, *, centred: bool) -> tuple[Tensor, Tensor]:
         """X'X [F, F] and X'T [F, E] around the means, or around zero."""
         x_mean, target_mean = self.means()
-        gram = self.gram - torch.outer(self.sums[0], self.sums[0]) / self.weight
-        cross = self.cross - torch.outer(self.sums[0], self.sums[1]) / self.weight
+        gram = self.gram - torch.outer(self.sums[0], self.sums[0]) / self.samples
+        cross = self.cross - torch.outer(self.sums[0], self.sums[1]) / self.samples
         if not centred:
-            gram = gram + self.weight * torch.outer(x_mean, x_mean)
-            cross = cross + self.weight * torch.outer(x_mean, target_mean)
-        # A product of rounded factors is symmetric only up to rounding.
-        return (gram + gram.T) / 2, cross
+            gram = gram + self.samples * torch.outer(x_mean, x_mean)
+            cross = cross + self.samples * torch.outer(x_mean, target_mean)
+        return gram, cross
 
     def solve(
         self, weight: Tensor, steps: str, ridge: float, head_size: int, with_bias: bool
@@ -195,16 +190,6 @@ class _Moments:
                 solution = ridge_towards(gram, cross, weight, ridge)
         x_mean, target_mean = self.means()
         return solution, target_mean - x_mean @ solution if with_bias else None
-
-
-def _weighted_mean(values: Tensor, weights: Tensor) -> Tensor:
-    return (values * weights).sum(0) / weights.sum()
-
-
-def token_weights(stream: Tensor) -> Tensor:
-    """1 / mean square over E of a stream [B, T, E], [B, T]; zeros are given the least weight that is finite."""
-    mean_square = stream.square().mean(-1)
-    return 1 / mean_square.clamp(min=torch.finfo(stream.dtype).tiny ** 0.5)
 
 
 def _fitted_gates(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float, head_size: int) -> Tensor:
@@ -244,8 +229,8 @@ def _adapt_attention(
     if projection is None:
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
-            target, weights = _attention_target(dense, pruned, layer, number, stream)
-            moments.add(target[..., :0], target, weights)
+            target = _attention_target(dense, pruned, layer, number, stream)
+            moments.add(target[..., :0], target)
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -254,7 +239,7 @@ def _adapt_attention(
     for number, stream in enumerate(streams):
         with dense.fast():
             x = stream.run_to(pruned, layer, projection)
-        moments.add(x, *_attention_target(dense, pruned, layer, number, stream))
+        moments.add(x, _attention_target(dense, pruned, layer, number, stream))
         inputs.append(x)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
@@ -262,18 +247,14 @@ def _adapt_attention(
     return _replaced(projection, solution, inputs, streams[0].hidden)
 
 
-def _attention_target(
-    dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream
-) -> tuple[Tensor, Tensor]:
-    """What the pruned layer's attention should add to one batch, [B, T, E], and how its tokens are weighed, [B, T]."""
+def _attention_target(dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream) -> Tensor:
+    """What the pruned layer's attention should add to one batch, [B, T, E]."""
     if not has_parallel_blocks(pruned):
-        goal = dense.at(number, layer, "after attention")
-        return goal - stream.hidden, token_weights(goal)
+        return dense.at(number, layer, "after attention") - stream.hidden
     silent = torch.zeros_like(stream.hidden)
     with replaced_output(attentions(pruned)[layer], (silent, None)), dense.fast():
         without_attention = stream.run(pruned, layer)
-    goal = dense.at(number, layer, "after block")
-    return goal - without_attention, token_weights(goal)
+    return dense.at(number, layer, "after block") - without_attention
 
 
 def _adapt_mlp(
@@ -302,8 +283,7 @@ def _adapt_mlp(
             total = stream.run_apart(pruned, layer)[1].to(stream.hidden)
         z = caught[0].view(*total.shape[:-1], -1)
         if ridge is not None:
-            goal = dense.at(number, layer, "after block")
-            moments.add(z, goal - total, token_weights(goal))
+            moments.add(z, dense.at(number, layer, "after block") - total)
         inputs.append(z)
         totals.append(total)
     if ridge is None:

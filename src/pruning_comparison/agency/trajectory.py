@@ -24,9 +24,6 @@ _T = TypeVar("_T")
 ROUND_LEVEL = 10.0
 """Per cent of the heads that a round takes out."""
 
-COST_RIDGE = 0.03
-"""Ridge of withdrawal costs and redundancies. Costs in nats come out about right; their ranks hardly depend on it."""
-
 
 @dataclass(frozen=True)
 class Hearing:
@@ -114,12 +111,13 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         all_heads: Tensor,
         scope: Scope,
         thresholds: Thresholds | None = None,
+        ridge: float = 0.1,
         everyone_consents: bool = False,
     ) -> None:
         """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
         they are the method's own scores.
 
-        ``adapt`` adapts a physically pruned model in place, between rounds.
+        ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
         """
         super().__init__(dense, score=score, all_heads=all_heads, scope=scope)
         self._importance = importance
@@ -127,6 +125,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         self._windows = windows
         self._batch_size = batch_size
         self._thresholds = thresholds or Thresholds()
+        self._ridge = ridge
         self._everyone_consents = everyone_consents
         self._first_contributions: Tensor | None = None
 
@@ -136,8 +135,8 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
         seen = observe(reached.model, self._windows, keep=reached.keep, batch_size=self._batch_size)
         weights = nats_weights(importance.masked_fill(~reached.keep, 0.0), self._windows.numel(), seen)
-        costs = cost_model(seen, ridge=COST_RIDGE, weights=weights)
-        signals = measure_signals(seen, costs, ridge=COST_RIDGE, importance=importance)
+        costs = cost_model(seen, ridge=self._ridge, weights=weights)
+        signals = measure_signals(seen, costs, ridge=self._ridge, importance=importance)
         if self._first_contributions is None:
             self._first_contributions = signals.contribution
         before = reached.hearings[-1].states if reached.hearings else None
