@@ -159,7 +159,8 @@ def test_the_quick_test_runs_the_bundled_model_on_the_cpu(checkout: Checkout) ->
         "temperatures": "0.7,1.0",
         "num_tokens": "32",
         "eval_tokens": "4096",
-        "calibration_tokens": "8192",
+        "calibration_tokens": "4096",
+        "score_tokens": "2048",
         "threads": "1",
         "max_prompts": "5",
         "iterations": "3",
@@ -175,7 +176,7 @@ def test_debug_makes_the_quick_test_smaller(checkout: Checkout) -> None:
     assert small["pruning_levels"] == "0,50"
     assert small["pruning_method"] == "entropy"
     assert (small["num_tokens"], small["max_prompts"], small["iterations"]) == ("12", "2", "2")
-    assert (small["eval_tokens"], small["calibration_tokens"]) == ("2048", "2048")
+    assert (small["eval_tokens"], small["calibration_tokens"], small["score_tokens"]) == ("2048", "1024", "512")
     assert "debug" not in small
 
 

@@ -23,7 +23,8 @@ SETTINGS: Mapping[str, str | int | bool] = {
     "max_prompts": 5,
     "iterations": 3,
     "eval_tokens": 4096,
-    "calibration_tokens": 8192,
+    "calibration_tokens": 4096,
+    "score_tokens": 2048,
     "threads": 1,
     "save_outputs": True,
     "output_dir": "validation_results/pruning_cpu_test",
@@ -37,7 +38,8 @@ DEBUG_SETTINGS: Mapping[str, str | int | bool] = {
     "max_prompts": 2,
     "iterations": 2,
     "eval_tokens": 2048,
-    "calibration_tokens": 2048,
+    "calibration_tokens": 1024,
+    "score_tokens": 512,
 }
 
 
