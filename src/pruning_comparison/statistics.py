@@ -108,13 +108,17 @@ class Observations:
         """Both variants on the same ``method, level, temperature, iteration, unit``: ``difference`` and ``pair``.
 
         Repeats within an iteration are averaged. ``pair`` is equal for pairs that are the same by construction.
+        What is left of equal numbers by rounding is no difference.
         """
         keys = ["method", "level", "temperature", "iteration", "unit"]
         means = self.table.groupby(["variant", *keys, "model_id"], dropna=False, as_index=False)["x"].mean()
         of_variant, of_reference = (means[means["variant"] == name] for name in (variant, reference))
         both = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
+        difference = both["x"] - both["x_reference"]
+        rounding = 1e-12 * (both["x"].abs() + both["x_reference"].abs())
         result: pd.DataFrame = both.assign(
-            difference=both["x"] - both["x_reference"], pair=both["model_id"] + "|" + both["model_id_reference"]
+            difference=difference.where(difference.abs() > rounding, 0.0),
+            pair=both["model_id"] + "|" + both["model_id_reference"],
         )
         return result
 
