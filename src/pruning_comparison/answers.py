@@ -85,39 +85,28 @@ class Answer:
     absent: str
 
 
-def suggested_claim(
-    estimate: float, interval: tuple[float, float], bounds: tuple[float, float], sign: int
-) -> tuple[Claim, float]:
-    """What the estimate suggests, and the boundary it has to be clear of: (claim, boundary on the estimate's scale).
+def suggested_claim(estimate: float, inside: bool, bounds: tuple[float, float], sign: int) -> tuple[Claim, float]:
+    """What the data suggest, and the boundary it has to be clear of: (claim, boundary on the estimate's scale).
 
-    ``sign`` is +1 where more is better, else -1. "better" has to clear the margin, "worse" has to clear zero, and "no
-    difference" has to clear the nearer end of the margin from within.
+    ``inside``: the interval lies within the margin's ends ``bounds``. ``sign`` is +1 where more is better, else -1.
+    "better" has to clear the margin, "worse" has to clear zero, "no difference" the nearer end of the margin from within.
     """
     inner, outer = (bounds[1], bounds[0]) if sign > 0 else (bounds[0], bounds[1])
     if sign * (estimate - inner) > 0:
         return "better", inner
-    inside = bounds[0] < interval[0] and interval[1] < bounds[1]
     within = bounds[0] < estimate < bounds[1]
     if inside or (within and sign * estimate >= 0):
         return "no difference", min(inner, outer, key=lambda bound: abs(bound - estimate))
     return "worse", 0.0
 
 
-def verdict(
-    claim: Claim, boundary: float, interval: tuple[float, float], bounds: tuple[float, float], sign: int,
-    p_holm: float, p_claim_holm: float,
-) -> tuple[str, str]:  # fmt: skip
-    """(verdict, reason): the claim if both its interval and its corrected p allow it, else "inconclusive".
+def verdict(claim: Claim, clear: bool, p_holm: float, p_claim_holm: float) -> tuple[str, str]:
+    """(verdict, reason): the claim if both interval and corrected p allow it, else "inconclusive".
 
-    Differences need the corrected p of "no difference" too.
+    ``clear``: the interval leaves out the claim's boundary. A difference needs the corrected p of "no difference" too.
     """
-    low, high = interval
-    if claim == "no difference":
-        clear = bounds[0] < low and high < bounds[1]
-    else:
-        clear = low > boundary if (sign > 0) == (claim == "better") else high < boundary
-        clear = clear and p_holm <= SIGNIFICANCE
-    if not (clear and p_claim_holm <= SIGNIFICANCE):
+    allowed = clear and p_claim_holm <= SIGNIFICANCE and (claim == "no difference" or p_holm <= SIGNIFICANCE)
+    if not allowed:
         return "inconclusive", "wide interval"
     return ("supported" if claim == "better" else "refuted"), claim
 
@@ -352,9 +341,7 @@ def answer_table(rows: Sequence[Answer], columns: Sequence[str] = ANSWER_COLUMNS
         decision, reason = "inconclusive", row.absent
         more: tuple[float, float] = (math.nan, math.nan)
         if not row.absent:
-            decision, reason = verdict(
-                part.claim, part.boundary, part.interval, row.bounds, part.sign, p_holm, p_claim_holm
-            )
+            decision, reason = verdict(part.claim, part.clear, p_holm, p_claim_holm)
             if row.either and decision == "supported" and part.sign != row.sign:
                 reason = "worse"
             if decision == "inconclusive" and row.fit is not None and row.fit.variance == 0:
@@ -384,6 +371,7 @@ def answer_table(rows: Sequence[Answer], columns: Sequence[str] = ANSWER_COLUMNS
 class _Decidable:
     claim: Claim
     boundary: float
+    clear: bool
     sign: int
     interval: tuple[float, float]
     p_claim: float
@@ -394,15 +382,14 @@ def _decidable(row: Answer) -> _Decidable:
     """The claim that an answer suggests, and its p before correction."""
     if row.fit is None:
         nan = math.nan
-        return _Decidable("worse", nan, row.sign, (nan, nan), nan, EffectSize(nan, nan, nan))
-    effect = standardised(row.fit)
-    shown = row.fit.estimate()
-    interval = (shown.ci_low, shown.ci_high)
+        return _Decidable("worse", nan, False, row.sign, (nan, nan), nan, EffectSize(nan, nan, nan))
+    effect, shown = standardised(row.fit), row.fit.estimate()
+    inside = row.bounds[0] < shown.ci_low and shown.ci_high < row.bounds[1]
     sign = (1 if row.fit.mean > 0 else -1) if row.either else row.sign
-    claim, boundary = suggested_claim(row.fit.mean, interval, row.bounds, sign)
-    if row.labels["scale"] == "standardised":
-        interval = (effect.low, effect.high)
-    return _Decidable(claim, boundary, sign, interval, row.fit.p_value(boundary), effect)
+    claim, boundary = suggested_claim(row.fit.mean, inside, row.bounds, sign)
+    interval = (effect.low, effect.high) if row.labels["scale"] == "standardised" else (shown.ci_low, shown.ci_high)
+    clear = inside if claim == "no difference" else not interval[0] <= boundary <= interval[1]
+    return _Decidable(claim, boundary, clear, sign, interval, row.fit.p_value(boundary), effect)
 
 
 def _by_family(p_values: Sequence[float], families: Sequence[str]) -> list[float]:

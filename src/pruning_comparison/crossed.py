@@ -16,9 +16,7 @@ from scipy import optimize, special, stats
 
 Array = NDArray[np.float64]
 
-FIDUCIAL_SHARE = 1 / 3
-"""Weight of the fiducial distribution in the confidence distribution; docs/decisions/0007-intervals.md says why."""
-_POINTS = 512
+_POINTS = 256
 _NEGLIGIBLE_SHARE = 0.1
 _DECISIVE_P = 0.005
 _FLIPS = 9_999
@@ -125,7 +123,11 @@ class CrossedFit(Fit):
 
     def margin(self, confidence: float = 0.95) -> float:
         student = super().margin(confidence)
-        if self.variance == 0 or min(self.iterations, self.units) == 1:
+        if (
+            self.variance == 0
+            or min(self.iterations, self.units) == 1
+            or not fiducial_share(self.iterations, self.units)
+        ):
             return student
 
         def excess(distance: float) -> float:
@@ -157,6 +159,13 @@ class EffectSize:
     high: float
 
 
+PLANNING = {
+    "heads by a score": Components(iterations=0.0001, units=0.001, residual=0.0005),
+    "random heads": Components(iterations=0.01, units=0.01, residual=0.004),
+}
+"""Components of agency against baseline in log perplexity, mean over levels >= 40."""
+
+
 # The model
 
 
@@ -173,7 +182,9 @@ def fit_crossed(values: Array) -> CrossedFit:
     mean = float(values.mean())
     constant = float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max())
     if values.size == 1 or constant:
-        return CrossedFit(mean, 0.0, float(max(a * b - 1, 1)), Components(0.0, 0.0, 0.0), a, b, (0.0, 0.0, 0.0))
+        return CrossedFit(
+            float(values.flat[0]), 0.0, float(max(a * b - 1, 1)), Components(0.0, 0.0, 0.0), a, b, (0.0, 0.0, 0.0)
+        )
     squares = mean_squares(values[None])[:, 0]
     variance, freedom = (float(part[0]) for part in _satterthwaite(squares[:, None], a, b))
     row, column, residual = (float(square) for square in squares)
@@ -219,12 +230,17 @@ def _p_values(distance: Array, squares: Array, a: int, b: int) -> Array:
         by_student = 2 * stats.t.sf(distance / np.sqrt(variance), freedom)
         if min(a, b) == 1:
             return np.where(variance > 0, by_student, np.where(distance > 0, 0.0, 1.0))
-        pivots = zip(squares, _pivots(a, b), strict=True)
-        by_row, by_column, residual = (square[:, None] * weight for square, weight in pivots)
-        spread = np.maximum(by_row + by_column - residual, 1e-3 * squares[2][:, None]) / (a * b)
-        fiducial = (2 * special.ndtr(-distance[:, None] / np.sqrt(spread))).mean(1)
-        mixed = (1 - FIDUCIAL_SHARE) * by_student + FIDUCIAL_SHARE * fiducial
+        share = fiducial_share(a, b)
+        mixed = by_student if share == 0 else (1 - share) * by_student + share * _fiducial_p(distance, squares, a, b)
     return np.where(variance > 0, mixed, np.where(distance > 0, 0.0, 1.0))
+
+
+def _fiducial_p(distance: Array, squares: Array, a: int, b: int) -> Array:
+    """Two-sided p [N] of the mean's fiducial distribution (Fisher 1935), its variance spread as the mean squares are."""
+    pivots = zip(squares, _pivots(a, b), strict=True)
+    by_row, by_column, residual = (square[:, None] * weight for square, weight in pivots)
+    spread = np.maximum(by_row + by_column - residual, 1e-3 * squares[2][:, None]) / (a * b)
+    return np.asarray((2 * special.ndtr(-distance[:, None] / np.sqrt(spread))).mean(1))
 
 
 def _satterthwaite(squares: Array, a: int, b: int) -> tuple[Array, Array]:
@@ -247,6 +263,16 @@ def _satterthwaite(squares: Array, a: int, b: int) -> tuple[Array, Array]:
         + np.where(keep_row ^ keep_column, 0, pooled) ** 2 / pooled_freedom
     )
     return total / (a * b), np.divide(total**2, spread, out=np.ones_like(total), where=spread > 0)
+
+
+def fiducial_share(a: int, b: int) -> float:
+    """Weight of the fiducial distribution in the confidence distribution: 0 where both factors have like freedom, up to 0.7.
+
+    Satterthwaite's interval is too short where a factor with few levels meets one with many, and the fiducial one too
+    long where both have few. The form was chosen by simulation; docs/decisions/0007-intervals.md has the figures.
+    """
+    few, many = sorted((a - 1, b - 1))
+    return 0.7 * max(0.0, 1 - 2 * few / many)
 
 
 @lru_cache(maxsize=256)

@@ -252,7 +252,7 @@ def _identities(
     """What identifies each iteration's models."""
     rows = table[(table["method"] == method) & (table["variant"] == variant) & table["level"].isin(levels)]
     names = rows.groupby(["iteration", "level"])["model_id"].first().unstack("level")
-    return ["|".join(row) for row in names.reindex(list(iterations)).astype(str).to_numpy()]
+    return ["|".join(row) for row in names.reindex(list(iterations)).fillna("").to_numpy()]
 
 
 def _knee(data: Mapping[str, Observations], method: str, variant: str, levels: Sequence[float], losses: Array) -> float:

@@ -166,7 +166,7 @@ def difference_cube(pairs: pd.DataFrame, keys: Sequence[Key]) -> tuple[Array, li
             .reindex(index=iterations, columns=units)
             .to_numpy(dtype=np.float64)
         )
-        names.append(layer.groupby("iteration")["pair"].first().reindex(iterations).astype(str).tolist())
+        names.append(layer.groupby("iteration")["pair"].first().reindex(iterations).fillna("").tolist())
     return np.stack(layers), ["|".join(parts) for parts in zip(*names, strict=True)]
 
 
