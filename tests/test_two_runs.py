@@ -80,12 +80,13 @@ def test_everything_that_differs_is_named_and_nothing_else():
 
 
 def test_like_runs_are_compared_in_everything():
-    assert limits(stored(), stored()) == []
+    (found,) = limits(stored(), stored())
+    assert (found.metrics, found.note) == ((), "timed at another time")
 
 
 def test_another_evaluation_text_leaves_no_pairs_of_documents():
     found = limits(stored(), stored(inputs={"eval_text": "other"}))
-    assert [limit.what for limit in found] == ["perplexity and bits per byte"]
+    assert [limit.what for limit in found] == ["perplexity and bits per byte", "speed"]
     assert "different texts" in found[0].why
     assert found[0].metrics == ("perplexity", "bits_per_byte")
 
@@ -112,7 +113,7 @@ def test_texts_of_other_lengths_keep_the_times_that_do_not_depend_on_it():
 def test_another_model_judges_its_own_texts():
     found = limits(stored(), stored(inputs={"model": "n"}))
     assert {metric for limit in found for metric in limit.metrics} == {"generation_perplexity_distance"}
-    assert [limit.note for limit in found if limit.note] == ["counted in other tokens"]
+    assert [limit.note for limit in found if limit.note] == ["counted in other tokens", "timed at another time"]
 
 
 @pytest.mark.parametrize(
@@ -135,13 +136,13 @@ def test_what_only_one_run_has_is_listed():
         stored(spec={"pruning_methods": ["entropy", "random"]}),
         stored(spec={"pruning_methods": ["entropy"], "pruning_levels": [0.0, 30.0, 50.0], "temperatures": [0.7, 1.0]}),
     )
-    assert [(limit.what, limit.why) for limit in found] == [
+    assert [(limit.what, limit.why) for limit in found if limit.what != "speed"] == [
         ("method random", "only the first run has it"),
         ("level 30 %", "only the second run has it"),
         ("temperature 0.7", "only the second run has it"),
     ]
     apart = limits(stored(spec={"pruning_methods": ["entropy"]}), stored(spec={"pruning_methods": ["random"]}))
-    assert [limit.what for limit in apart] == ["methods"]
+    assert [limit.what for limit in apart] == ["methods", "speed"]
     assert "every method of the second is set against every method of the first" in apart[0].why
 
 
@@ -165,14 +166,18 @@ def test_differences_are_claimed_only_where_they_are_clear():
                 row("perplexity", 40.0, "refuted", math.log(1.2)),
                 row("perplexity", 60.0, "inconclusive", math.log(0.99)),
                 row("tokens_per_second", 20.0, "supported", math.log(2.0), better="higher", note="another machine"),
+                row("distinct_2_distance", 20.0, "inconclusive", 0.1, temperature=0.7),
+                {**row("bits_per_byte", 20.0, "inconclusive", 0.0), "ci_low": 0.0, "ci_high": 0.0},
             ]
         )
     )
     assert found.heading == "agency, entropy"
     assert found.sentence == (
-        "The second run's perplexity is lower at 20 % (−10 %), which is better; it is higher at 40 % (+20 %), which is "
-        "worse; it is not clearly different at 60 %. "
-        "The second run's tokens per second (another machine) is higher at 20 % (+100 %), which is better."
+        "Perplexity of the second run: lower at 20 % (−10 %), which is better; higher at 40 % (+20 %), which is worse; "
+        "not clearly different at 60 %. "
+        "Tokens per second (another machine) of the second run: higher at 20 % (+100 %), which is better. "
+        "Exactly the same at every level: bits per byte. "
+        "The data do not tell the two runs apart at any level: distinct-2 (distance from dense) at temperature 0.7."
     )
     assert "perplexity at 60 %: −1 % [" in found.evidence
 

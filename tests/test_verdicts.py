@@ -201,8 +201,8 @@ def test_optimal_level_is_reported_for_each_variant():
     (found,) = [v for v in told(answer("E2", "inconclusive", 0.0, -1.0, 1.0), optimal=rows) if v.id == "Q2"]
     assert found.verdict == "reported"
     assert found.sentence == (
-        "The highest level at which perplexity certainly (with 95 % confidence) rises by less than 5 % is none of the "
-        "levels above 0 for the baseline and 20 % for agency. Of resampled data, 98 % for the baseline and 75 % for "
+        "The highest level at which perplexity certainly (with 95 % confidence) rises by less than 5 % is 20 % "
+        "for agency and none of the levels above 0 for the baseline. Of resampled data, 98 % for the baseline and 75 % for "
         "agency lead to the same level. The best trade of speed for quality (the knee) is at 40 % for the baseline and "
         "60 % for agency."
     )

@@ -188,7 +188,11 @@ def _speed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[LeftOut]:
             "says what these do, not what pruning does. It is shown and labelled so."
         )
         return [LeftOut("speed", why, (), TIMINGS, "another machine")]
-    return []
+    why = (
+        "the runs were timed one after the other, not side by side: whatever else the machine did then counts too. It is "
+        "shown and labelled so."
+    )
+    return [LeftOut("speed", why, (), TIMINGS, "timed at another time")]
 
 
 # The comparison
@@ -226,42 +230,57 @@ def comparison_findings(compared: pd.DataFrame) -> list[Finding]:
     found = []
     for method, variant in dict.fromkeys((row["method"], row["variant"]) for row in rows):
         here = [row for row in rows if (row["method"], row["variant"]) == (method, variant) and row["level"] > 0]
-        told, figures = [], []
+        told: list[str] = []
+        figures: list[str] = []
+        unclear: list[str] = []
+        same: list[str] = []
         for metric in _TOLD:
             for temperature in dict.fromkeys(str(row["temperature"]) for row in here if row["metric"] == metric):
                 chosen = [row for row in here if row["metric"] == metric and str(row["temperature"]) == temperature]
-                told.append(_told(metric, chosen))
+                name = _metric_words(metric, chosen[0])
+                if all(float(row["ci_low"]) == 0 == float(row["ci_high"]) for row in chosen):
+                    same.append(name)
+                elif all(row["verdict"] == "inconclusive" for row in chosen):
+                    unclear.append(name)
+                else:
+                    told.append(_told(name, chosen))
                 figures += [
                     f"{metric} at {_place(row)}: {shown(row, 'estimate')} [{interval_shown(row)}], n = {int(row['n'])}"
                     for row in chosen
                     if not pd.isna(row["estimate"])
                 ]
+        if same:
+            told.append(f"Exactly the same at every level: {listed(same)}.")
+        if unclear:
+            told.append(f"The data do not tell the two runs apart at any level: {listed(unclear)}.")
         if told:
             found.append(Finding(f"{variant}, {method}", " ".join(told), "; ".join(figures)))
     return found
 
 
-def _told(metric: str, rows: Sequence[Mapping[str, Any]]) -> str:
-    """One metric over the levels: where the second run is clearly higher, lower, and where the data do not decide."""
-    subject = f"the second run's {METRICS[metric].label[:1].lower()}{METRICS[metric].label[1:]}"
-    heat = rows[0]["temperature"]
-    place = "" if pd.isna(heat) else f"At temperature {float(heat):g} "
+def _metric_words(metric: str, row: Mapping[str, Any]) -> str:
+    """A metric's name inside a sentence, with its temperature and what it is reserved for."""
+    label = METRICS[metric].label.replace(": distance", " (distance") + (
+        ")" if ": distance" in METRICS[metric].label else ""
+    )
+    heat = "" if pd.isna(row["temperature"]) else f" at temperature {float(row['temperature']):g}"
+    note = f" ({row['note']})" if row["note"] else ""
+    return f"{label[:1].lower()}{label[1:]}{heat}{note}"
+
+
+def _told(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """One metric over the levels: where the second run is clearly lower or higher, and where the data do not decide."""
     parts = []
     for word, sign in (("lower", -1), ("higher", 1)):
         clear = [row for row in rows if row["verdict"] != "inconclusive" and sign * float(row["estimate"]) > 0]
         if clear:
-            good = (word == "lower") == (clear[0]["better"] == "lower")
+            good = word == clear[0]["better"]
             levels = listed([f"{per_cent(row['level'])} ({shown(row, 'estimate')})" for row in clear])
-            parts.append(f"is {word} at {levels}, which is {'better' if good else 'worse'}")
+            parts.append(f"{word} at {levels}, which is {'better' if good else 'worse'}")
     unclear = [per_cent(row["level"]) for row in rows if row["verdict"] == "inconclusive"]
-    same = [per_cent(row["level"]) for row in rows if row["verdict"] != "inconclusive" and float(row["estimate"]) == 0]
-    if same:
-        parts.append(f"is the same at {listed(same)}")
     if unclear:
-        parts.append(f"is not clearly different at {listed(unclear)}")
-    note = f" ({rows[0]['note']})" if rows[0]["note"] else ""
-    sentence = f"{place}{subject}{note} {'; it '.join(parts)}."
-    return f"{sentence[:1].upper()}{sentence[1:]}"
+        parts.append(f"not clearly different at {listed(unclear)}")
+    return f"{name[:1].upper()}{name[1:]} of the second run: {'; '.join(parts)}."
 
 
 def _place(row: Mapping[str, Any]) -> str:

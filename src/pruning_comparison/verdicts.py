@@ -367,13 +367,17 @@ def _optimal_level(asked: _Asked, about: str, rows: Sequence[Mapping[str, Any]])
     if not known:
         return Verdict("Q2", asked.title, asked.asked, about, INCONCLUSIVE, _NOT_MEASURED)
     tolerance = f"{100 * float(known[0]['tolerance']):g} %"
-    told, sure = [], []
+    at: dict[float, list[str]] = {}
+    sure = []
     for row in known:
         name = _variant_name(str(row["variant"]))
-        level = float(row["highest_level"])
-        told.append(f"{per_cent(level)} for {name}" if level > 0 else f"none of the levels above 0 for {name}")
+        at.setdefault(float(row["highest_level"]), []).append(name)
         if not pd.isna(row["share"]):
             sure.append(f"{100 * float(row['share']):.0f} % for {name}")
+    told = [
+        f"{per_cent(level) if level > 0 else 'none of the levels above 0'} for {listed(names)}"
+        for level, names in sorted(at.items(), reverse=True)
+    ]
     sentence = (
         f"The highest level at which perplexity certainly (with 95 % confidence) rises by less than {tolerance} is "
         f"{listed(told)}."
