@@ -11,10 +11,14 @@ import pandas as pd
 import pytest
 from matplotlib.figure import Figure
 
+from pruning_comparison.answers import ANSWER_COLUMNS
 from pruning_comparison.charts import to_png
+from pruning_comparison.curves import EQUAL_COLUMNS, OPTIMUM_COLUMNS
 from pruning_comparison.findings import Finding
 from pruning_comparison.measure.metrics import METRICS
-from pruning_comparison.report import render_report
+from pruning_comparison.report import render_comparison, render_report
+from pruning_comparison.two_runs import Difference, LeftOut
+from pruning_comparison.verdicts import Verdict
 
 NAN = math.nan
 SUMMARY = ["model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit"]
@@ -98,6 +102,20 @@ def text_row(variant, level, prompt, text, *, iteration=0, temperature=1.0, meth
     return (variant, method, iteration, float(level), temperature, prompt, text)
 
 
+def answer(name, verdict, estimate, low, high, **other):
+    row = {
+        "model": "tiny", "method": "entropy", "temperature": NAN, "id": name, "kind": "expectation",
+        "family": "expectations", "contrast": "agency vs baseline", "metric": "perplexity",
+        "estimand": "mean over levels >= 40", "scale": "log_ratio", "estimate": estimate, "ci_low": low, "ci_high": high,
+        "unit": "log ratio", "n": 15, "n_iterations": 3, "n_units": 5, "unit_name": "document", "p": 0.0002,
+        "p_holm": 0.012, "smallest_p": 0.0625, "test": "crossed random effects", "p_claim_holm": 0.02,
+        "effect_size": -2.5, "effect_size_low": -3.0, "effect_size_high": -2.0, "effect_size_name": "standardised",
+        "margin": 0.05, "better": "lower", "verdict": verdict, "reason": "better", "more_iterations": NAN,
+        "more_units": NAN,
+    }  # fmt: skip
+    return {**row, **other}
+
+
 def small_figure() -> Figure:
     figure = Figure(figsize=(3, 2))
     figure.subplots().plot([0, 1], [1, 2])
@@ -105,8 +123,9 @@ def small_figure() -> Figure:
 
 
 def report(
-    *, summary=(), contrasts=(), cells=(), missing=(), findings=(), figures=None, manifest=None, texts=None
-) -> str:
+    *, summary=(), contrasts=(), cells=(), missing=(), findings=(), figures=None, manifest=None, texts=None,
+    verdicts=(), answers=(), optimal=(), equal=(),
+) -> str:  # fmt: skip
     rows = list(summary) or [
         estimate("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
         estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0),
@@ -117,6 +136,10 @@ def report(
         contrasts=pd.DataFrame(list(contrasts), columns=CONTRASTS),
         cells=pd.DataFrame(list(cells), columns=CELLS),
         missing=pd.DataFrame(list(missing), columns=MISSING),
+        verdicts=list(verdicts),
+        answers=pd.DataFrame(list(answers), columns=list(ANSWER_COLUMNS)),
+        optimal=pd.DataFrame(list(optimal), columns=list(OPTIMUM_COLUMNS)),
+        equal=pd.DataFrame(list(equal), columns=list(EQUAL_COLUMNS)),
         findings=list(findings),
         pictures={name: to_png(figure) for name, figure in (figures or {}).items()},
         manifest=manifest or {},
@@ -204,6 +227,13 @@ def test_markup_in_any_text_is_escaped_and_survives():
         cells=[("tiny", NASTY, NASTY, 0, 50.0, 50.0, 0, 1, "failed", NASTY)],
         missing=[(NASTY, NASTY, 50.0, "perplexity", NASTY, 1)],
         findings=[Finding(NASTY, NASTY, NASTY)],
+        verdicts=[Verdict("E1", NASTY, NASTY, NASTY, "supported", NASTY)],
+        answers=[
+            answer("E2", "supported", -0.1, -0.2, -0.05, estimand=NASTY, method=NASTY, test=NASTY, reason=NASTY),
+            answer("X:area", "refuted", 0.1, 0.05, 0.2, kind="exploratory", contrast=NASTY, reason=NASTY),
+        ],
+        optimal=[("tiny", NASTY, NASTY, NAN, 0.05, NAN, NAN, "", 0, 0, 0, NASTY)],
+        equal=[("tiny", NASTY, NAN, NAN, NAN, NAN, NAN, NAN, 0, NASTY)],
         figures={NASTY: small_figure()},
         manifest={
             "model": {"name": NASTY, NASTY: NASTY},
@@ -246,6 +276,7 @@ def test_sections_come_in_reading_order():
         "Head pruning, agency beside baseline: tiny"
     ]
     assert [words for level, words in document.headings if level == "h2"] == [
+        "Verdicts",
         "Findings",
         "Charts",
         "Measurements",
@@ -264,6 +295,143 @@ def test_the_opening_tells_what_was_measured():
     assert "tiny (6 layers, 48 heads, 3,200,000 parameters)" in words
     words = words.replace("\xa0", " ")
     assert "perplexity is 90 for the baseline model at 50 % and 42 for the agency model at 50 % (unpruned: 30)" in words
+
+
+def verdict(name, word, sentence="A sentence.", about=""):
+    return Verdict(name, f"title {name}", f"asked {name}", about, word, sentence)
+
+
+def test_verdicts_come_first_with_colour_and_word():
+    html = report(
+        verdicts=[
+            verdict("E1", "supported", "It is 5 % faster.", "temperature 0.7"),
+            verdict("E1", "refuted", about="temperature 1"),
+            verdict("E2", "inconclusive"),
+            verdict("Q2", "reported"),
+        ],
+        answers=[answer("E2", "inconclusive", -0.1, -0.2, 0.1)],
+    )
+    document = Document(html)
+    badges = [attributes["class"] for attributes in document.having("span")]
+    assert badges == ["badge supported", "badge refuted", "badge inconclusive", "badge reported"]
+    rows = [cells for cells in document.cells if any("title" in cell for cell in cells)]
+    assert rows[0] == ["title E1 [asked E1]", "supported [temperature 0.7]", "It is 5\xa0% faster."]
+    assert ["refuted [temperature 1]", "A sentence."] in document.cells
+    groups = [heading for heading in document.having("th") if heading["scope"] == "rowgroup"]
+    assert [heading.get("rowspan") for heading in groups] == ["2", None, None]
+    assert html.index("title E1") < html.index('id="findings"') < html.index('id="charts"')
+
+
+def test_tables_keep_their_meaning_when_narrow_screens_stack_them():
+    (table,) = [a for a in Document(report(verdicts=[verdict("E1", "supported")])).having("table") if a.get("role")]
+    assert table == {"class": "verdicts", "role": "table"}
+
+
+def test_the_expert_table_has_every_figure():
+    html = report(
+        verdicts=[verdict("E2", "supported")],
+        answers=[answer("E2", "supported", math.log(0.65), math.log(0.6), math.log(0.7))],
+    )
+    row = [
+        "Quality: Perplexity", "−35 % [−40 % to −30 %]", "mean over levels >= 40", "±5 %", "15 [3 × 5 documents]",
+        "0.012 [uncorrected < 0.001]", "0.0625 [crossed random effects]", "−2.5 [−3 to −2]", "supported [better]",
+    ]  # fmt: skip
+    assert row in Document(html).cells
+
+
+def test_method_temperature_and_contrast_get_columns_only_where_they_differ():
+    rows = [answer("E2", "supported", -0.1, -0.2, -0.06, method=method) for method in ("entropy", "random")]
+    document = Document(report(verdicts=[verdict("E2", "supported")], answers=rows))
+    heads = next(cells for cells in document.cells if cells and cells[0] == "Asked")
+    assert heads[:3] == ["Asked", "Method", "Estimate"]
+
+
+def test_exploratory_contrasts_are_kept_apart_and_get_no_verdict_word():
+    other = {"kind": "exploratory", "contrast": "agency vs agency-adaptation"}
+    html = report(
+        verdicts=[verdict("E2", "inconclusive")],
+        answers=[
+            answer("E2", "inconclusive", -0.1, -0.2, 0.1),
+            answer("E2", "supported", -0.1, -0.2, -0.06, **other),
+            answer("E1", "refuted", -0.1, -0.2, -0.06, **{**other, "reason": "worse"}),
+            answer("E4", "inconclusive", -0.1, -0.2, 0.1, **other),
+        ],
+    )
+    document = Document(html)
+    words = [cells[-1] for cells in document.cells if cells and cells[-1].split(" [")[0] in ("better", "worse", "open")]
+    assert words == ["better", "worse", "open"]
+    assert "supported" not in " ".join(cell for cells in document.cells for cell in cells)
+
+
+def test_optimal_levels_and_equal_perplexity_are_shown_with_their_reasons():
+    html = report(
+        verdicts=[verdict("Q2", "reported")],
+        answers=[answer("E2", "supported", -0.1, -0.2, -0.06)],
+        optimal=[
+            ("tiny", "entropy", "agency", 20.0, 0.05, 0.75, 60.0, "0,20", 15, 3, 5, ""),
+            ("tiny", "entropy", "baseline", NAN, 0.05, NAN, NAN, "", 0, 0, 0, "missing"),
+        ],
+        equal=[
+            ("tiny", "entropy", 40.0, 20.0, 45.0, 1.2, 1.1, 1.3, 15, ""),
+            ("tiny", "entropy", NAN, NAN, NAN, NAN, NAN, NAN, 0, "no perplexity that both reach"),
+        ],
+    )
+    cells = Document(html).cells
+    assert ["agency", "20 %", "75 %", "60 %", "15"] in cells
+    assert ["baseline", "unknown [missing]", "", "none", "0"] in cells
+    assert ["40", "20 %", "45 %", "1.2 [1.1 to 1.3]", "15"] in cells
+    assert ["missing", "", "", "no perplexity that both reach", "0"] in cells
+
+
+def test_without_a_comparison_that_is_said_in_place_of_verdicts():
+    assert "Agency and baseline were not compared in this run" in Document(report()).words
+
+
+def test_margins_are_stated():
+    margins = {"speed": 0.02, "quality": 0.1, "diversity": 0.03, "latency": 0.02, "tolerance": 0.05}
+    html = report(verdicts=[verdict("E2", "supported")], manifest={"margins": margins})
+    words = Document(html).words.replace("\xa0", " ")
+    assert "less than 2 % of speed, 10 % of perplexity, 0.03 in distance of distinct-2 and 2 % of latency" in words
+
+
+# Two runs
+
+
+def comparison(**changes):
+    compared = pd.DataFrame(
+        [
+            {**answer("X:perplexity", "supported", -0.1, -0.2, -0.06, kind="exploratory", contrast=NASTY),
+             "variant": NASTY, "level": level, "note": NASTY}
+            for level in (20.0, 40.0)
+        ]
+    )  # fmt: skip
+    values = {
+        "names": (NASTY, NASTY), "compared": compared, "findings": [Finding(NASTY, NASTY, NASTY)],
+        "differences": [Difference(NASTY, NASTY, NASTY)], "limits": [LeftOut(NASTY, NASTY)], **changes,
+    }  # fmt: skip
+    return render_comparison(**values)
+
+
+def test_a_comparison_of_two_runs_is_one_offline_escaped_document():
+    html = comparison()
+    html.encode("utf-8")
+    document = Document(html)
+    assert len(document.having("script")) == 1
+    survived = "<script>alert('x')</script> & \"$quoted$\""
+    assert document.words.count(survived) >= 10
+    targets = {attributes["id"] for _, attributes in document.tags if "id" in attributes}
+    assert all(str(link["href"])[1:] in targets for link in document.having("a"))
+    assert [words for level, words in document.headings if level == "h2"] == [
+        "What was found", "What differs between the runs", "What is not compared", "All figures",
+    ]  # fmt: skip
+    assert "no difference can be put down to one cause" in document.words
+
+
+def test_a_comparison_in_which_nothing_can_be_compared_says_so():
+    empty = pd.DataFrame(columns=[*ANSWER_COLUMNS, "variant", "level", "note"])
+    words = Document(comparison(compared=empty, findings=[], differences=[], limits=[])).words
+    assert "Nothing in these two runs can be compared." in words
+    assert "Nothing that is recorded." in words
 
 
 def rows_of(html: str, first: str) -> list[list[str]]:
@@ -339,7 +507,7 @@ def test_tables_can_be_read_aloud_and_sorted_by_keyboard():
     document = Document(report(missing=[("agency", "entropy", 80.0, "perplexity", "why", 3)]))
     assert len(document.having("table")) == len(document.having("caption"))
     for heading in document.having("th"):
-        assert heading["scope"] in ("col", "row")
+        assert heading["scope"] in ("col", "row", "rowgroup")
     buttons = document.having("button")
     assert len(buttons) >= 13
     assert all(button["type"] == "button" for button in buttons)
@@ -380,6 +548,10 @@ def test_empty_tables_and_an_empty_manifest_still_make_a_report():
         contrasts=pd.DataFrame(columns=CONTRASTS),
         cells=pd.DataFrame(columns=CELLS),
         missing=pd.DataFrame(columns=MISSING),
+        verdicts=[],
+        answers=pd.DataFrame(columns=list(ANSWER_COLUMNS)),
+        optimal=pd.DataFrame(columns=list(OPTIMUM_COLUMNS)),
+        equal=pd.DataFrame(columns=list(EQUAL_COLUMNS)),
         findings=[],
         pictures={},
         manifest={},

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import json
+import math
 import os
 import signal
 import sys
 import time
 import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -31,6 +33,17 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 CHECKOUT = Path(__file__).resolve().parents[2]
+MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
+    "margin_speed": ("speed", 100, "per cent of speed that matter (2, if not given)"),
+    "margin_quality": ("quality", 100, "per cent of perplexity that matter (5, if not given)"),
+    "margin_diversity": ("diversity", 1, "distance of distinct-2 that matters (0.02, if not given)"),
+    "margin_latency": ("latency", 100, "per cent of first-token latency that matter (2, if not given)"),
+    "tolerance": ("tolerance", 100, "per cent of perplexity that may be lost at the optimal level (5, if not given)"),
+}
+"""Options that say what matters: the margin that each sets, how many of its units make a whole, and what it means.
+
+They change verdicts and nothing that is measured, so they are no part of the spec.
+"""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,13 +100,33 @@ def make_parser() -> argparse.ArgumentParser:
     run.set_defaults(command=_run)
     report = commands.add_parser(
         "report",
-        help="draw tables, charts and report of a finished or interrupted run again",
+        help="draw tables, charts and report of a run again, or compare two runs",
+        description="Draws tables, charts and report of a finished or interrupted run again. With two runs, compares the "
+        "second with the first and writes a report of that.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    report.add_argument("folder", nargs="?", default=DEFAULT_OUTPUT_DIR, help="run folder, or one that holds runs")
+    report.add_argument(
+        "folders",
+        nargs="*",
+        metavar="RUN",
+        default=DEFAULT_OUTPUT_DIR,
+        help="run folder, or one that holds runs (then its latest); two of them are compared",
+    )
+    report.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="where the comparison of two runs goes")
     report.add_argument("--save_outputs", action="store_true", help="also write and show the generated texts")
+    _add_margin_options(report)
     _add_common_options(report)
     report.set_defaults(command=_report)
+    plan = commands.add_parser(
+        "plan",
+        help="say what a run would measure and what it could find out, without measuring",
+        description="Says what a run with the same options would measure and what it could find out. Reads config, "
+        "tokenizer and texts only.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    _add_run_options(plan)
+    plan.add_argument("--json", action="store_true", help="print the plan as JSON")
+    plan.set_defaults(command=_plan)
     return parser
 
 
@@ -172,7 +205,13 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
     parser.add_argument("--visualize_only", action="store_true", help="measure nothing; draw the latest run again")
     parser.add_argument("--no_update", action="store_true", help="for the scripts: do not fetch the latest code first")
+    _add_margin_options(parser)
     _add_common_options(parser)
+
+
+def _add_margin_options(parser: argparse.ArgumentParser) -> None:
+    for name, (_, _, meaning) in MARGIN_OPTIONS.items():
+        parser.add_argument(f"--{name}", type=_number, default=None, help=meaning)
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
@@ -194,6 +233,28 @@ def _whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+def _number(text: str) -> float:
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _margins_of(options: argparse.Namespace) -> dict[str, float]:
+    """The margins that were given, as fractions; InputError for what cannot be one."""
+    given: dict[str, float] = {}
+    for name, (margin, whole, _) in MARGIN_OPTIONS.items():
+        value = getattr(options, name)
+        if value is None:
+            continue
+        if not (math.isfinite(value) and 0 <= value < whole):
+            raise InputError(
+                f"--{name}: {value} must be at least 0 and below {whole}. Give what matters, such as {0.02 * whole:g}."
+            )
+        given[margin] = value / whole
+    return given
 
 
 def _numbers(text: str, option: str) -> tuple[float, ...]:
@@ -242,6 +303,7 @@ def _run(options: argparse.Namespace) -> int:
     if options.visualize_only:
         return _visualize(output_dir, options)
     spec = _spec_of(options)
+    margins = _margins_of(options)
     from pruning_comparison.store import RunStore, check_writable
 
     check_writable(output_dir)
@@ -262,10 +324,10 @@ def _run(options: argparse.Namespace) -> int:
             )
         except Interrupted as stopped:
             if stopped.folder is not None:
-                _report_what_there_is(stopped.folder, options.save_outputs)
+                _report_what_there_is(stopped.folder, options.save_outputs, margins)
             raise
         try:
-            report = write_results(folder, save_outputs=options.save_outputs, say=live.say)
+            report = write_results(folder, save_outputs=options.save_outputs, margins=margins, say=live.say)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"everything is measured and kept in {folder}; pruning-comparison report {folder} draws it.", folder
@@ -279,30 +341,67 @@ def _run(options: argparse.Namespace) -> int:
 
 
 def _report(options: argparse.Namespace) -> int:
-    return _visualize(Path(options.folder), options)
+    folders = [options.folders] if isinstance(options.folders, str) else options.folders
+    if len(folders) == 1:
+        return _visualize(Path(folders[0]), options)
+    if len(folders) > 2:
+        raise InputError(f"report takes one run, or two to compare; {len(folders)} were given.")
+    first, second = (_run_in(Path(name)) for name in folders)
+    if first == second:
+        raise InputError(f"both names lead to the same run, {first}. Give two different runs to compare.")
+    if _margins_of(options):
+        raise InputError("margins are about the verdicts of one run, and comparing two gives none. Leave them out.")
+    from pruning_comparison.results import write_comparison
+    from pruning_comparison.store import check_writable
 
-
-def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
-    from pruning_comparison.results import write_results
-    from pruning_comparison.store import latest_run
-
-    folder = latest_run(output_dir)
-    if folder is None:
-        raise InputError(
-            f"{str(output_dir)!r} holds no run. Give a run folder or one with runs, or run a comparison first."
-        )
+    output_dir = Path(options.output_dir)
+    check_writable(output_dir)
     with _Live(quiet=options.quiet) as live:
-        report = write_results(folder, save_outputs=options.save_outputs, say=live.say)
+        report = write_comparison(first, second, output_dir=output_dir, say=live.say)
     print(f"report: {report}")
     return 0
 
 
-def _report_what_there_is(folder: Path, save_outputs: bool) -> None:
+def _plan(options: argparse.Namespace) -> int:
+    spec = _spec_of(options)
+    margins = _margins_of(options)
+    from pruning_comparison.plan import plan_run, plan_words
+    from pruning_comparison.samples import Margins
+
+    plan = plan_run(spec, Margins(**margins))
+    print(json.dumps(plan, indent=1, allow_nan=False) if options.json else plan_words(plan))
+    return 0
+
+
+def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
+    from pruning_comparison.results import write_results
+
+    folder, margins = _run_in(output_dir), _margins_of(options)
+    with _Live(quiet=options.quiet) as live:
+        report = write_results(folder, save_outputs=options.save_outputs, margins=margins, say=live.say)
+    print(f"report: {report}")
+    return 0
+
+
+def _run_in(folder: Path) -> Path:
+    """The run that a folder is or holds; InputError where there is none."""
+    from pruning_comparison.store import latest_run
+
+    run = latest_run(folder)
+    if run is None:
+        raise InputError(
+            f"{str(folder)!r} holds no run. Give a run folder or one with runs, or run a comparison first."
+        )
+    return run
+
+
+def _report_what_there_is(folder: Path, save_outputs: bool, margins: Mapping[str, float]) -> None:
     """A partial report after Ctrl-C, if anything has been measured at all."""
     from pruning_comparison.results import write_results
 
     try:
-        print(f"partial report: {write_results(folder, save_outputs=save_outputs)}", file=sys.stderr)
+        report = write_results(folder, save_outputs=save_outputs, margins=margins)
+        print(f"partial report: {report}", file=sys.stderr)
     except PruningComparisonError as error:
         print(f"no partial report: {error}", file=sys.stderr)
 

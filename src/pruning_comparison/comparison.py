@@ -232,8 +232,11 @@ class Workspace:
         )
 
 
-def prepare(spec: ComparisonSpec) -> Inputs:
-    """Reads config, tokenizer and texts, and checks that they fit the spec. InputError where they do not."""
+def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
+    """Reads config, tokenizer and texts, and checks that they fit the spec. InputError where they do not.
+
+    ``identify`` also takes the content hashes, which reads the weights of a local model through once.
+    """
     preview = preview_model(spec.model_name)
     prompts = load_prompts(spec.prompt_file, spec.max_prompts)
     prompt_ids = [tokenize(preview.tokenizer, prompt)[0] for prompt in prompts]
@@ -267,7 +270,7 @@ def prepare(spec: ComparisonSpec) -> Inputs:
     )
     calibration_windows = whole_windows(calibration, preview.tokenizer, min(spec.calibration_window, preview.context))
     check_enough(calibration_windows, spec.calibration_tokens)
-    digests = _digests(preview, prompts, evaluation, calibration)
+    digests = _digests(preview, prompts, evaluation, calibration) if identify else {}
     return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests)
 
 

@@ -1,4 +1,4 @@
-"""One self-contained HTML document: findings, charts, tables, settings and sample texts.
+"""One self-contained HTML document: verdicts, findings, charts, tables, settings and sample texts.
 
 The document needs no network and no other file. Everything in it that came from a model, a prompt or an option is
 escaped, and characters that HTML or UTF-8 cannot carry are replaced, so that no generated text can break the page.
@@ -23,8 +23,10 @@ from PIL import Image
 
 from pruning_comparison.findings import Finding, interval_with_unit, plain_number, with_unit
 from pruning_comparison.measure.metrics import METRICS
+from pruning_comparison.two_runs import Difference, LeftOut
+from pruning_comparison.verdicts import TITLES, Verdict, interval_shown, shown
 
-__all__ = ["render_report"]
+__all__ = ["render_comparison", "render_report"]
 
 AGENCY_VS_BASELINE = "agency vs baseline"
 _VARIANT_ORDER = ("baseline", "agency")
@@ -44,6 +46,7 @@ _MAIN_METRICS = (
 # The document stays under 3 MB: these three parts share it, and each says so when it has to leave something out.
 _CHART_BYTES = 1_250_000
 _TABLE_BYTES = 700_000
+_COMPARED_ROWS = 2_000
 _TEXT_BYTES = 350_000
 _PNG_COLOURS = 128
 _PROMPTS_PER_METHOD = 5
@@ -134,6 +137,10 @@ def render_report(
     contrasts: pd.DataFrame,
     cells: pd.DataFrame,
     missing: pd.DataFrame,
+    verdicts: Sequence[Verdict],
+    answers: pd.DataFrame,
+    optimal: pd.DataFrame,
+    equal: pd.DataFrame,
     findings: Sequence[Finding],
     pictures: Mapping[str, bytes],
     manifest: Mapping[str, Any],
@@ -141,29 +148,27 @@ def render_report(
 ) -> str:
     """The whole report as one HTML document under 3 MB that opens offline.
 
-    ``pictures`` are the charts as PNG, 150 dots per inch, by name. ``texts`` holds the generated texts, where they were
-    kept; of these the report shows, per method, the first prompts at the level nearest to 50 % and the temperature nearest
-    to 1.
+    ``answers``, ``optimal`` and ``equal`` are the tables behind the verdicts (``ANSWER_COLUMNS``, ``OPTIMUM_COLUMNS``,
+    ``EQUAL_COLUMNS``); rows of ``answers`` of kind "exploratory" are shown apart. ``pictures`` are the charts as PNG, 150
+    dots per inch, by name. ``texts`` holds the generated texts, where they were kept; of these the report shows, per
+    method, the first prompts at the level nearest to 50 % and the temperature nearest to 1.
     """
     name = _model_name(summary, manifest)
     tables, rows_left_out = _method_tables(summary, contrasts)
     samples, samples_left_out = _sample_groups(texts)
-    environment = Environment(
-        loader=PackageLoader("pruning_comparison", "."),
-        autoescape=True,
-        undefined=StrictUndefined,
-        finalize=_clean,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters["tied"] = _tied
     warnings = [str(warning) for warning in _sequence(manifest.get("warnings"))]
-    return environment.get_template("report_template.html").render(
-        script=Markup(_SCRIPT),
-        script_hash=base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode(),
+    exploratory = answers["kind"] == "exploratory"
+    return _rendered(
+        "report_template.html",
         name=name,
         started=str(manifest.get("started") or ""),
         opening=_opening(name, summary, cells, manifest),
+        verdicts=[[v for v in verdicts if v.id == key] for key in dict.fromkeys(v.id for v in verdicts)],
+        expert=_answer_table(answers[~exploratory], "Estimates, intervals and tests"),
+        exploratory=_answer_table(answers[exploratory], "Exploratory contrasts"),
+        optimum=_optimum_table(optimal),
+        equal=_equal_table(equal),
+        margin_words=_margin_words(manifest.get("margins")),
         findings=findings,
         charts=_charts(pictures, name),
         tables=tables,
@@ -188,6 +193,45 @@ def render_report(
             if (summary["metric"] == metric.name).any()
         ],
     )
+
+
+def render_comparison(
+    *,
+    names: tuple[str, str],
+    compared: pd.DataFrame,
+    findings: Sequence[Finding],
+    differences: Sequence[Difference],
+    limits: Sequence[LeftOut],
+) -> str:
+    """The comparison of two runs as one HTML document under 3 MB that opens offline.
+
+    ``names`` are the folders of the first and the second run. ``compared`` has the columns of ``answers`` and "level".
+    """
+    kept = compared.head(_COMPARED_ROWS)
+    return _rendered(
+        "comparison_template.html",
+        first=names[0],
+        second=names[1],
+        findings=findings,
+        differences=differences,
+        limits=limits,
+        compared=_answer_table(kept, "The second run against the first"),
+        rows_left_out=len(compared) - len(kept),
+    )
+
+
+def _rendered(template: str, **values: Any) -> str:
+    environment = Environment(
+        loader=PackageLoader("pruning_comparison", "."),
+        autoescape=True,
+        undefined=StrictUndefined,
+        finalize=_clean,
+        trim_blocks=True,
+        lstrip_blocks=True,
+    )
+    environment.filters["tied"] = _tied
+    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
+    return environment.get_template(template).render(script=Markup(_SCRIPT), script_hash=digest, **values)
 
 
 def _clean(value: Any) -> Any:
@@ -336,6 +380,171 @@ def _small_png(png: bytes, scale: float) -> tuple[bytes, tuple[int, int]]:
     buffer = io.BytesIO()
     reduced.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue(), shown
+
+
+# Verdicts
+
+
+def _answer_table(answers: pd.DataFrame, caption: str) -> _Table | None:
+    """Every row of answers with all its figures; columns that would be empty or all alike are left out."""
+    rows = _records(answers)
+    if not rows:
+        return None
+    several = {
+        column: answers[column].nunique(dropna=False) > 1
+        for column in ("model", "method", "variant", "level", "temperature", "contrast")
+        if column in answers
+    }
+    varying = [column for column, differs in several.items() if differs]
+    columns = (
+        "Asked", *(column.capitalize() for column in varying), "Estimate", "What is estimated", "Margin", "n",
+        "p, corrected", "Smallest p", "Effect size", "Verdict",
+    )  # fmt: skip
+    return _Table(caption, columns, tuple(_answer_row(row, varying) for row in rows))
+
+
+def _answer_row(row: Mapping[str, Any], varying: Sequence[str]) -> _Row:
+    metric = METRICS[row["metric"]].label if row["metric"] in METRICS else str(row["metric"])
+    title = TITLES.get(str(row["id"]))
+    effect, low, high = (float(row[name]) for name in ("effect_size", "effect_size_low", "effect_size_high"))
+    n = "" if pd.isna(row["n"]) else f"{int(row['n'])}"
+    crossed = (
+        f"{int(row['n_iterations'])} × {int(row['n_units'])} {row['unit_name']}s"
+        if not (pd.isna(row["n_iterations"]) or pd.isna(row["n_units"]))
+        else ""
+    )
+    return _Row(
+        _Cell(f"{title}: {metric}" if title else metric),
+        (
+            *(_place_cell(row, column) for column in varying),
+            _Cell(shown(row, "estimate"), interval_shown(row), _sort_words(row["estimate"]))
+            if not pd.isna(row["estimate"])
+            else _Cell("missing", tone="muted"),
+            _Cell(str(row["estimand"]), tone="wide"),
+            _Cell("" if pd.isna(row["margin"]) else shown(row, "margin"), sort=_sort_words(row["margin"])),
+            _Cell(n, crossed, n),
+            _Cell(_p_words(row["p_holm"]), f"uncorrected {_p_words(row['p'])}", _sort_words(row["p_holm"])),
+            _Cell(
+                "no limit" if row["smallest_p"] == 0 else _p_words(row["smallest_p"]),
+                str(row["test"] or ""),
+                _sort_words(row["smallest_p"]),
+            ),
+            _Cell(
+                "" if math.isnan(effect) else plain_number(effect),
+                "" if math.isnan(low) or math.isnan(high) else interval_with_unit(low, high, "1"),
+                _sort_words(effect),
+            ),
+            _verdict_cell(row),
+        ),
+    )
+
+
+def _verdict_cell(row: Mapping[str, Any]) -> _Cell:
+    """The verdict and why; for an exploratory contrast, which is no verdict, only which way it goes."""
+    verdict, reason = str(row["verdict"]), str(row["reason"] or "")
+    if row["kind"] == "exploratory":
+        word = "open" if verdict == "inconclusive" else reason
+        return _Cell(word, str(row.get("note") or ""), tone=word if word in ("better", "worse") else "muted")
+    return _Cell(verdict, reason, tone=verdict)
+
+
+def _place_cell(row: Mapping[str, Any], column: str) -> _Cell:
+    value = row[column]
+    if pd.isna(value):
+        return _Cell("")
+    if column == "level":
+        return _Cell(f"{value:g} %", sort=f"{value:g}")
+    return _Cell(f"{value:g}" if isinstance(value, float) else str(value))
+
+
+def _p_words(value: Any) -> str:
+    if pd.isna(value):
+        return "none"
+    return "< 0.001" if value < 0.001 else plain_number(float(value))
+
+
+def _optimum_table(optimal: pd.DataFrame) -> _Table | None:
+    if optimal.empty:
+        return None
+    several = optimal["method"].nunique() > 1
+    rows = []
+    for row in _records(optimal):
+        level, share, knee = (float(row[name]) for name in ("highest_level", "share", "knee_level"))
+        n = "" if pd.isna(row["n"]) else str(int(row["n"]))
+        rows.append(
+            _Row(
+                _Cell(str(row["variant"])),
+                (
+                    *([_Cell(str(row["method"]))] if several else []),
+                    _Cell("unknown", str(row["reason"] or ""), tone="muted")
+                    if math.isnan(level)
+                    else _Cell(f"{level:g} %", sort=f"{level:g}"),
+                    _Cell("" if math.isnan(share) else f"{100 * share:.0f} %", sort=_sort_words(share)),
+                    _Cell("none" if math.isnan(knee) else f"{knee:g} %", sort=_sort_words(knee)),
+                    _Cell(n),
+                ),
+            )
+        )  # fmt: skip
+    tolerance = 100 * float(optimal["tolerance"].iloc[0])
+    return _Table(
+        f"Optimal level: the highest at which perplexity rises by less than {tolerance:g} %, with 95 % confidence",
+        (
+            "Variant",
+            *(["Method"] if several else []),
+            "Highest level",
+            "Share of resamples that choose it",
+            "Knee",
+            "n",
+        ),
+        tuple(rows),
+    )
+
+
+def _equal_table(equal: pd.DataFrame) -> _Table | None:
+    if equal.empty:
+        return None
+    several = equal["method"].nunique() > 1
+    rows = []
+    for row in _records(equal):
+        ratio, low, high = (float(row[name]) for name in ("speed_ratio", "ci_low", "ci_high"))
+        n = "" if pd.isna(row["n"]) else str(int(row["n"]))
+        rows.append(
+            _Row(
+                _Cell(plain_number(float(row["perplexity"])), sort=_sort_words(row["perplexity"])),
+                (
+                    *([_Cell(str(row["method"]))] if several else []),
+                    *(
+                        _Cell("" if pd.isna(row[name]) else f"{row[name]:.3g} %", sort=_sort_words(row[name]))
+                        for name in ("baseline_level", "agency_level")
+                    ),
+                    _Cell(
+                        plain_number(ratio) if math.isfinite(ratio) else str(row["reason"] or "missing"),
+                        "" if math.isnan(low) or math.isnan(high) else interval_with_unit(low, high, "1"),
+                        _sort_words(ratio),
+                    ),
+                    _Cell(n),
+                ),
+            )
+        )
+    return _Table(
+        "Speed at equal perplexity, interpolated between the levels measured",
+        (
+            "Perplexity", *(["Method"] if several else []), "Baseline reaches it at", "Agency reaches it at",
+            "Agency's speed over the baseline's", "n",
+        ),
+        tuple(rows),
+    )  # fmt: skip
+
+
+def _margin_words(margins: Any) -> str:
+    """The margins that the verdicts used, in the units of their options."""
+    if not isinstance(margins, Mapping):
+        return ""
+    return (
+        f"Differences of less than {100 * margins['speed']:g} % of speed, {100 * margins['quality']:g} % of perplexity, "
+        f"{margins['diversity']:g} in distance of distinct-2 and {100 * margins['latency']:g} % of latency count as none; "
+        f"the optimal level may lose {100 * margins['tolerance']:g} % of perplexity."
+    )
 
 
 # Tables

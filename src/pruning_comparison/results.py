@@ -3,65 +3,93 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pruning_comparison import charts, findings, report
+from pruning_comparison import charts, findings, report, two_runs, verdicts
+from pruning_comparison.answers import ANSWER_COLUMNS, PRIMARY, answers
+from pruning_comparison.curves import optimal_levels, speed_at_equal_perplexity
 from pruning_comparison.errors import StoreError
 from pruning_comparison.measure.metrics import METRICS
+from pruning_comparison.samples import Margins
 from pruning_comparison.statistics import CONTRAST_COLUMNS, contrast, missing_figures, summarize
-from pruning_comparison.store import RunStore, read_manifest, write_atomically, write_table
+from pruning_comparison.store import RunStore, write_atomically, write_manifest, write_table
 
 REPORT = "report.html"
 CHARTS = "charts"
+COMPARISON = "comparison.csv"
+
+Say = Callable[[str], None]
 
 
-def write_results(folder: Path, *, save_outputs: bool, say: Callable[[str], None] = lambda message: None) -> Path:
+@dataclass(frozen=True)
+class _Tables:
+    """Everything that is estimated from a run, as tidy tables by the names of their files."""
+
+    summary: pd.DataFrame
+    contrasts: pd.DataFrame
+    answers: pd.DataFrame
+    optimal_levels: pd.DataFrame
+    equal_perplexity: pd.DataFrame
+    missing: pd.DataFrame
+
+
+def write_results(
+    folder: Path,
+    *,
+    save_outputs: bool,
+    margins: Mapping[str, float] | None = None,
+    say: Say = lambda message: None,
+) -> Path:
     """Writes every table, chart and the report of a run folder anew from its journal; returns the report's path.
 
-    ``summary.csv``, ``contrasts.csv``, ``results.json`` and the tidy tables; ``generated_texts.csv`` only where
-    ``save_outputs``. StoreError where nothing has been measured yet.
+    ``results.json`` and every table of ``_Tables`` and of the journal as CSV; ``generated_texts.csv`` only where
+    ``save_outputs``. ``margins`` (fields of ``Margins``) replace those that the manifest keeps from the last time, and are
+    kept there. StoreError where nothing has been measured yet.
     """
-    manifest = read_manifest(folder)
+    run = two_runs.read_run(folder)
+    used = margins_of(run.manifest, margins)
+    manifest = {**run.manifest, "margins": asdict(used)}
+    write_manifest(folder, manifest)
     with RunStore(folder) as store:
-        cells, measurements = store.table("cells"), store.table("measurements")
         heads, texts = store.table("heads"), store.table("texts")
-    if cells.empty or not (cells["status"] == "done").any():
-        raise StoreError(
-            f"{folder} holds no finished cell yet, so there is nothing to report. Run the comparison first."
-        )
-    model = str(manifest["spec"]["model_name"])
-    summary = summarize(model, cells, measurements)
-    contrasts = _contrasts(model, manifest["spec"]["variants"], cells, measurements)
-    missing = missing_figures(measurements)
+    say("estimating")
+    tables = _estimate(run, used)
+    told = verdicts.verdicts(tables.answers, tables.optimal_levels)
+    plain = [
+        *findings.plain_findings(tables.summary, tables.contrasts, run.cells, manifest),
+        *verdicts.exploratory_findings(tables.answers),
+    ]
     say("drawing the charts")
-    plain = findings.plain_findings(summary, contrasts, cells, manifest)
-    figures = charts.draw_all(summary, contrasts)
+    figures = charts.draw_all(tables.summary, tables.contrasts)
 
     for name, table in {
-        "summary": summary,
-        "contrasts": contrasts,
-        "cells": cells,
-        "measurements": _labelled(model, measurements),
+        **vars(tables),
+        "cells": run.cells,
+        "measurements": _labelled(run.model, run.measurements),
         "heads": heads,
-        "missing": missing,
     }.items():
         write_table(folder / f"{name}.csv", table)
     if save_outputs:
         write_table(folder / "generated_texts.csv", texts)
-    write_atomically(
-        folder / "results.json", _results_json(manifest, summary, contrasts, cells, missing, [vars(f) for f in plain])
-    )
+    words = {"verdicts": [vars(verdict) for verdict in told], "findings": [vars(finding) for finding in plain]}
+    write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
     pictures = charts.save_charts(figures, folder / CHARTS)
     say("writing the report")
     html = report.render_report(
-        summary=summary,
-        contrasts=contrasts,
-        cells=cells,
-        missing=missing,
+        summary=tables.summary,
+        contrasts=tables.contrasts,
+        cells=run.cells,
+        missing=tables.missing,
+        verdicts=told,
+        answers=tables.answers,
+        optimal=tables.optimal_levels,
+        equal=tables.equal_perplexity,
         findings=plain,
         pictures=pictures,
         manifest=manifest,
@@ -69,6 +97,69 @@ def write_results(folder: Path, *, save_outputs: bool, say: Callable[[str], None
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT
+
+
+def write_comparison(
+    first: Path,
+    second: Path,
+    *,
+    output_dir: Path,
+    say: Say = lambda message: None,
+) -> Path:
+    """Compares the second run with the first and writes ``comparison_<timestamp>/`` with report and ``comparison.csv``.
+
+    Returns the report's path.
+    """
+    runs = two_runs.read_run(first), two_runs.read_run(second)
+    say("estimating")
+    limits = two_runs.limits(*runs)
+    compared = two_runs.compare(*runs)
+    folder = _new_folder(output_dir)
+    write_table(folder / COMPARISON, compared)
+    say("writing the report")
+    html = report.render_comparison(
+        names=(str(first), str(second)),
+        compared=compared,
+        findings=two_runs.comparison_findings(compared),
+        differences=two_runs.differences(runs[0].manifest, runs[1].manifest),
+        limits=limits,
+    )
+    write_atomically(folder / REPORT, html)
+    return folder / REPORT
+
+
+def margins_of(manifest: Mapping[str, Any], given: Mapping[str, float] | None) -> Margins:
+    """The margins given, else those that a manifest keeps, else the defaults."""
+    known = {field.name for field in fields(Margins)}
+    kept = {name: value for name, value in manifest.get("margins", {}).items() if name in known}
+    return Margins(**{**kept, **(given or {})})
+
+
+def _estimate(run: two_runs.StoredRun, margins: Margins) -> _Tables:
+    variants, tables = run.manifest["spec"]["variants"], (run.model, run.cells, run.measurements)
+    return _Tables(
+        summarize(*tables),
+        _contrasts(run.model, variants, run.cells, run.measurements),
+        _answers(run, variants, margins),
+        optimal_levels(*tables, margins=margins, seed=run.manifest["spec"]["seed"]),
+        speed_at_equal_perplexity(*tables),
+        missing_figures(run.measurements),
+    )
+
+
+def _answers(run: two_runs.StoredRun, variants: list[str], margins: Margins) -> pd.DataFrame:
+    """Agency against the baseline, and then against every other variant, as exploratory."""
+    others = [name for name in variants if name not in PRIMARY]
+    pairs = [(PRIMARY[0], reference) for reference in (PRIMARY[1], *others) if {PRIMARY[0], reference} <= set(variants)]
+    tables = [
+        answers(
+            run.model, run.cells, run.measurements,
+            margins=margins, variant=variant, reference=reference, seed=run.manifest["spec"]["seed"],
+        )
+        for variant, reference in pairs
+    ]  # fmt: skip
+    filled = [table for table in tables if len(table)]
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(ANSWER_COLUMNS))
 
 
 def _contrasts(model: str, variants: list[str], cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
@@ -83,13 +174,22 @@ def _labelled(model: str, measurements: pd.DataFrame) -> pd.DataFrame:
     return measurements.assign(model=model)[["model", *measurements.columns]]
 
 
+def _new_folder(output_dir: Path) -> Path:
+    stamp = time.strftime("comparison_%Y%m%d_%H%M%S")
+    for attempt in range(1000):
+        folder = output_dir / (stamp if attempt == 0 else f"{stamp}_{attempt}")
+        try:
+            folder.mkdir(parents=True)
+        except FileExistsError:
+            continue
+        except OSError as error:
+            raise StoreError(f"the folder {folder} cannot be made: {error.strerror}. Choose --output_dir.") from error
+        return folder
+    raise StoreError(f"{output_dir} already holds 1000 comparisons of this second; wait a moment.")
+
+
 def _results_json(
-    manifest: dict[str, Any],
-    summary: pd.DataFrame,
-    contrasts: pd.DataFrame,
-    cells: pd.DataFrame,
-    missing: pd.DataFrame,
-    plain: list[dict[str, Any]],
+    manifest: Mapping[str, Any], tables: _Tables, cells: pd.DataFrame, words: Mapping[str, list[dict[str, Any]]]
 ) -> str:
     document = {
         "manifest": manifest,
@@ -97,11 +197,9 @@ def _results_json(
             name: {"unit": metric.unit, "better": metric.better, "label": metric.label}
             for name, metric in METRICS.items()
         },
-        "summary": _records(summary),
-        "contrasts": _records(contrasts),
+        **{name: _records(table) for name, table in vars(tables).items()},
         "cells": [{**row, "details": json.loads(row["details"])} for row in _records(cells)],
-        "missing": _records(missing),
-        "findings": plain,
+        **words,
     }
     return json.dumps(document, indent=1, sort_keys=True, allow_nan=False, default=str) + "\n"
 

@@ -6,15 +6,13 @@ Iterations and documents (or prompts) are crossed, not nested: the same document
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import pandas as pd
-from numpy.typing import NDArray
-from scipy import stats
 
+from pruning_comparison.crossed import Estimate, crossed_interval
 from pruning_comparison.measure.metrics import METRICS
 
 SUMMARY_COLUMNS = (
@@ -33,56 +31,10 @@ _RUN_METRICS = ("cache_bytes", "peak_memory_bytes")
 _CELL = ["variant", "method", "level"]
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """A mean with its 95 % interval (NaN where there is one observation) and the number of observations."""
-
-    estimate: float
-    ci_low: float
-    ci_high: float
-    n: int
-
-    def map(self, function: Callable[[float], float]) -> Estimate:
-        """The estimate on another, increasing scale."""
-        return Estimate(function(self.estimate), function(self.ci_low), function(self.ci_high), self.n)
-
-
-def crossed_interval(values: NDArray[np.float64], confidence: float = 0.95) -> Estimate:
-    """Mean and interval of crossed observations [iterations, units], both factors random.
-
-    Two-way random-effects analysis of variance with one observation per cell: with mean squares A (iterations), B (units)
-    and E (residual), Var(mean) = (A + B - E) / (a b); degrees of freedom after Satterthwaite (1946). A variance component
-    estimated below zero counts as zero, which leaves B, A or E alone. With one iteration or one unit this is Student's
-    interval over the other. ValueError if a value is not finite.
-    """
-    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"values must be a finite, non-empty [iterations, units] matrix, got shape {values.shape}")
-    a, b = values.shape
-    mean = float(values.mean())
-    if values.size == 1:
-        return Estimate(mean, math.nan, math.nan, 1)
-    by_row, by_column = values.mean(1), values.mean(0)
-    if min(a, b) == 1:
-        line = values.ravel()
-        variance, freedom = float(line.var(ddof=1)) / line.size, float(line.size - 1)
-    else:
-        square_a = b * float(((by_row - mean) ** 2).sum()) / (a - 1)
-        square_b = a * float(((by_column - mean) ** 2).sum()) / (b - 1)
-        residual = values - by_row[:, None] - by_column[None, :] + mean
-        square_e = float((residual**2).sum()) / ((a - 1) * (b - 1))
-        terms = _positive_components(square_a, square_b, square_e, a, b)
-        total = sum(sign * square for sign, square, _ in terms)
-        variance = total / (a * b)
-        spread = sum(square**2 / df for _, square, df in terms)
-        freedom = total**2 / spread if spread > 0 else 1.0
-    margin = float(stats.t.ppf(0.5 + confidence / 2, freedom)) * math.sqrt(max(variance, 0.0))
-    return Estimate(mean, mean - margin, mean + margin, values.size)
-
-
 def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
     """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
     rows = []
-    for _, data in _observations(cells, measurements):
+    for _, data in observations(cells, measurements):
         metric = METRICS[data.metric]
         for key, estimate in data.estimates():
             variant, method, level, temperature = key
@@ -102,7 +54,7 @@ def contrast(
     ratio, given as per cent change; the others by the mean difference in their own unit.
     """
     rows = []
-    for _, data in _observations(cells, measurements):
+    for _, data in observations(cells, measurements):
         metric = METRICS[data.metric]
         if metric.name.startswith("adaptation"):
             continue
@@ -127,7 +79,7 @@ def missing_figures(measurements: pd.DataFrame) -> pd.DataFrame:
 
 
 @dataclass(frozen=True)
-class _Observations:
+class Observations:
     """One metric in tidy form: ``variant, method, level, temperature, iteration, unit, x, model_id`` and a scale.
 
     ``x`` is the logarithm where ``log_scale``. ``model_id`` is equal for observations that are the same by construction
@@ -152,15 +104,27 @@ class _Observations:
             result.append((key, estimate.map(math.exp) if self.log_scale else estimate))
         return result
 
-    def differences(self, variant: str, reference: str) -> list[tuple[tuple[str, float, float], Estimate]]:
+    def pairs(self, variant: str, reference: str) -> pd.DataFrame:
+        """Both variants on the same ``method, level, temperature, iteration, unit``: ``difference`` and ``pair``.
+
+        Repeats within an iteration are averaged. ``pair`` is equal for pairs that are the same by construction.
+        What is left of equal numbers by rounding is no difference.
+        """
         keys = ["method", "level", "temperature", "iteration", "unit"]
-        of_variant = self.table[self.table["variant"] == variant]
-        of_reference = self.table[self.table["variant"] == reference]
-        pairs = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
-        pairs = pairs.assign(
-            difference=pairs["x"] - pairs["x_reference"], pair=pairs["model_id"] + "|" + pairs["model_id_reference"]
+        means = self.table.groupby(["variant", *keys, "model_id"], dropna=False, as_index=False)["x"].mean()
+        of_variant, of_reference = (means[means["variant"] == name] for name in (variant, reference))
+        both = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
+        difference = both["x"] - both["x_reference"]
+        rounding = 1e-12 * (both["x"].abs() + both["x_reference"].abs())
+        result: pd.DataFrame = both.assign(
+            difference=difference.where(difference.abs() > rounding, 0.0),
+            pair=both["model_id"] + "|" + both["model_id_reference"],
         )
+        return result
+
+    def differences(self, variant: str, reference: str) -> list[tuple[tuple[str, float, float], Estimate]]:
         result: list[tuple[Any, Estimate]] = []
+        pairs = self.pairs(variant, reference)
         for key, group in pairs.groupby(["method", "level", "temperature"], dropna=False, sort=True):
             estimate = _of_matrix(group, "difference", "pair")
             if estimate is not None:
@@ -179,7 +143,7 @@ def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | No
     return None if complete.empty else crossed_interval(complete.to_numpy(dtype=np.float64))
 
 
-def _observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, _Observations]]:
+def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, Observations]]:
     """Every metric that the measurements hold, as observations."""
     done = cells.loc[cells["status"] == "done", ["variant", "method", "iteration", "level", "fingerprint"]]
     known = measurements.dropna(subset=["value"]).merge(done, on=["variant", "method", "iteration", "level"])
@@ -199,36 +163,36 @@ def _observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple
     return [(data.metric, data) for data in result if len(data.table)]
 
 
-def _scaled(metric: str, rows: pd.DataFrame) -> _Observations:
+def _scaled(metric: str, rows: pd.DataFrame) -> Observations:
     log_scale = METRICS[metric].log_scale
-    return _Observations(metric, rows.assign(x=np.log(rows["value"]) if log_scale else rows["value"]), log_scale)
+    return Observations(metric, rows.assign(x=np.log(rows["value"]) if log_scale else rows["value"]), log_scale)
 
 
-def _perplexity_observations(known: pd.DataFrame) -> list[_Observations]:
-    parts = {
-        name: known[known["metric"] == name]
-        .groupby([*_CELL, "iteration", "document", "fingerprint"])["value"]
-        .sum()
-        .rename(name)
+def _perplexity_observations(known: pd.DataFrame) -> list[Observations]:
+    windows = {
+        name: known[known["metric"] == name].groupby([*_CELL, "iteration", "document", "fingerprint"])["value"]
         for name in ("window_nats", "window_tokens", "window_bytes")
     }
-    table = pd.concat(parts.values(), axis=1).reset_index().rename(columns={"document": "unit"})
+    table = pd.concat([group.sum().rename(name) for name, group in windows.items()], axis=1)
+    # A document of which a window has no finite loss is left out whole: the sum of the others would flatter the model.
+    whole = windows["window_nats"].size().reindex(table.index) == windows["window_tokens"].size().reindex(table.index)
+    table = table[whole].reset_index().rename(columns={"document": "unit"})
     table = table.assign(temperature=np.nan, model_id=table["fingerprint"])
     per_token = table.assign(x=table["window_nats"] / table["window_tokens"])
     per_byte = table.assign(x=table["window_nats"] / math.log(2) / table["window_bytes"])
     return [
-        _Observations("perplexity", per_token, True, "window_tokens"),
-        _Observations("bits_per_byte", per_byte, False, "window_bytes"),
+        Observations("perplexity", per_token, True, "window_tokens"),
+        Observations("bits_per_byte", per_byte, False, "window_bytes"),
     ]
 
 
-def _distances(metric: str, rows: pd.DataFrame) -> _Observations:
+def _distances(metric: str, rows: pd.DataFrame) -> Observations:
     """Distance from the dense model's value on the same prompt and draws; of logarithms where the metric is positive."""
-    keys = ["method", "iteration", "temperature", "unit"]
+    keys = ["variant", "method", "iteration", "temperature", "unit"]
     scaled = rows.assign(y=np.log(rows["value"]) if METRICS[metric].log_scale else rows["value"])
     dense = scaled[scaled["level"] == 0].drop_duplicates(keys)[[*keys, "y"]]
     both = scaled.merge(dense, on=keys, suffixes=("", "_dense"))
-    return _Observations(f"{metric}_distance", both.assign(x=(both["y"] - both["y_dense"]).abs()), False)
+    return Observations(f"{metric}_distance", both.assign(x=(both["y"] - both["y_dense"]).abs()), False)
 
 
 def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:
@@ -253,17 +217,3 @@ def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:
         place = [model, variant, method, level, math.nan, "tokens_per_second_ceiling"]
         result.append([*place, ceiling, math.nan, math.nan, 1, METRICS["tokens_per_second_ceiling"].unit])
     return result
-
-
-def _positive_components(
-    square_a: float, square_b: float, square_e: float, a: int, b: int
-) -> list[tuple[int, float, float]]:
-    """(sign, mean square, degrees of freedom) of Var(mean) * a b, with negative variance components set to zero."""
-    keep_a, keep_b = square_a > square_e, square_b > square_e
-    if keep_a and keep_b:
-        return [(1, square_a, a - 1.0), (1, square_b, b - 1.0), (-1, square_e, (a - 1.0) * (b - 1.0))]
-    if keep_a:
-        return [(1, square_a, a - 1.0)]
-    if keep_b:
-        return [(1, square_b, b - 1.0)]
-    return [(1, square_e, (a - 1.0) * (b - 1.0))]

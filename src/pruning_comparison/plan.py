@@ -1,0 +1,221 @@
+"""What a run would measure and what it could find out, said before anything is measured.
+
+Reads config, tokenizer and texts, never weights. How long a run takes is not said here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from typing import Any, cast
+
+from pruning_comparison.answers import QUALITY_LEVEL, SIGNIFICANCE
+from pruning_comparison.comparison import Inputs, prepare
+from pruning_comparison.crossed import Components, detectable_effect, smallest_permutation_p
+from pruning_comparison.findings import listed, per_cent, plain_number
+from pruning_comparison.samples import Margins
+from pruning_comparison.selection import Scope, expected_heads_pruned
+from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.verdicts import TITLES
+
+__all__ = ["ASSUMED", "plan_run", "plan_words"]
+
+POWER = 0.8
+
+ASSUMED: Mapping[str, Components] = {
+    "E1": Components(0.0, 0.0, 0.0015),
+    "E2": Components(0.0001, 0.0045, 0.0003),
+    "E3": Components(0.0, 0.0, 0.003),
+    "E4": Components(0.0, 0.0, 0.004),
+}
+"""Variances of a pair's difference that a plan reckons with, on each expectation's scale (logarithms; for E3, distances).
+
+Those of the bundled model on 2 cores, rounded up: method entropy, three iterations, 16 documents of 256 tokens, 5 prompts of
+32 new tokens. Another model, text, method or machine has others, which is why a plan says "about".
+"""
+
+
+def plan_run(spec: ComparisonSpec, margins: Margins) -> dict[str, Any]:
+    """What a run of ``spec`` would measure and find, as plain values. InputError where the spec cannot work."""
+    inputs = prepare(spec, identify=False)
+    grid = inputs.preview.grid
+    documents = len({window.document for window in inputs.windows})
+    prompts = len(inputs.prompts)
+    timed = -(-prompts // spec.batch_size)
+    window = inputs.calibration.shape[1]
+    calibration = -(-spec.calibration_tokens // window)
+    return {
+        "model": inputs.preview.describe()["name"],
+        "layers": grid.n_layers,
+        "heads_per_layer": grid.n_heads,
+        "heads": grid.total,
+        "methods": list(spec.pruning_methods),
+        "variants": list(spec.variants),
+        "temperatures": list(spec.temperatures),
+        "iterations": spec.iterations,
+        "levels": [_level(spec, level, grid.n_layers, grid.n_heads) for level in spec.pruning_levels],
+        "trajectories": len(list(spec.trajectories())),
+        "cells": len(list(spec.cells())),
+        "evaluation": {
+            "documents": documents,
+            "windows": len(inputs.windows),
+            "tokens": sum(window.targets for window in inputs.windows),
+        },
+        "calibration": {"windows_per_iteration": calibration, "tokens_per_iteration": calibration * window},
+        "prompts": prompts,
+        "timed_batches": timed,
+        "pairs": {
+            "iterations_x_documents": spec.iterations * documents,
+            "iterations_x_prompts": spec.iterations * prompts,
+            "iterations_x_timed_batches": spec.iterations * timed,
+        },
+        "power": POWER,
+        "margins": asdict(margins),
+        "expectations": _expectations(spec, margins, documents, prompts, timed),
+        "notes": _notes(spec, inputs),
+    }
+
+
+def _level(spec: ComparisonSpec, level: float, layers: int, heads: int) -> dict[str, Any]:
+    gone = expected_heads_pruned(level, layers, heads, cast(Scope, spec.scope))
+    return {"level": level, "heads_pruned": gone, "achieved_level": 100 * gone / (layers * heads)}
+
+
+def _expectations(
+    spec: ComparisonSpec, margins: Margins, documents: int, prompts: int, timed: int
+) -> list[dict[str, Any]]:
+    """Per expectation: pairs, the smallest p that sign flips attain, and the effect that is found with the power wanted.
+
+    The corrected significance is the hardest that Holm's correction can ask for: every method's expectations are one family,
+    with speed at equal perplexity, and diversity at each temperature.
+    """
+    if not {"agency", "baseline"} <= set(spec.variants):
+        return []
+    family = len(spec.pruning_methods) * (4 + len(spec.temperatures))
+    high = [level for level in spec.pruning_levels if level >= QUALITY_LEVEL]
+    pruned = [level for level in spec.pruning_levels if level > 0]
+    found = []
+    for name, unit, units, levels, margin, sign in (
+        ("E1", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.speed, 1),
+        ("E2", "document", documents, high, margins.quality, -1),
+        ("E3", "prompt", prompts, high, margins.diversity, -1),
+        ("E4", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.latency, -1),
+    ):
+        distance = _distance(ASSUMED[name], spec.iterations, units, SIGNIFICANCE / family)
+        ratio = name != "E3"
+        boundary = math.log1p(sign * margin) if ratio else sign * margin
+        effect = boundary + sign * distance
+        found.append(
+            {
+                "id": name,
+                "title": TITLES[name],
+                "levels": levels,
+                "unit": unit,
+                "iterations": spec.iterations,
+                "units": units,
+                "pairs": spec.iterations * units if levels else 0,
+                "smallest_p_flipping_iterations": smallest_permutation_p(spec.iterations),
+                "smallest_p_flipping_units": smallest_permutation_p(units),
+                "detectable": None if not levels or math.isinf(effect) else math.expm1(effect) if ratio else effect,
+                "scale": "relative" if ratio else "absolute",
+            }
+        )
+    return found
+
+
+def _distance(components: Components, iterations: int, units: int, alpha: float) -> float:
+    """The smallest distance from the margin that is found; pairs count one by one where neither factor varies."""
+    if components.iterations == components.units == 0:
+        iterations, units = 1, iterations * units
+    return detectable_effect(iterations, units, components, alpha=alpha, wanted=POWER)
+
+
+def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
+    notes = []
+    if not {"agency", "baseline"} <= set(spec.variants):
+        notes.append("agency and baseline are not both in --variants, so no expectation can be answered.")
+    if not any(level >= QUALITY_LEVEL for level in spec.pruning_levels):
+        notes.append(
+            f"no level is {QUALITY_LEVEL:g} % or more, so the expectations about quality and diversity cannot be answered."
+        )
+    if spec.iterations == 1:
+        notes.append("with one iteration nothing is known about how much a repetition would differ.")
+    if len(spec.temperatures) == 1:
+        notes.append("with one temperature the question about temperature cannot be answered.")
+    if 0 in spec.temperatures:
+        notes.append("at temperature 0 nothing is drawn: iterations whose models are the same count once.")
+    if len(inputs.prompts) < spec.max_prompts:
+        notes.append(f"there are only {len(inputs.prompts)} prompts; --max_prompts asks for {spec.max_prompts}.")
+    return notes
+
+
+# In words
+
+
+def plan_words(plan: Mapping[str, Any]) -> str:
+    """The plan as text for a terminal."""
+    evaluation, calibration = plan["evaluation"], plan["calibration"]
+    iterations = plan["iterations"]
+    lines = [
+        f"{plan['model']}: {plan['layers']} layers of {plan['heads_per_layer']} heads, {plan['heads']} heads in all",
+        "",
+        *(f"{'' if number else 'levels':13}{_level_words(level)}" for number, level in enumerate(plan["levels"])),
+        f"measures     {_count(plan['trajectories'], 'trajectory', 'trajectories')}, {_count(plan['cells'], 'cell')}: "
+        f"{listed(plan['variants'])}; {listed(plan['methods'])}; {_count(iterations, 'iteration')}; "
+        f"temperatures {listed([f'{heat:g}' for heat in plan['temperatures']])}",
+        f"evaluation   {evaluation['tokens']:,} tokens in {_count(evaluation['windows'], 'window')} of "
+        f"{_count(evaluation['documents'], 'document')}",
+        f"calibration  {calibration['tokens_per_iteration']:,} tokens per iteration",
+        f"pairs        {_times(iterations, evaluation['documents'], 'document')}",
+        f"             {_times(iterations, plan['prompts'], 'prompt')}",
+        f"             {_times(iterations, plan['timed_batches'], 'timed batch', 'timed batches')}",
+    ]
+    if plan["expectations"]:
+        lines += [
+            "",
+            f"What can be found with power {plan['power']:g}, if pairs vary about as much as on the bundled model:",
+            "",
+            *_aligned([_HEADING, *(_expectation_words(row) for row in plan["expectations"])]),
+            "",
+            "The smallest p is what sign flips of whole iterations, and of whole documents or prompts, attain at best.",
+        ]
+    if plan["notes"]:
+        lines += ["", *(f"note: {note}" for note in plan["notes"])]
+    return "\n".join(lines)
+
+
+_HEADING = ("expectation", "at levels", "pairs", "smallest p", "supported if agency is really better by")
+
+
+def _expectation_words(row: Mapping[str, Any]) -> tuple[str, ...]:
+    levels = [f"{level:g}" for level in row["levels"]]
+    smallest = (
+        f"{plain_number(row['smallest_p_flipping_iterations'])}, {plain_number(row['smallest_p_flipping_units'])}"
+    )
+    if row["detectable"] is None:
+        effect = "nothing: no effect is large enough" if levels else "nothing: not measured"
+    else:
+        relative = row["scale"] == "relative"
+        size = abs(row["detectable"]) * (100 if relative else 1)
+        effect = f"about {plain_number(float(f'{size:.2g}'))}{' %' if relative else ''}"
+    return (f"{row['id']} {row['title'].lower()}", ", ".join(levels) or "none", str(row["pairs"]), smallest, effect)
+
+
+def _level_words(level: Mapping[str, Any]) -> str:
+    asked, reached = level["level"], level["achieved_level"]
+    off = "" if abs(asked - reached) < 1e-9 else f", which is {reached:.4g} %"
+    return f"{per_cent(asked)}: {_count(level['heads_pruned'], 'head')}{off}"
+
+
+def _count(number: int, word: str, plural: str = "") -> str:
+    return f"{number:,} {word if number == 1 else plural or word + 's'}"
+
+
+def _times(iterations: int, units: int, word: str, plural: str = "") -> str:
+    return f"{_count(iterations, 'iteration')} x {_count(units, word, plural)} = {iterations * units}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
