@@ -55,6 +55,10 @@ SHARES = {
     "residual alone": (0.0, 0.0, 1.0),
 }
 STRESS = ("residual alone",)
+DESIGNS = ((3, 5, 30), (5, 5, 30), (5, 30, 30), (10, 30, 50))
+"""Iterations, prompts and documents of a synthetic run."""
+EFFECTS = ("none", "on the margin that supports", "on the margin that refutes")
+KINDS = ("gauss", "lognormal 0.5", "t 4")
 CHUNK = 500
 
 
@@ -169,12 +173,9 @@ def is_false(claim: str, truth: float, row: Row) -> bool:
 def family(count: int, seed: int) -> Iterator[dict[str, Any]]:
     """Share of synthetic runs with at least one false claim, by family; sign flips are left out, which only errs upwards."""
     rows = rows_of_a_run(Margins())
-    designs = ((3, 5, 30), (5, 5, 30), (5, 30, 30), (10, 30, 50))
-    effects = ("none", "on the margin that supports", "on the margin that refutes")
-    kinds = ("gauss", "lognormal 0.5", "t 4")
     generator = np.random.default_rng(seed)
     for kind, (name, shares), effect, (a, prompts, documents) in itertools.product(
-        kinds, list(SHARES.items())[:3], effects, designs
+        KINDS, list(SHARES.items())[:3], EFFECTS, DESIGNS
     ):
         false = {"expectations": 0, "questions": 0}
         claimed = {"expectations": 0, "questions": 0}
@@ -293,6 +294,8 @@ def powers(count: int, seed: int) -> Iterator[dict[str, Any]]:
             [truth + data_sets(generator, kind, CHUNK, a, b, variances, np.array([1.0])) for _ in range(count // CHUNK)]
         )
         found = supported = 0
+        # The spread that goes with a halved perplexity is not that of an effect of 10 %.
+        beyond = name.endswith("large effect")
         for matrix in values:
             test = difference_test(matrix, "document")
             row = Row("E2", "expectations", "documents", bounds, -1, 1.0)
@@ -307,11 +310,11 @@ def powers(count: int, seed: int) -> Iterator[dict[str, Any]]:
             "found": found / len(values), "supported": supported / len(values),
             "predicted_found": power(truth, parts, a, b, SIGNIFICANCE / 6),
             "detectable_per_cent": 100 * -math.expm1(-detectable_effect(a, b, parts, alpha=SIGNIFICANCE / 6)),
-            "target": "at least 0.8", "met": found / len(values) >= 0.8,
+            "target": "beyond_target" if beyond else "at least 0.8", "met": None if beyond else found / len(values) >= 0.8,
         }  # fmt: skip
 
 
-PARTS = {"coverage": (coverage, 2_000), "family": (family, 1_000), "full": (full, 100), "power": (powers, 1_000)}
+PARTS = {"coverage": (coverage, 4_000), "family": (family, 1_000), "full": (full, 100), "power": (powers, 1_000)}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
