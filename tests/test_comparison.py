@@ -137,6 +137,9 @@ def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     assert set(rows.loc[rows["metric"] == "negotiation_s", "variant"]) == set(replies["variant"])
     prints = cells.query("level == 50").set_index("variant")["fingerprint"]
     assert prints["agency"] != prints["agency-selection"]
+    report = write_results(latest_run(tmp_path), save_outputs=False)
+    for name, table in (("signals", signals), ("replies", replies)):
+        assert len(pd.read_csv(report.with_name(f"{name}.csv"))) == len(table)
 
 
 def test_recovery_trains_every_variant_alike(folder, tmp_path):

@@ -58,6 +58,7 @@ def write_results(
     write_manifest(folder, manifest)
     with RunStore(folder) as store:
         heads, texts = store.table("heads"), store.table("texts")
+        asked = {name: store.table(name) for name in ("signals", "replies")}
     say("estimating")
     tables = _estimate(run, used)
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
@@ -73,6 +74,7 @@ def write_results(
         "cells": run.cells,
         "measurements": _labelled(run.model, run.measurements),
         "heads": heads,
+        **{name: table for name, table in asked.items() if len(table)},
     }.items():
         write_table(folder / f"{name}.csv", table)
     if save_outputs:
