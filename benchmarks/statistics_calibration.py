@@ -307,10 +307,11 @@ def powers(count: int, seed: int) -> Iterator[dict[str, Any]]:
         yield {
             "part": "power", "variances": name, "deviations": [round(math.sqrt(v), 4) for v in variances],
             "distribution": kind, "effect": "10 % lower perplexity", "iterations": a, "units": b, "data_sets": len(values),
-            "found": found / len(values), "supported": supported / len(values),
+            "found": float(found / len(values)), "supported": supported / len(values),
             "predicted_found": power(truth, parts, a, b, SIGNIFICANCE / 6),
             "detectable_per_cent": 100 * -math.expm1(-detectable_effect(a, b, parts, alpha=SIGNIFICANCE / 6)),
-            "target": "beyond_target" if beyond else "at least 0.8", "met": None if beyond else found / len(values) >= 0.8,
+            "target": "beyond_target" if beyond else "at least 0.8",
+            "met": None if beyond else bool(found / len(values) >= 0.8),
         }  # fmt: skip
 
 
