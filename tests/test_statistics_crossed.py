@@ -148,3 +148,23 @@ def test_no_number_of_units_mends_the_spread_of_iterations():
 def test_nothing_to_find_needs_no_number():
     assert all(math.isnan(count) for count in needed(0.0, ONE_SAMPLE, 1, 10))
     assert detectable_effect(1, 1, ONE_SAMPLE) == math.inf
+
+
+def test_a_factor_that_does_not_vary_lends_its_freedom_to_the_residual():
+    """With the residual alone all 5 x 2 pairs are one sample: variance 1 / 10 at 9 degrees of freedom."""
+    assert Components(0.0, 0.0, 1.0).of_mean(5, 2) == pytest.approx((0.1, 9.0))
+    # Where only units vary: their mean square at its own 3 degrees of freedom, pooled residual with 6 + 2 taken off.
+    variance, freedom = Components(0.0, 2.0, 1.0).of_mean(3, 4)
+    assert variance == pytest.approx((3 * 2 + 1) / 12)
+    assert freedom == pytest.approx(3.0)
+
+
+def test_power_far_out_at_few_degrees_of_freedom():
+    """Simulated: with two degrees of freedom even an effect of 113 standard errors is not found at a strict level."""
+    rng = np.random.default_rng(0)
+    sample = rng.normal(size=(200_000, 3)) + 65.0
+    statistic = sample.mean(1) / (sample.std(1, ddof=1) / np.sqrt(3))
+    alpha = 2 * stats.t.sf(100.0, 2)
+    found = power(65.0, Components(0.0, 0.0, 1.0), 1, 3, alpha)
+    assert found == pytest.approx((statistic > 100.0).mean(), abs=0.01)
+    assert found < 0.9

@@ -102,7 +102,7 @@ def _expectations(
         ("E3", "prompt", prompts, high, margins.diversity, -1),
         ("E4", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.latency, -1),
     ):
-        distance = _distance(ASSUMED[name], spec.iterations, units, SIGNIFICANCE / family)
+        distance = detectable_effect(spec.iterations, units, ASSUMED[name], alpha=SIGNIFICANCE / family, wanted=POWER)
         ratio = name != "E3"
         boundary = math.log1p(sign * margin) if ratio else sign * margin
         effect = boundary + sign * distance
@@ -122,13 +122,6 @@ def _expectations(
             }
         )
     return found
-
-
-def _distance(components: Components, iterations: int, units: int, alpha: float) -> float:
-    """The smallest distance from the margin that is found; pairs count one by one where neither factor varies."""
-    if components.iterations == components.units == 0:
-        iterations, units = 1, iterations * units
-    return detectable_effect(iterations, units, components, alpha=alpha, wanted=POWER)
 
 
 def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
