@@ -95,6 +95,9 @@ def test_agency_adaptation_loses_the_baselines_heads_and_pays_for_adaptation(fol
     assert (fingerprints.xs(0, level="level") == "dense").all()
     assert fingerprints["baseline", "magnitude", 0, 50] == fingerprints["baseline", "magnitude", 1, 50]
     assert fingerprints["baseline", "random", 0, 50] != fingerprints["baseline", "random", 1, 50]
+    answered = pd.read_csv(write_results(latest_run(tmp_path), save_outputs=False).with_name("answers.csv"))
+    assert set(answered["contrast"]) == {"agency-adaptation vs baseline"}
+    assert set(answered["kind"]) == {"exploratory"}
     adapted = [fingerprints["agency-adaptation", "magnitude", iteration, 50] for iteration in (0, 1)]
     assert adapted[0] != adapted[1]
 

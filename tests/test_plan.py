@@ -174,3 +174,11 @@ def test_the_plan_reads_the_same_inputs_as_a_run(folder, tmp_path):
     assert quick.digests == {}
     assert full.digests
     assert [window.index for window in quick.windows] == [window.index for window in full.windows]
+
+
+def test_random_heads_are_planned_with_more_spread(folder, capsys):
+    by_score, by_chance = (
+        next(row for row in plan(folder, capsys, f"--pruning_method={method}")["expectations"] if row["id"] == "E2")
+        for method in ("entropy", "random")
+    )
+    assert by_chance["detectable"] < by_score["detectable"] < -Margins().quality

@@ -150,9 +150,16 @@ def _estimate(run: two_runs.StoredRun, margins: Margins) -> _Tables:
 
 
 def _answers(run: two_runs.StoredRun, variants: list[str], margins: Margins) -> pd.DataFrame:
-    """Agency against the baseline, and then against every other variant, as exploratory."""
+    """Agency against the baseline, and then against every other variant, as exploratory.
+
+    In a run without agency it is every other variant against the baseline.
+    """
+    agency, baseline = PRIMARY
     others = [name for name in variants if name not in PRIMARY]
-    pairs = [(PRIMARY[0], reference) for reference in (PRIMARY[1], *others) if {PRIMARY[0], reference} <= set(variants)]
+    if agency in variants:
+        pairs = [(agency, reference) for reference in (baseline, *others) if reference in variants]
+    else:
+        pairs = [(variant, baseline) for variant in others if baseline in variants]
     tables = [
         answers(
             run.model, run.cells, run.measurements,
