@@ -12,7 +12,7 @@ from scipy import stats
 from pruning_comparison import cli
 from pruning_comparison.comparison import prepare
 from pruning_comparison.models import loading
-from pruning_comparison.plan import ASSUMED, plan_run
+from pruning_comparison.plan import ASSUMED, assumed_components, plan_run
 from pruning_comparison.samples import Margins
 from pruning_comparison.spec import ComparisonSpec
 
@@ -176,9 +176,11 @@ def test_the_plan_reads_the_same_inputs_as_a_run(folder, tmp_path):
     assert [window.index for window in quick.windows] == [window.index for window in full.windows]
 
 
-def test_random_heads_are_planned_with_more_spread(folder, capsys):
+def test_quality_is_planned_with_more_spread_between_iterations_where_chance_ranks():
     by_score, by_chance = (
-        next(row for row in plan(folder, capsys, f"--pruning_method={method}")["expectations"] if row["id"] == "E2")
-        for method in ("entropy", "random")
+        assumed_components("E2", ComparisonSpec(pruning_methods=methods))
+        for methods in (("entropy",), ("entropy", "random"))
     )
-    assert by_chance["detectable"] < by_score["detectable"] < -Margins().quality
+    assert by_chance.iterations > by_score.iterations
+    assert (by_chance.units, by_chance.residual) == (by_score.units, by_score.residual)
+    assert assumed_components("E1", ComparisonSpec(pruning_methods=("random",))) == ASSUMED["E1"]

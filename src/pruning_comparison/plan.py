@@ -103,7 +103,7 @@ def _expectations(
         ("E4", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.latency, -1),
     ):
         distance = detectable_effect(
-            spec.iterations, units, _assumed(name, spec), alpha=SIGNIFICANCE / family, wanted=POWER
+            spec.iterations, units, assumed_components(name, spec), alpha=SIGNIFICANCE / family, wanted=POWER
         )
         ratio = name != "E3"
         boundary = math.log1p(sign * margin) if ratio else sign * margin
@@ -126,7 +126,7 @@ def _expectations(
     return found
 
 
-def _assumed(name: str, spec: ComparisonSpec) -> Components:
+def assumed_components(name: str, spec: ComparisonSpec) -> Components:
     """What pairs of an expectation are taken to vary by; quality varies far more between iterations where chance ranks."""
     usual = ASSUMED[name]
     if name != "E2" or "random" not in spec.pruning_methods:
