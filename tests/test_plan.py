@@ -77,9 +77,9 @@ def test_the_detectable_effect_is_found_four_times_in_five(folder, capsys):
     assert effect < math.log1p(-0.03)
     parts = ASSUMED["E4"]
     assert (parts.iterations, parts.units) == (0, 0)
-    # Neither iterations nor prompts vary, so the 5 x 2 pairs are ten observations; six answers share 0.05.
+    # Neither iterations nor prompts vary, so the 5 x 2 pairs are ten observations; six answers share 0.025.
     error, freedom = math.sqrt(parts.residual / 10), 9
-    critical = stats.t.ppf(1 - 0.05 / 6 / 2, freedom)
+    critical = stats.t.ppf(1 - 0.025 / 6 / 2, freedom)
     shift = (math.log1p(-0.03) - effect) / error
     assert 1 - stats.nct.cdf(critical, freedom, shift) == pytest.approx(0.8, abs=1e-3)
 

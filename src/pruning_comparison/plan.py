@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
-from pruning_comparison.answers import QUALITY_LEVEL, SIGNIFICANCE
+from pruning_comparison.answers import CLAIM_LEVEL, QUALITY_LEVEL
 from pruning_comparison.comparison import Inputs, prepare
 from pruning_comparison.crossed import PLANNING, Components, detectable_effect, smallest_permutation_p
 from pruning_comparison.findings import listed, per_cent, plain_number
@@ -103,7 +103,7 @@ def _expectations(
         ("E4", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.latency, -1),
     ):
         distance = detectable_effect(
-            spec.iterations, units, assumed_components(name, spec), alpha=SIGNIFICANCE / family, wanted=POWER
+            spec.iterations, units, assumed_components(name, spec), alpha=CLAIM_LEVEL / family, wanted=POWER
         )
         ratio = name != "E3"
         boundary = math.log1p(sign * margin) if ratio else sign * margin
