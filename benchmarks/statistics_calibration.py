@@ -31,7 +31,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pruning_comparison.answers import CLAIM_LEVEL, Margins, answers, suggested_claim, verdict
+from pruning_comparison.answers import Margins, answers, suggested_claim, verdict
 from pruning_comparison.crossed import (
     PLANNING,
     crossed_interval,
@@ -302,15 +302,15 @@ def powers(count: int, seed: int) -> Iterator[dict[str, Any]]:
             row = Row("E2", "expectations", "documents", bounds, -1, 1.0)
             _, claims, p_claim, clear = decisions(matrix[None], row)
             least = min(1.0, 6 * test.p)
-            found += least <= CLAIM_LEVEL and matrix.mean() < 0
+            found += least <= SIGNIFICANCE and matrix.mean() < 0
             reached = verdict(claims[0][0], bool(clear[0]), least, min(1.0, 6 * float(p_claim[0])))
             supported += reached == ("supported", "better")
         yield {
             "part": "power", "variances": name, "deviations": [round(math.sqrt(v), 4) for v in variances],
             "distribution": kind, "effect": "10 % lower perplexity", "iterations": a, "units": b, "data_sets": len(values),
             "found": float(found / len(values)), "supported": supported / len(values),
-            "predicted_found": power(truth, parts, a, b, CLAIM_LEVEL / 6),
-            "detectable_per_cent": 100 * -math.expm1(-detectable_effect(a, b, parts, alpha=CLAIM_LEVEL / 6)),
+            "predicted_found": power(truth, parts, a, b, SIGNIFICANCE / 6),
+            "detectable_per_cent": 100 * -math.expm1(-detectable_effect(a, b, parts, alpha=SIGNIFICANCE / 6)),
             "target": "beyond_target" if beyond else "at least 0.8",
             "met": None if beyond else bool(found / len(values) >= 0.8),
         }  # fmt: skip

@@ -296,9 +296,9 @@ def test_what_an_estimate_suggests(estimate, inside, sign, expected):
 
 
 def test_interval_and_both_corrected_p_have_to_allow_a_difference():
-    assert verdict("better", True, 0.025, 0.025) == ("supported", "better")
-    assert verdict("worse", True, 0.025, 0.025) == ("refuted", "worse")
-    for clear, p_holm, p_claim in ((False, 0.01, 0.01), (True, 0.03, 0.01), (True, 0.01, 0.03)):
+    assert verdict("better", True, 0.05, 0.025) == ("supported", "better")
+    assert verdict("worse", True, 0.05, 0.025) == ("refuted", "worse")
+    for clear, p_holm, p_claim in ((False, 0.01, 0.01), (True, 0.06, 0.01), (True, 0.01, 0.03)):
         assert verdict("better", clear, p_holm, p_claim)[0] == "inconclusive"
     assert verdict("no difference", True, 0.9, 0.01) == ("refuted", "no difference")
 

@@ -28,6 +28,7 @@ from pruning_comparison.crossed import (
 from pruning_comparison.curves import (
     EQUAL_COLUMNS,
     OPTIMUM_COLUMNS,
+    SIGNIFICANCE,
     equal_speed,
     optimal_levels,
     speed_at_equal_perplexity,
@@ -57,7 +58,7 @@ ANSWER_COLUMNS = (
 )  # fmt: skip
 
 CLAIM_LEVEL = 0.025
-"""A claim needs corrected p-values of at most this: half of what is promised, because skewed data make small p too small."""
+"""A claim's own corrected p may be at most this: half of what is promised, because skewed data make small p too small."""
 PRIMARY = ("agency", "baseline")
 QUALITY_LEVEL = 40.0
 """Expectations about quality are about levels from here on (per cent of the heads)."""
@@ -106,7 +107,7 @@ def verdict(claim: Claim, clear: bool, p_holm: float, p_claim_holm: float) -> tu
 
     ``clear``: the interval leaves out the claim's boundary. A difference needs the corrected p of "no difference" too.
     """
-    allowed = clear and p_claim_holm <= CLAIM_LEVEL and (claim == "no difference" or p_holm <= CLAIM_LEVEL)
+    allowed = clear and p_claim_holm <= CLAIM_LEVEL and (claim == "no difference" or p_holm <= SIGNIFICANCE)
     if not allowed:
         return "inconclusive", "wide interval"
     return ("supported" if claim == "better" else "refuted"), claim
