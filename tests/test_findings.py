@@ -169,13 +169,16 @@ def test_temperature_sets_the_pruned_models_beside_the_unpruned_one():
 
 def test_cost_of_adaptation():
     found = one(
-        "what adaptation cost",
+        "what agency cost",
         estimates=[
             estimate("adaptation_s", "agency", 50, 12.5, 12.0, 13.0),
             estimate("adaptation_tokens", "agency", 50, 49_000.0),
+            estimate("negotiation_s", "agency", 50, 90.0, 80.0, 100.0),
         ],
     )
     assert "took 12.5 s and 49,000 tokens of text at 50 %" in found.sentence
+    assert "Asking the heads, in all rounds up to a level, took 90 s at 50 %." in found.sentence
+    assert "negotiation: at 50 %: 90 s [80 to 100 s]" in found.evidence
 
 
 # Levels and failures

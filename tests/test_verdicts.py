@@ -223,6 +223,9 @@ def test_temperature_names_the_direction_and_claims_it_only_when_supported():
     assert open_one.sentence.startswith("The data do not decide whether temperature changes how the two compare.")
     assert "no change fits the data as well" in open_one.sentence
     assert "About 4 more prompts would settle it" in open_one.sentence
+    corrected = one(answer("Q3", "inconclusive", 0.2, 0.1, 0.3))
+    assert "no change fits" not in corrected.sentence
+    assert "clear if it were the only thing tested; among so many it may be chance" in corrected.sentence
     alone = one(answer("Q3", "inconclusive", reason="too little data"))
     assert alone.sentence == "It takes two temperatures, so nothing can be said."
 

@@ -286,8 +286,15 @@ def _cost_of_adaptation(summary: pd.DataFrame, method: str) -> Finding | None:
         parts.append(f"{time}{text} at {per_cent(level)}")
     if not parts:
         return None
-    sentence = f"Agency's adaptation took {listed(parts)}. The baseline does not adapt and has no such cost."
-    return Finding(f"{method}: what adaptation cost", sentence, f"time: {_evidence(seconds, False, 's') or 'missing'}")
+    asked = [row for row in _measured(summary, "negotiation_s", method, "agency") if row["level"] > 0]
+    evidence = [f"adaptation: {_evidence(seconds, False, 's') or 'missing'}"]
+    sentence = f"Agency's adaptation took {listed(parts)}."
+    if asked:
+        times = listed([f"{with_unit(row['estimate'], 's')} at {per_cent(row['level'])}" for row in asked])
+        sentence += f" Asking the heads, in all rounds up to a level, took {times}."
+        evidence.append(f"negotiation: {_evidence(asked, False, 's')}")
+    sentence += " The baseline has no such cost."
+    return Finding(f"{method}: what agency cost", sentence, "; ".join(evidence))
 
 
 def _same_at_level_0(contrasts: pd.DataFrame) -> Finding | None:

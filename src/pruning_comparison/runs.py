@@ -14,10 +14,10 @@ from pruning_comparison.answers import ANSWER_COLUMNS, Answer, answer_table, lab
 from pruning_comparison.crossed import Array, Components, Fit, PValue, difference_test, fit_crossed
 from pruning_comparison.measure.metrics import METRICS
 from pruning_comparison.samples import Source, complete_matrix, difference_cube
-from pruning_comparison.statistics import Observations, observations
+from pruning_comparison.statistics import COST_METRICS, Observations, observations
 
 RUN_COLUMNS = (*ANSWER_COLUMNS, "variant", "level")
-_NOT_COMPARED = ("adaptation_s", "adaptation_tokens", "adaptation_peak_memory_bytes", "tokens_per_second_ceiling")
+_NOT_COMPARED = (*COST_METRICS, "tokens_per_second_ceiling")
 
 
 @dataclass(frozen=True)

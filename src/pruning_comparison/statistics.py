@@ -26,7 +26,12 @@ _TEXT_METRICS = (
     "compression_ratio",
 )  # fmt: skip
 _TIMING_METRICS = ("tokens_per_second", "first_token_latency_s", "time_per_output_token_s", "end_to_end_s")
-_CELL_METRICS = ("parameter_bytes", "decode_bytes", "adaptation_s", "adaptation_tokens", "adaptation_peak_memory_bytes")
+COST_METRICS = (
+    "adaptation_s", "adaptation_tokens", "adaptation_peak_memory_bytes", "adaptation_scratch_bytes", "negotiation_s",
+    "recovery_s", "recovery_tokens",
+)  # fmt: skip
+"""What making a variant cost; some variants have no such cost, so these are not compared."""
+_CELL_METRICS = ("parameter_bytes", "decode_bytes", *COST_METRICS)
 _RUN_METRICS = ("cache_bytes", "peak_memory_bytes")
 _CELL = ["variant", "method", "level"]
 
@@ -56,7 +61,7 @@ def contrast(
     rows = []
     for _, data in observations(cells, measurements):
         metric = METRICS[data.metric]
-        if metric.name.startswith("adaptation"):
+        if metric.name in COST_METRICS:
             continue
         for (method, level, temperature), estimate in data.differences(variant, reference):
             relative = data.log_scale

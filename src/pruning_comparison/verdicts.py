@@ -405,9 +405,15 @@ def _temperature_sentence(row: Mapping[str, Any]) -> str:
     if row["verdict"] == INCONCLUSIVE:
         if not _has_interval(row):
             return f"The data do not decide: there is too little of it for an interval.{_more_sentence(row)}"
+        clear = float(row["ci_low"]) > 0 or float(row["ci_high"]) < 0
+        but = (
+            "which would be clear if it were the only thing tested; among so many it may be chance"
+            if clear
+            else "but no change fits the data as well"
+        )
         return (
             "The data do not decide whether temperature changes how the two compare. "
-            f"In this sample {claim}, but no change fits the data as well ({figures}).{_more_sentence(row)}"
+            f"In this sample {claim}, {but} ({figures}).{_more_sentence(row)}"
         )
     return f"{_capital(_where(row, ''))}, {claim} ({figures})."
 
