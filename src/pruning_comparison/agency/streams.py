@@ -78,7 +78,7 @@ class DenseStream:
 
     It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. A
     large one is kept in a scratch file, which ``scratch_bytes`` reports and ``close`` (or the end of the process) removes:
-    memory then holds one batch at a time. In a file values are in float16, scaled by a power of two for each layer.
+    memory then holds one batch at a time. In a file values are in float16, each piece scaled by a power of two.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class DenseStream:
         layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
         size = 2 * layers * windows.numel() * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
-        self._scratch = _Scratch(layers, scratch_folder) if size > MOST_BYTES_IN_MEMORY else None
+        self._scratch = _Scratch(scratch_folder) if size > MOST_BYTES_IN_MEMORY else None
         with torch.no_grad(), self.fast():
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)
@@ -160,7 +160,7 @@ class DenseStream:
 class _Scratch:
     """Streams in a temporary file, in float16, read and written in pieces: no page of it counts as the process's memory."""
 
-    def __init__(self, layers: int, folder: Path | None) -> None:
+    def __init__(self, folder: Path | None) -> None:
         self._file = tempfile.TemporaryFile(prefix="dense_stream_", dir=folder)  # noqa: SIM115
         self._places: dict[tuple[int, int, Place], tuple[int, torch.Size, float]] = {}
         self.size = 0
