@@ -194,9 +194,7 @@ class Workspace:
                 adapt(dense, model, steps=steps, ridge=self.spec.ridge, most_tokens=windows.numel())
 
             def importance(model: PreTrainedModel) -> Tensor:
-                if model is self.reference:
-                    return self.ranking("fisher", iteration).scores
-                return self._rank(model, "fisher", iteration, self.spec.entropy_direction).scores
+                return self._rank_again(model, "fisher", iteration).scores
 
             self._negotiated[key] = NegotiatedTrajectory(
                 self.reference,
@@ -213,13 +211,24 @@ class Workspace:
         return self._negotiated[key]
 
     def _rank_again(self, model: PreTrainedModel, method: str, iteration: int) -> HeadScores:
-        """The method's scores on a model that has been pruned further; the direction of entropy stays the dense model's."""
+        """The method's scores on a model that has been pruned further.
+
+        What "auto" chose for the dense model stays: the direction of entropy, and the precision of gradients.
+        """
         dense = self.ranking(method, iteration)
         if model is self.reference:
             return dense
-        return self._rank(model, method, iteration, dense.details.get("entropy_direction", self.spec.entropy_direction))
+        direction = dense.details.get("entropy_direction", self.spec.entropy_direction)
+        return self._rank(model, method, iteration, direction, dense.details.get("gradient_precision", "auto"))
 
-    def _rank(self, model: PreTrainedModel, method: str, iteration: int, entropy_direction: str) -> HeadScores:
+    def _rank(
+        self,
+        model: PreTrainedModel,
+        method: str,
+        iteration: int,
+        entropy_direction: str,
+        gradient_precision: str = "auto",
+    ) -> HeadScores:
         return score_heads(
             method,
             model,
@@ -229,6 +238,7 @@ class Workspace:
             entropy_direction=entropy_direction,
             smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
             scope=cast(Scope, self.spec.scope),
+            gradient_precision=gradient_precision,
         )
 
 

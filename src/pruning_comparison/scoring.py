@@ -33,6 +33,9 @@ from pruning_comparison.spec import METHODS
 LEAST_RANK_AGREEMENT = 0.99
 """Spearman correlation over all heads from which on scores from bfloat16 gradients may stand in for float32 ones."""
 
+_MOST_LOGIT_BYTES = 256 * 2**20
+"""Of a batch that is differentiated, in float32: a backward pass holds several times as much."""
+
 _AGREEMENT_WINDOWS = 8
 # Below these, comparing the precisions first costs about what the faster pass then saves: it takes half the time of
 # float32 from 14 million parameters on, but three quarters at 4 million.
@@ -138,10 +141,12 @@ def gate_gradients(model: PreTrainedModel, windows: Tensor, *, batch_size: int) 
     *summed* negative log-likelihood of the T - 1 next tokens, in nats: minus the log-likelihood of the sequence, whose
     squared gradient is its Fisher information. (The mean per token would differ by a factor that all heads share.)
 
-    Nothing is kept from one batch to the next, so memory does not grow with N. The parameters need no gradients and get
+    Nothing is kept from one batch to the next, so memory does not grow with N, and batches are at most so large that their
+    logits take ``_MOST_LOGIT_BYTES``. The parameters need no gradients and get
     none. ValueError for a model that has lost heads physically.
     """
-    for batch in windows.split(batch_size):
+    logit_bytes = 4 * windows.shape[1] * model.config.get_text_config().vocab_size
+    for batch in windows.split(max(1, min(batch_size, _MOST_LOGIT_BYTES // logit_bytes))):
         yield _batch_gate_gradients(model, batch)
 
 

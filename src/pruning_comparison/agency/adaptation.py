@@ -28,6 +28,8 @@ from pruning_comparison.models.heads import (
 )
 from pruning_comparison.spec import ADAPTATIONS
 
+_GRAM_BLOCK = 192
+
 
 @dataclass(frozen=True)
 class AdaptationCost:
@@ -155,7 +157,7 @@ class _Moments:
         x, targets = x - self.shifts[0], targets - self.shifts[1]
         self.samples += len(x)
         self.sums = self.sums[0] + x.double().sum(0), self.sums[1] + targets.double().sum(0)
-        self.gram += (x.T @ x).double()
+        self.gram += _gram(x).double()
         self.cross += (x.T @ targets).double()
 
     def means(self) -> tuple[Tensor, Tensor]:
@@ -190,6 +192,17 @@ class _Moments:
                 solution = ridge_towards(gram, cross, weight, ridge)
         x_mean, target_mean = self.means()
         return solution, target_mean - x_mean @ solution if with_bias else None
+
+
+def _gram(x: Tensor) -> Tensor:
+    """X'X [F, F] of X [S, F]. Only one triangle is multiplied out, in blocks: it is the largest cost of adaptation."""
+    gram = x.new_empty(x.shape[1], x.shape[1])
+    for first in range(0, x.shape[1], _GRAM_BLOCK):
+        last = first + _GRAM_BLOCK
+        block = x[:, first:last].T @ x[:, first:]
+        gram[first:last, first:] = block
+        gram[first:, first:last] = block.T
+    return gram
 
 
 def _fitted_gates(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float, head_size: int) -> Tensor:
