@@ -106,14 +106,14 @@ def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     """Levels 20 and 50 of 8 heads: 2 and 4 leave, in rounds of 10 % that take 1, 1, 0, 1 and 1."""
     spec = small_spec(
         folder,
-        variants=("agency", "agency-always-yes", "agency-selection", "baseline-progressive"),
+        variants=("agency", "agency-always-yes", "agency-stateless", "agency-selection", "baseline-progressive"),
         pruning_levels=(0, 20, 50),
         pruning_methods=("magnitude",),
         iterations=1,
     )
     stored = tables(run_comparison(spec, output_dir=tmp_path, raise_failures=True))
     replies, signals, cells = stored["replies"], stored["signals"], stored["cells"]
-    assert set(replies["variant"]) == {"agency", "agency-always-yes", "agency-selection"}
+    assert set(replies["variant"]) == {"agency", "agency-always-yes", "agency-stateless", "agency-selection"}
     at_50 = replies[(replies["variant"] == "agency") & (replies["level"] == 50)]
     gone = at_50[at_50["left_rank"].notna()]
     lost = stored["heads"].query("variant == 'agency' and level == 50 and kept == 0")
@@ -136,7 +136,11 @@ def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     }
     assert heads["agency"] == heads["agency-selection"]
     rows = stored["measurements"].query("level == 50")
-    assert set(rows.loc[rows["metric"] == "adaptation_s", "variant"]) == {"agency", "agency-always-yes"}
+    assert set(rows.loc[rows["metric"] == "adaptation_s", "variant"]) == {
+        "agency",
+        "agency-always-yes",
+        "agency-stateless",
+    }
     assert set(rows.loc[rows["metric"] == "negotiation_s", "variant"]) == set(replies["variant"])
     prints = cells.query("level == 50").set_index("variant")["fingerprint"]
     assert prints["agency"] != prints["agency-selection"]

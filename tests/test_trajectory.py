@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory, adapt
+from pruning_comparison.agency.consent import Thresholds
 from pruning_comparison.comparison import build, load_workspace, prepare
 from pruning_comparison.pruning import mask_heads
 from pruning_comparison.scoring import HeadScores, score_fisher
@@ -152,3 +153,18 @@ def test_the_variant_is_the_baseline_where_scores_do_not_change(tmp_path):
             if same or level == 0:
                 assert torch.equal(plain.keep, rounds.keep)
                 assert plain.fingerprint == rounds.fingerprint
+
+
+@pytest.mark.parametrize("heed_states", [True, False])
+def test_states_change_the_order_of_asking_only_where_they_are_heeded(heed_states):
+    thresholds = Thresholds(misaligned=0.0, misaligned_left=0.0, consent_cost=0.0)
+    model = tiny_gpt2(layers=LAYERS, heads=HEADS)
+    hearing = negotiated(model, thresholds=thresholds, heed_states=heed_states).at(10).hearings[0]
+    replies = hearing.negotiation.replies
+    misaligned = [reply.state == "misaligned" for reply in replies]
+    assert 0 < sum(misaligned) < len(replies) == LAYERS * HEADS
+    scores = fisher(model).scores
+    order = [
+        (heed_states and not late, float(scores[r.layer, r.head])) for late, r in zip(misaligned, replies, strict=True)
+    ]
+    assert order == sorted(order)

@@ -67,10 +67,10 @@ from pruning_comparison.texts import (
     whole_windows,
 )
 
-ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation", "agency-always-yes"})
+ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation", "agency-always-yes", "agency-stateless"})
 """Variants that are measured with adapted weights."""
 
-NEGOTIATING_VARIANTS = frozenset({"agency", "agency-selection", "agency-always-yes"})
+NEGOTIATING_VARIANTS = frozenset({"agency", "agency-selection", "agency-always-yes", "agency-stateless"})
 """Variants whose heads are asked, in rounds between which the survivors adapt."""
 
 Report = Callable[[str], None]
@@ -119,7 +119,7 @@ class Workspace:
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
-    _negotiated: dict[tuple[bool, str, int], NegotiatedTrajectory] = field(default_factory=dict)
+    _negotiated: dict[tuple[str, str, int], NegotiatedTrajectory] = field(default_factory=dict)
     _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
@@ -180,8 +180,8 @@ class Workspace:
 
     def negotiated(self, variant: str, method: str, iteration: int) -> NegotiatedTrajectory:
         """The path of a variant whose heads are asked; variants that ask alike share one. Only the latest are kept."""
-        everyone_consents = variant == "agency-always-yes"
-        key = (everyone_consents, method, iteration)
+        rules = variant if variant in ("agency-always-yes", "agency-stateless") else "agency"
+        key = (rules, method, iteration)
         if key not in self._negotiated:
             for other in [other for other in self._negotiated if other[1:] != key[1:]]:
                 del self._negotiated[other]
@@ -206,7 +206,8 @@ class Workspace:
                 all_heads=self.grid.all_heads(),
                 scope=cast(Scope, self.spec.scope),
                 ridge=self.spec.ridge,
-                everyone_consents=everyone_consents,
+                everyone_consents=rules == "agency-always-yes",
+                heed_states=rules != "agency-stateless",
             )
         return self._negotiated[key]
 

@@ -19,6 +19,7 @@ VARIANTS = (
     "agency-adaptation",
     "agency-selection",
     "agency-always-yes",
+    "agency-stateless",
 )
 PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")

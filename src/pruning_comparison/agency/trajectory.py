@@ -113,11 +113,13 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         thresholds: Thresholds | None = None,
         ridge: float = 0.1,
         everyone_consents: bool = False,
+        heed_states: bool = True,
     ) -> None:
         """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
         they are the method's own scores.
 
         ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
+        ``everyone_consents`` and ``heed_states`` are those of ``consent.negotiate``.
         """
         super().__init__(dense, score=score, all_heads=all_heads, scope=scope)
         self._importance = importance
@@ -127,6 +129,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         self._thresholds = thresholds or Thresholds()
         self._ridge = ridge
         self._everyone_consents = everyone_consents
+        self._heed_states = heed_states
         self._first_contributions: Tensor | None = None
 
     def _next(self, reached: Round, level: float) -> Round:
@@ -148,6 +151,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
             quota_of_level(level, reached.keep, self._scope),
             self._thresholds,
             states=now,
+            heed_states=self._heed_states,
             everyone_consents=self._everyone_consents,
         )
         model = remove_heads(self._dense, negotiation.keep)
