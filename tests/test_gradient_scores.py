@@ -85,8 +85,8 @@ def separated():
 @pytest.fixture
 def eager_for_bfloat16(monkeypatch):
     """A machine and a model for which the automatic choice tries bfloat16 from two windows on."""
-    monkeypatch.setattr(scoring, "has_bfloat16_matrix_units", lambda device: True)
-    monkeypatch.setattr(scoring, "_LEAST_PARAMETERS_FOR_BFLOAT16", 1)
+    monkeypatch.setattr(devices, "has_bfloat16_matrix_units", lambda device: True)
+    monkeypatch.setattr(devices, "_LEAST_PARAMETERS_FOR_BFLOAT16", 1)
     monkeypatch.setattr(scoring, "_LEAST_WINDOWS_FOR_BFLOAT16", 2)
 
 
@@ -323,9 +323,9 @@ def test_auto_tries_bfloat16_only_where_it_pays(separated, monkeypatch):
     assert chosen(separated, WINDOWS[:1]) == "float32"
     assert chosen(copy.deepcopy(separated).double()) == "float64"
     with monkeypatch.context() as patch:
-        patch.setattr(scoring, "_LEAST_PARAMETERS_FOR_BFLOAT16", 10**6)
+        patch.setattr(devices, "_LEAST_PARAMETERS_FOR_BFLOAT16", 10**6)
         assert chosen(separated) == "float32"
-    monkeypatch.setattr(scoring, "has_bfloat16_matrix_units", lambda device: False)
+    monkeypatch.setattr(devices, "has_bfloat16_matrix_units", lambda device: False)
     assert chosen(separated) == "float32"
 
 

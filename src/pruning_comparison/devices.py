@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from pruning_comparison.errors import InputError
+
+_LEAST_PARAMETERS_FOR_BFLOAT16 = 10_000_000
 
 
 def resolve_device(asked: str | None) -> str:
@@ -57,6 +61,26 @@ def has_bfloat16_matrix_units(device: torch.device | str) -> bool:
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return device.type == "cpu" and not _cpu_features().isdisjoint({"amx_bf16", "avx512_bf16"})
+
+
+def gains_from_bfloat16(model: nn.Module) -> bool:
+    """Whether a float32 model's matrix products are worth taking in bfloat16: on hardware with units for it, if it is large.
+
+    Half of the time from 14 million parameters on, three quarters at 4 million (measured on an AMD EPYC).
+    """
+    parameters = list(model.parameters())
+    large = sum(parameter.numel() for parameter in parameters) >= _LEAST_PARAMETERS_FOR_BFLOAT16
+    return large and parameters[0].dtype == torch.float32 and has_bfloat16_matrix_units(parameters[0].device)
+
+
+def fast_products(model: nn.Module) -> AbstractContextManager[Any]:
+    """Within it, the model's matrix products run in bfloat16 where that is a gain.
+
+    The residual stream itself stays in float32: what is rounded is what a block adds to it.
+    """
+    if gains_from_bfloat16(model):
+        return torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16)
+    return nullcontext()
 
 
 def _cpu_features() -> set[str]:

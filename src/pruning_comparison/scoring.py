@@ -16,7 +16,7 @@ from scipy import stats
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.devices import has_bfloat16_matrix_units
+from pruning_comparison.devices import gains_from_bfloat16
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.models.heads import (
     attentions,
@@ -37,10 +37,8 @@ _MOST_LOGIT_BYTES = 256 * 2**20
 """Of a batch that is differentiated, in float32: a backward pass holds several times as much."""
 
 _AGREEMENT_WINDOWS = 8
-# Below these, comparing the precisions first costs about what the faster pass then saves: it takes half the time of
-# float32 from 14 million parameters on, but three quarters at 4 million.
+# Below this, comparing the precisions first costs about what the faster pass then saves.
 _LEAST_WINDOWS_FOR_BFLOAT16 = 32
-_LEAST_PARAMETERS_FOR_BFLOAT16 = 10_000_000
 
 
 @dataclass(frozen=True)
@@ -256,12 +254,7 @@ def _tries_bfloat16(model: PreTrainedModel, windows: Tensor, precision: str) -> 
         raise ValueError(f"unknown gradient precision {precision!r}; choose one of auto, float32, bfloat16")
     if precision != "auto":
         return precision == "bfloat16" and model.dtype != torch.bfloat16
-    return (
-        model.dtype == torch.float32
-        and len(windows) >= _LEAST_WINDOWS_FOR_BFLOAT16
-        and sum(parameter.numel() for parameter in model.parameters()) >= _LEAST_PARAMETERS_FOR_BFLOAT16
-        and has_bfloat16_matrix_units(model.device)
-    )
+    return len(windows) >= _LEAST_WINDOWS_FOR_BFLOAT16 and gains_from_bfloat16(model)
 
 
 def score_ablation(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:

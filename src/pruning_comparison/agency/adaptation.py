@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
+from pruning_comparison.devices import fast_products
 from pruning_comparison.measure.memory import PeakMemory
 from pruning_comparison.models.heads import (
     EmptiedAttention,
@@ -250,7 +251,7 @@ def _adapt_attention(
         return [torch.zeros_like(s.hidden) if bias is None else bias.expand_as(s.hidden) for s in streams]
     inputs = []
     for number, stream in enumerate(streams):
-        with dense.fast():
+        with fast_products(dense.model):
             x = stream.run_to(pruned, layer, projection)
         moments.add(x, _attention_target(dense, pruned, layer, number, stream))
         inputs.append(x)
@@ -265,7 +266,7 @@ def _attention_target(dense: DenseStream, pruned: PreTrainedModel, layer: int, n
     if not has_parallel_blocks(pruned):
         return dense.at(number, layer, "after attention") - stream.hidden
     silent = torch.zeros_like(stream.hidden)
-    with replaced_output(attentions(pruned)[layer], (silent, None)), dense.fast():
+    with replaced_output(attentions(pruned)[layer], (silent, None)), fast_products(dense.model):
         without_attention = stream.run(pruned, layer)
     return dense.at(number, layer, "after block") - without_attention
 
@@ -291,7 +292,7 @@ def _adapt_mlp(
         with (
             replaced_output(attentions(pruned)[layer], (attention_adds, None)),
             silent_inputs(projection, weight.shape[1]) as caught,
-            dense.fast(),
+            fast_products(dense.model),
         ):
             total = stream.run_apart(pruned, layer)[1].to(stream.hidden)
         z = caught[0].view(*total.shape[:-1], -1)

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,15 +19,13 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.devices import has_bfloat16_matrix_units
+from pruning_comparison.devices import fast_products
 from pruning_comparison.models.heads import attentions, blocks, last_norms
 
 Place = Literal["after attention", "after block"]
 
 MOST_BYTES_IN_MEMORY = 256 * 2**20
 """A dense stream larger than this, in float32, goes to a scratch file, in float16."""
-
-_LEAST_PARAMETERS_FOR_BFLOAT16 = 10_000_000
 
 
 class _Stop(Exception):
@@ -101,7 +99,7 @@ class DenseStream:
         size = 2 * layers * windows.numel() * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
         self._scratch = _Scratch(scratch_folder) if size > MOST_BYTES_IN_MEMORY else None
-        with torch.no_grad(), self.fast():
+        with torch.no_grad(), fast_products(model):
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)
                 for layer in range(layers):
@@ -133,17 +131,6 @@ class DenseStream:
         if self._scratch is None:
             return self._kept[batch][layer, place]
         return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
-
-    def fast(self) -> AbstractContextManager[Any]:
-        """Within it, matrix products of large models run in bfloat16 where the processor has units for it.
-
-        The stream itself stays in float32: what is rounded is what a block adds to it.
-        """
-        device = self.model.device
-        large = sum(parameter.numel() for parameter in self.model.parameters()) >= _LEAST_PARAMETERS_FOR_BFLOAT16
-        if self.model.dtype == torch.float32 and large and has_bfloat16_matrix_units(device):
-            return torch.autocast(device.type, dtype=torch.bfloat16)
-        return nullcontext()
 
     def close(self) -> None:
         """Removes the scratch file."""

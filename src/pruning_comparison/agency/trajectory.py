@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.agency.consent import Negotiation, States, Thresholds, negotiate, quota_of_level, states
 from pruning_comparison.agency.signals import HeadSignals, cost_model, measure_signals, nats_weights, observe
+from pruning_comparison.devices import fast_products
 from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
 from pruning_comparison.scoring import HeadScores
 from pruning_comparison.selection import Scope, select_heads
@@ -136,7 +137,8 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         started = time.perf_counter()
         scores = self._of_full_size(reached, self._score)
         importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
-        seen = observe(reached.model, self._windows, keep=reached.keep, batch_size=self._batch_size)
+        with fast_products(reached.model):
+            seen = observe(reached.model, self._windows, keep=reached.keep, batch_size=self._batch_size)
         weights = nats_weights(importance.masked_fill(~reached.keep, 0.0), self._windows.numel(), seen)
         costs = cost_model(seen, ridge=self._ridge, weights=weights)
         signals = measure_signals(seen, costs, ridge=self._ridge, importance=importance)
