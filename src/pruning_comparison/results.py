@@ -64,6 +64,7 @@ def write_results(
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
         *findings.plain_findings(tables.summary, tables.contrasts, run.cells, manifest),
+        *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
     ]
     say("drawing the charts")

@@ -15,7 +15,7 @@ import pandas as pd
 
 from pruning_comparison.findings import Finding, listed, per_cent, plain_number
 
-__all__ = ["TITLES", "Verdict", "exploratory_findings", "interval_shown", "shown", "verdicts"]
+__all__ = ["TITLES", "Verdict", "exploratory_findings", "interval_shown", "part_findings", "shown", "verdicts"]
 
 AGENCY_VS_BASELINE = "agency vs baseline"
 _NOISE = 1e-12
@@ -455,6 +455,60 @@ def _variant_name(variant: str) -> str:
 
 def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
     return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+# What each part of agency brings
+
+_PARTS = {
+    "agency-always-yes": ("Consent", "nobody may refuse"),
+    "agency-stateless": ("The heads' states", "states change no answer"),
+    "agency-adaptation": (
+        "Choosing heads anew in rounds",
+        "the baseline's heads leave and the survivors adapt all the same",
+    ),
+    "baseline-progressive": ("Consent and adaptation together", "heads leave in the same rounds and nothing adapts"),
+    "agency-selection": ("Adapted weights", "the same heads leave and the weights stay as they were"),
+}
+"""Variants that lack a part of agency: what they lack, and what they do instead."""
+
+
+def part_findings(answers: pd.DataFrame) -> list[Finding]:
+    """What each part of agency brings to quality: agency against the variant that lacks it, one finding per method.
+
+    A part that makes no difference that matters is said to bring nothing. Contrasts of variants were not asked beforehand,
+    so these are hints. Nothing comes of a run without such variants.
+    """
+    rows = [row for row in _records(answers[answers["kind"] == "exploratory"]) if row["id"] == "E2"]
+    found = []
+    for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
+        told, figures = [], []
+        for variant, (part, instead) in _PARTS.items():
+            contrast = f"agency vs {variant}"
+            here = [r for r in rows if (r["model"], r["method"], r["contrast"]) == (model, method, contrast)]
+            if here and not pd.isna(here[0]["estimate"]):
+                told.append(_part_told(here[0], part, instead))
+                figures.append(
+                    f"{variant}: {shown(here[0], 'estimate')} [{interval_shown(here[0])}], n = {int(here[0]['n'])}"
+                )
+        if told:
+            place = _capital(_where(rows[0] | {"method": method}, _ASKED["E2"].place))
+            sentence = f"{place}, perplexity tells what each part brings (hints and no verdicts). {' '.join(told)}"
+            found.append(Finding(f"{method}: what each part of agency brings", sentence, "; ".join(figures)))
+    return found
+
+
+def _part_told(row: Mapping[str, Any], part: str, instead: str) -> str:
+    asked = _ASKED["E2"]
+    size = f"agency's perplexity is {_size(row, float(row['estimate']), asked)} than where {instead}"
+    if row["verdict"] == INCONCLUSIVE:
+        return f"{part}: the data do not decide; in this sample {size}."
+    interval, plural = f"(95 % interval: {_range(row, asked)})", part in ("The heads' states", "Adapted weights")
+    if row["verdict"] == SUPPORTED:
+        return f"{part} {'help' if plural else 'helps'}: {size} {interval}."
+    if row["reason"] == "no difference":
+        verb = "bring" if plural else "brings"
+        return f"{part} {verb} nothing that matters: {size} {interval}, and less than {shown(row, 'margin')} does not count."
+    return f"{part} {'do' if plural else 'does'} harm: {size} {interval}."
 
 
 # Exploratory contrasts
