@@ -52,7 +52,8 @@ SMALL = {
 """A run of a minute, to see that everything works: its ratios say little."""
 
 MOST_UNEQUAL_TEXTS = 0.05
-"""As a share of all texts; one is always allowed. Rounding differs between full-size and smaller matrices, and may move a draw from one token to the next."""
+"""As a share of all texts; one is always allowed. Rounding differs between full-size and smaller matrices, and may move a
+draw from one token to the next."""
 
 
 def main(argv: Sequence[str] | None = None) -> None:
