@@ -106,6 +106,7 @@ def score_entropy(
     direction: str,
     smallest_level: float,
     scope: Scope,
+    group_size: int = 1,
 ) -> HeadScores:
     """Scores by attention entropy. ``direction`` says which heads leave first: "high", "low" or "auto".
 
@@ -118,7 +119,7 @@ def score_entropy(
         return HeadScores(by_direction[direction], {"entropy_direction": direction})
     losses = {}
     for name, scores in by_direction.items():
-        with mask_heads(model, select_heads(scores, smallest_level, scope)):
+        with mask_heads(model, select_heads(scores, smallest_level, scope, group_size=group_size)):
             nats, tokens = window_losses(model, list(windows), batch_size=batch_size)
         losses[name] = float(nats.sum() / tokens.sum())
     best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
@@ -341,6 +342,7 @@ def score_heads(
     entropy_direction: str,
     smallest_level: float,
     scope: Scope,
+    group_size: int = 1,
     gradient_precision: str = "auto",
 ) -> HeadScores:
     """The scores of the named method. ValueError, listing the names, for any other."""
@@ -357,6 +359,7 @@ def score_heads(
             direction=entropy_direction,
             smallest_level=smallest_level,
             scope=scope,
+            group_size=group_size,
         )
     if method in ("taylor", "fisher"):
         score = score_taylor if method == "taylor" else score_fisher

@@ -59,12 +59,22 @@ class ProgressiveTrajectory:
     """
 
     def __init__(
-        self, dense: PreTrainedModel, *, score: Callable[[PreTrainedModel], HeadScores], all_heads: Tensor, scope: Scope
+        self,
+        dense: PreTrainedModel,
+        *,
+        score: Callable[[PreTrainedModel], HeadScores],
+        all_heads: Tensor,
+        scope: Scope,
+        group_size: int = 1,
     ) -> None:
-        """``score`` ranks the heads of a full-size model, in which those that have left are masked; ``all_heads`` [L, H]."""
+        """``score`` ranks the heads of a full-size model, in which those that have left are masked; ``all_heads`` [L, H].
+
+        Heads leave in groups of ``group_size``.
+        """
         self._dense = dense
         self._score = score
         self._scope: Scope = scope
+        self._group_size = group_size
         self._start = Round(0.0, all_heads, score(dense), dense)
         self._reached = self._start
 
@@ -79,7 +89,7 @@ class ProgressiveTrajectory:
 
     def _next(self, reached: Round, level: float) -> Round:
         scores = self._of_full_size(reached, self._score)
-        keep = select_heads(scores.scores, level, self._scope, gone=~reached.keep)
+        keep = select_heads(scores.scores, level, self._scope, gone=~reached.keep, group_size=self._group_size)
         return Round(level, keep, scores, remove_heads(self._dense, keep))
 
     def _of_full_size(self, reached: Round, measure: Callable[[PreTrainedModel], _T]) -> _T:
@@ -113,13 +123,14 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         thresholds: Thresholds | None = None,
         ridge: float = 0.1,
         everyone_consents: bool = False,
+        group_size: int = 1,
     ) -> None:
         """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
         they are the method's own scores.
 
         ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
         """
-        super().__init__(dense, score=score, all_heads=all_heads, scope=scope)
+        super().__init__(dense, score=score, all_heads=all_heads, scope=scope, group_size=group_size)
         self._importance = importance
         self._adapt = adapt
         self._windows = windows
@@ -145,10 +156,11 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
             scores.scores,
             costs,
             reached.keep,
-            quota_of_level(level, reached.keep, self._scope),
+            quota_of_level(level, reached.keep, self._scope, self._group_size),
             self._thresholds,
             states=now,
             everyone_consents=self._everyone_consents,
+            group_size=self._group_size,
         )
         model = remove_heads(self._dense, negotiation.keep)
         self._adapt(model)

@@ -307,9 +307,6 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
     if not even:
         kv_index = torch.arange(len(group_sizes)).repeat_interleave(group_sizes).to(output.weight.device)
         attention.register_buffer("kv_index", kv_index, persistent=False)
-        places = torch.cat([torch.arange(int(size)) for size in group_sizes]).to(kv_index.device)
-        attention.largest_group = int(group_sizes.max())
-        attention.register_buffer("query_slots", kv_index * attention.largest_group + places, persistent=False)
         attention.config = _UnevenGroupsConfig(attention.config)
 
 
@@ -461,11 +458,26 @@ def _attend_packed(
     zeros, whose answers nobody reads.
     """
     batch, _, _, size = query.shape
-    slots = module.get_buffer("query_slots")
-    largest = int(module.largest_group)  # type: ignore[arg-type]
+    slots, largest = _query_slots(module)
     packed = query.new_zeros(batch, key.shape[1] * largest, size)
     packed[:, slots] = query[:, :, 0]
     attended = nn.functional.scaled_dot_product_attention(
         packed.view(batch, key.shape[1], largest, size), key, value, attn_mask=attention_mask, scale=scaling
     )
     return attended.reshape(batch, -1, value.shape[-1])[:, slots].unsqueeze(1)
+
+
+def _query_slots(module: Any) -> tuple[Tensor, int]:
+    """Where each query head stands when every group has room for the largest, int64 [H], and how many that one has.
+
+    Worked out at the first decoding step, from ``kv_index``, and kept: the copying of a model copies it too.
+    """
+    index = module.get_buffer("kv_index")
+    known: tuple[Tensor, int] | None = module.__dict__.get("_packing")
+    if known is None or known[0].device != index.device:
+        counts = torch.bincount(index)
+        largest = int(counts.max())
+        places = torch.cat([torch.arange(int(count), device=index.device) for count in counts])
+        known = index * largest + places, largest
+        module.__dict__["_packing"] = known
+    return known
