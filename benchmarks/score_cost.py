@@ -37,6 +37,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     options = made.parse_args(argv)
     torch.set_num_threads(options.threads)
     emit_machine("score_cost", options.threads)
+    if options.tokens < BATCH * options.window:
+        made.error(f"--tokens: {options.tokens} do not fill a batch of {BATCH} windows of {options.window}")
     for name in options.models.split(","):
         model = benchmark_model(name)
         windows = calibration(name, model, 4 * options.tokens, options.window)

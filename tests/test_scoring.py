@@ -71,7 +71,7 @@ def test_auto_direction_takes_the_cheaper_one(model, level):
     for direction in ("high", "low"):
         scores = score_entropy(model, WINDOWS, batch_size=5, direction=direction, smallest_level=level, scope="model")
         with mask_heads(model, select_heads(scores.scores, level)):
-            nats, tokens = window_losses(model, list(WINDOWS), batch_size=5)
+            nats, tokens = window_losses(model, list(WINDOWS)[::2], batch_size=5)
         losses[direction] = float(nats.sum() / tokens.sum())
     assert result.details["entropy_direction"] == min(losses, key=losses.__getitem__)
     assert result.details["entropy_direction_losses_nats"] == pytest.approx(losses)
