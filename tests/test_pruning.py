@@ -9,7 +9,7 @@ from transformers import DynamicCache
 
 from pruning_comparison.measure.memory import cache_bytes, parameter_bytes
 from pruning_comparison.models.heads import live_heads
-from pruning_comparison.pruning import HeadGates, mask_heads, remove_heads, sharing_copy
+from pruning_comparison.pruning import HeadGates, converted_copy, mask_heads, remove_heads, sharing_copy
 from pruning_comparison.selection import select_heads
 
 LAYERS, HEADS, WIDTH = 3, 4, 32
@@ -130,7 +130,9 @@ def test_parameter_and_cache_bytes_fall_as_computed_by_hand(model, name):
     # Per head: q, k, v columns (3 * E * D weights and 3 * D biases) and D rows of the output projection (D * E weights).
     per_head = 3 * WIDTH * head_size + 3 * head_size + head_size * WIDTH
     gone = int((~keep).sum())
-    assert parameter_bytes(model) - parameter_bytes(compact) == 4 * per_head * gone
+    # A layer without heads also loses the norm before its attention, E weights and E biases.
+    norms_gone = 2 * WIDTH * int((~keep.any(1)).sum())
+    assert parameter_bytes(model) - parameter_bytes(compact) == 4 * (per_head * gone + norms_gone)
     _, cache = stepwise_logits(compact, tokens)
     batch, length = tokens.shape
     assert cache_bytes(cache) == 4 * 2 * batch * length * head_size * int(keep.sum())
@@ -145,6 +147,19 @@ def test_the_original_keeps_its_weights_and_shares_the_rest(model):
     assert compact.transformer.wte.weight is model.transformer.wte.weight
     assert compact.transformer.h[0].mlp.c_fc.weight is model.transformer.h[0].mlp.c_fc.weight
     assert sharing_copy(model).lm_head.weight is model.transformer.wte.weight
+
+
+def test_copies_in_another_precision_share_what_pruning_left_alone(model):
+    dense = converted_copy(model, torch.bfloat16)
+    keep = torch.ones(LAYERS, HEADS, dtype=torch.bool)
+    keep[1, 2] = False
+    pruned = converted_copy(remove_heads(model, keep), torch.bfloat16, like=(model, dense))
+    of_dense = {parameter.data_ptr() for parameter in dense.parameters()}
+    own = {name for name, parameter in pruned.named_parameters() if parameter.data_ptr() not in of_dense}
+    # The pruned layer's fused projection and the weight of its output projection, whose bias stays.
+    assert own == {f"transformer.h.1.attn.{name}" for name in ("c_attn.weight", "c_attn.bias", "c_proj.weight")}
+    alone = converted_copy(remove_heads(model, keep), torch.bfloat16)
+    assert torch.equal(pruned(ids()).logits, alone(ids()).logits)
 
 
 @pytest.mark.parametrize("name", ["uneven", "first layer emptied", "one head left"])

@@ -71,7 +71,7 @@ def test_auto_direction_takes_the_cheaper_one(model, level):
     for direction in ("high", "low"):
         scores = score_entropy(model, WINDOWS, batch_size=5, direction=direction, smallest_level=level, scope="model")
         with mask_heads(model, select_heads(scores.scores, level)):
-            nats, tokens = window_losses(model, list(WINDOWS), batch_size=5)
+            nats, tokens = window_losses(model, list(WINDOWS)[::2], batch_size=5)
         losses[direction] = float(nats.sum() / tokens.sum())
     assert result.details["entropy_direction"] == min(losses, key=losses.__getitem__)
     assert result.details["entropy_direction_losses_nats"] == pytest.approx(losses)
@@ -152,3 +152,18 @@ def test_scores_that_are_not_finite_are_refused():
         select_heads(torch.tensor([[1.0, float("nan")]]), 50)
     with pytest.raises(ValueError, match="unknown scope"):
         select_heads(torch.rand(2, 2), 50, "planet")
+
+
+def test_key_value_groups_leave_as_a_whole_by_hand():
+    """Groups of two: sums 3, 7 and 11 in the first layer, 2, 9 and 10 in the second."""
+    scores = torch.tensor([[1.0, 2, 3, 4, 5, 6], [1, 1, 4, 5, 9, 1]])
+    keep = select_heads(scores, 40, group_size=2)  # round(0.4 * 6 groups) = 2 groups: sums 2 and 3
+    assert keep.tolist() == [[False, False, True, True, True, True]] * 2
+    further = select_heads(-scores, 50, gone=~keep, group_size=2)  # of what is left, the largest sum goes: 11
+    assert further.tolist() == [[False, False, True, True, False, False], [False, False, True, True, True, True]]
+    by_layer = select_heads(scores, 34, "layer", group_size=2)
+    assert by_layer.tolist() == keep.tolist()
+    assert expected_heads_pruned(40, 2, 6, "model", 2) == 4
+    assert expected_heads_pruned(34, 2, 6, "layer", 2) == 4
+    with pytest.raises(ValueError, match="a part of a group"):
+        select_heads(scores, 50, gone=scores == 2, group_size=2)

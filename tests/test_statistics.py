@@ -191,3 +191,17 @@ def test_a_document_with_a_loss_that_is_not_finite_is_left_out_whole():
     row = summary.set_index("metric").loc["perplexity"]
     assert row["estimate"] == pytest.approx(math.exp(2.0))
     assert row["n"] == 1
+
+
+def test_word_perplexity_is_weighted_by_words_and_missing_where_none_were_counted():
+    rows = losses("baseline", 0, 0, {"a": (20.0, 10), "b": (30.0, 30), "c": (7.0, 7)})
+    cells = cells_of([("baseline", 0, 0, "dense")])
+    before = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS))
+    assert "word_perplexity" not in set(before["metric"])
+    rows += [
+        rows_of("baseline", 0, 0, "window_words", words, document=document, window=0)
+        for document, words in (("a", 8), ("b", 17), ("c", 0))
+    ]
+    summary = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS)).set_index("metric")
+    assert summary.loc["word_perplexity", "estimate"] == pytest.approx(math.exp(50 / 25))
+    assert summary.loc["perplexity", "estimate"] == pytest.approx(math.exp(57 / 47))

@@ -24,6 +24,7 @@ from pruning_comparison.spec import (
     METHODS,
     PRECISIONS,
     SCOPES,
+    UNITS,
     VARIANTS,
     ComparisonSpec,
 )
@@ -190,6 +191,10 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
     add("execution", help=f"{' or '.join(EXECUTIONS)}: heads physically removed, or their gates closed")
     add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")
+    add(
+        "unit",
+        help=f"{' or '.join(UNITS)}: heads leave one by one, or with all others that read the same keys and values",
+    )
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads leave first under entropy")
     add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
     add("ridge", type=float, help="ridge of the adaptation of attention, relative to the mean diagonal")

@@ -73,6 +73,10 @@ ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation", "agency-always-yes
 NEGOTIATING_VARIANTS = frozenset({"agency", "agency-selection", "agency-always-yes", "agency-stateless"})
 """Variants whose heads are asked, in rounds between which the survivors adapt."""
 
+TEXT_BATCHES = 4
+"""Texts are written in batches of so many times ``quality_batch_size``: a step of decoding has one token per row, a
+perplexity window has hundreds, so many more rows take hardly longer."""
+
 Report = Callable[[str], None]
 
 
@@ -128,6 +132,11 @@ class Workspace:
     def grid(self) -> HeadGrid:
         return self.inputs.preview.grid
 
+    @property
+    def group_size(self) -> int:
+        """How many heads leave together."""
+        return self.grid.group_size if self.spec.unit == "kv_group" else 1
+
     def generator(self, purpose: str, iteration: int) -> torch.Generator:
         """An independent stream of random numbers for each purpose and iteration."""
         seed = hashlib.sha256(f"{self.spec.seed}/{purpose}/{iteration}".encode()).digest()
@@ -175,6 +184,7 @@ class Workspace:
                 score=lambda model: self._rank_again(model, method, iteration),
                 all_heads=self.grid.all_heads(),
                 scope=cast(Scope, self.spec.scope),
+                group_size=self.group_size,
             )
         return self._progressive[key]
 
@@ -208,6 +218,7 @@ class Workspace:
                 ridge=self.spec.ridge,
                 everyone_consents=rules == "agency-always-yes",
                 heed_states=rules != "agency-stateless",
+                group_size=self.group_size,
             )
         return self._negotiated[key]
 
@@ -240,6 +251,7 @@ class Workspace:
             smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
             scope=cast(Scope, self.spec.scope),
             gradient_precision=gradient_precision,
+            group_size=self.group_size,
         )
 
 
@@ -333,8 +345,8 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
         keep, scores = reached.keep, reached.scores
     else:
         scores = workspace.ranking(cell.method, cell.iteration)
-        keep = select_heads(scores.scores, cell.level, cast(Scope, spec.scope))
-    check_count(keep, cell.level, spec)
+        keep = select_heads(scores.scores, cell.level, cast(Scope, spec.scope), group_size=workspace.group_size)
+    check_count(keep, cell.level, spec, workspace.group_size)
     if bool(keep.all()):
         return PrunedModel(workspace.dense, keep, scores, "dense", None)
     compact = remove_heads(workspace.reference, keep)
@@ -363,27 +375,31 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
         identity.append(f"recovered {cell.iteration}".encode())
     fingerprint = hashlib.sha256(b"|".join(identity)).hexdigest()[:16]
     if spec.execution == "masked":
-        model = at_precision(masked_copy(workspace.reference, compact, keep), spec.precision)
+        model = at_precision(masked_copy(workspace.reference, compact, keep), spec.precision, workspace)
         mask_heads(model, keep)
     else:
-        model = at_precision(compact, spec.precision)
+        model = at_precision(compact, spec.precision, workspace)
     hearings = () if reached is None else reached.hearings
     negotiation_s = reached.seconds if reached is not None and hearings else None
     return PrunedModel(model, keep, scores, fingerprint, cost, hearings, negotiation_s, recovery)
 
 
-def check_count(keep: Tensor, level: float, spec: ComparisonSpec) -> None:
+def check_count(keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1) -> None:
     """AssertionError if the mask does not prune exactly as many heads as the rule asks for."""
     layers, heads = keep.shape
-    expected = expected_heads_pruned(level, layers, heads, cast(Scope, spec.scope))
+    expected = expected_heads_pruned(level, layers, heads, cast(Scope, spec.scope), group_size)
     if int((~keep).sum()) != expected:
         raise AssertionError(f"level {level} prunes {int((~keep).sum())} heads; the rule asks for {expected}")
 
 
-def at_precision(model: PreTrainedModel, precision: str) -> PreTrainedModel:
-    """The model in the precision to measure in: itself where it already is, else a converted copy."""
+def at_precision(model: PreTrainedModel, precision: str, workspace: Workspace | None = None) -> PreTrainedModel:
+    """The model in the precision to measure in: itself where it already is, else a converted copy.
+
+    What it has in common with the workspace's reference model, the copy has in common with the workspace's dense one.
+    """
     dtype = getattr(torch, precision)
-    return model if model.dtype == dtype else converted_copy(model, dtype)
+    like = None if workspace is None else (workspace.reference, workspace.dense)
+    return model if model.dtype == dtype else converted_copy(model, dtype, like=like)
 
 
 def time_level(
@@ -443,8 +459,8 @@ def run_comparison(
         done_cells, done_timings = store.finished_cells(), store.finished_timings()
         groups = [
             (method, iteration, level)
-            for method in spec.pruning_methods
             for iteration in range(spec.iterations)
+            for method in spec.pruning_methods
             for level in spec.pruning_levels
         ]
         total = len(groups) * (len(spec.variants) + 1)
@@ -603,6 +619,7 @@ def _perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[
         rows.append(_measurement("window_nats", loss.nats, "the model's loss is not a finite number", **place))
         rows.append(Measurement("window_tokens", loss.tokens, "token", **place))
         rows.append(Measurement("window_bytes", loss.text_bytes, "byte", **place))
+        rows.append(Measurement("window_words", loss.text_words, "word", **place))
     return rows
 
 
@@ -623,8 +640,9 @@ def _write_and_measure(
     tokenizer = inputs.preview.tokenizer
     jobs = [(heat, prompt) for heat in spec.temperatures for prompt in range(len(inputs.prompts))]
     tokens: list[list[int]] = []
-    for first in range(0, len(jobs), spec.quality_batch_size):
-        batch = jobs[first : first + spec.quality_batch_size]
+    rows = TEXT_BATCHES * spec.quality_batch_size
+    for first in range(0, len(jobs), rows):
+        batch = jobs[first : first + rows]
         draws = [common_uniforms(spec.seed, iteration, prompt, spec.num_tokens) for _, prompt in batch]
         run = generate(
             model,

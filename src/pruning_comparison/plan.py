@@ -14,6 +14,7 @@ from pruning_comparison.answers import CLAIM_LEVEL, QUALITY_LEVEL
 from pruning_comparison.comparison import Inputs, prepare
 from pruning_comparison.crossed import PLANNING, Components, detectable_effect, smallest_permutation_p
 from pruning_comparison.findings import listed, per_cent, plain_number
+from pruning_comparison.models import HeadGrid
 from pruning_comparison.samples import Margins
 from pruning_comparison.selection import Scope, expected_heads_pruned
 from pruning_comparison.spec import ComparisonSpec
@@ -54,7 +55,7 @@ def plan_run(spec: ComparisonSpec, margins: Margins) -> dict[str, Any]:
         "variants": list(spec.variants),
         "temperatures": list(spec.temperatures),
         "iterations": spec.iterations,
-        "levels": [_level(spec, level, grid.n_layers, grid.n_heads) for level in spec.pruning_levels],
+        "levels": [_level(spec, level, grid) for level in spec.pruning_levels],
         "trajectories": len(list(spec.trajectories())),
         "cells": len(list(spec.cells())),
         "evaluation": {
@@ -77,9 +78,10 @@ def plan_run(spec: ComparisonSpec, margins: Margins) -> dict[str, Any]:
     }
 
 
-def _level(spec: ComparisonSpec, level: float, layers: int, heads: int) -> dict[str, Any]:
-    gone = expected_heads_pruned(level, layers, heads, cast(Scope, spec.scope))
-    return {"level": level, "heads_pruned": gone, "achieved_level": 100 * gone / (layers * heads)}
+def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]:
+    group_size = grid.group_size if spec.unit == "kv_group" else 1
+    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, cast(Scope, spec.scope), group_size)
+    return {"level": level, "heads_pruned": gone, "achieved_level": 100 * gone / grid.total}
 
 
 def _expectations(

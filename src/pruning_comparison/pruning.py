@@ -31,14 +31,24 @@ def sharing_copy(model: PreTrainedModel) -> PreTrainedModel:
     return copy.deepcopy(model, shared)
 
 
-def converted_copy(model: PreTrainedModel, dtype: torch.dtype) -> PreTrainedModel:
+def converted_copy(
+    model: PreTrainedModel, dtype: torch.dtype, *, like: tuple[PreTrainedModel, PreTrainedModel] | None = None
+) -> PreTrainedModel:
     """A copy of the model whose parameters are in ``dtype``; buffers keep their precision.
+
+    ``like`` is a model and its converted copy: parameters that ``model`` shares with the former, the copy shares with the
+    latter, so that what pruning has left alone is converted, and held, once.
 
     ``model.to(dtype)`` would round the rotary frequencies as well, which transformers keeps in float32 whatever the
     weights are loaded in: by position 500 the angles would be wrong by a radian in bfloat16.
     """
+    known = {}
+    if like is not None:
+        known = {id(p): q for p, q in zip(like[0].parameters(), like[1].parameters(), strict=True) if q.dtype == dtype}
     converted: dict[int, Any] = {
-        id(parameter): nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
+        id(parameter): known[id(parameter)]
+        if id(parameter) in known
+        else nn.Parameter(parameter.detach().to(dtype), requires_grad=parameter.requires_grad)
         for parameter in model.parameters()
     }
     return copy.deepcopy(model, converted)

@@ -19,34 +19,45 @@ def heads_to_prune(level: float, total: int) -> int:
     return round(level / 100 * total)
 
 
-def select_heads(scores: Tensor, level: float, scope: Scope = "model", gone: Tensor | None = None) -> Tensor:
+def select_heads(
+    scores: Tensor, level: float, scope: Scope = "model", gone: Tensor | None = None, group_size: int = 1
+) -> Tensor:
     """Keep mask, bool [L, H]: the lowest-scored heads leave.
 
     ``scores`` [L, H]: higher = keep. ``scope`` "model" ranks all heads together; "layer" takes the same share of every
     layer, rounded within it. Ties leave in order of layer, then head, so that equal scores give equal masks, and the masks
     of rising levels are nested. Heads that are true in ``gone`` (bool [L, H]) have left before and stay away, whatever their
-    scores; they count towards the level. ValueError if a score is not finite, or if more heads are gone than may be.
+    scores; they count towards the level. With a ``group_size``, that many heads which follow one another leave together:
+    their scores are added up, and levels are rounded to whole groups. ValueError if a score is not finite, if more heads are
+    gone than may be, or if a part of a group is gone.
     """
     if not bool(torch.isfinite(scores).all()):
         bad = (~torch.isfinite(scores)).nonzero()[0].tolist()
         raise ValueError(f"the score of head {tuple(bad)} is {scores[tuple(bad)].item()}; scores must be finite")
-    ranked = scores.cpu().double() if gone is None else scores.cpu().double().masked_fill(gone.cpu(), -math.inf)
+    ranked = scores.cpu().double().unflatten(1, (-1, group_size)).sum(2)
+    if gone is not None:
+        lost = gone.cpu().unflatten(1, (-1, group_size))
+        if bool((lost.any(2) != lost.all(2)).any()):
+            raise ValueError(f"a part of a group of {group_size} heads is gone; groups leave as a whole")
+        ranked = ranked.masked_fill(lost.any(2), -math.inf)
     if scope == "model":
         keep = _drop_lowest(ranked.flatten(), level).view_as(ranked)
     elif scope == "layer":
         keep = torch.stack([_drop_lowest(layer, level) for layer in ranked])
     else:
         raise ValueError(f"unknown scope {scope!r}; choose one of {', '.join(SCOPES)}")
+    keep = keep.repeat_interleave(group_size, 1)
     if gone is not None and bool((keep & gone.cpu()).any()):
         raise ValueError(f"{int(gone.sum())} heads are gone already, more than level {level} takes out")
     return keep
 
 
-def expected_heads_pruned(level: float, n_layers: int, n_heads: int, scope: Scope) -> int:
-    """What the rule of the scope asks for; a mask that differs is a bug and raises where it is used."""
+def expected_heads_pruned(level: float, n_layers: int, n_heads: int, scope: Scope, group_size: int = 1) -> int:
+    """What the rule of the scope asks for, in whole groups; a mask that differs is a bug and raises where it is used."""
+    groups = n_heads // group_size
     if scope == "layer":
-        return n_layers * heads_to_prune(level, n_heads)
-    return heads_to_prune(level, n_layers * n_heads)
+        return group_size * n_layers * heads_to_prune(level, groups)
+    return group_size * heads_to_prune(level, n_layers * groups)
 
 
 def _drop_lowest(scores: Tensor, level: float) -> Tensor:

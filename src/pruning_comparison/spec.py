@@ -24,6 +24,7 @@ VARIANTS = (
 PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")
 SCOPES = ("model", "layer")
+UNITS = ("head", "kv_group")
 ENTROPY_DIRECTIONS = ("auto", "high", "low")
 ADAPTATIONS = ("none", "bias", "gate", "refit", "refit-mlp")
 
@@ -66,6 +67,7 @@ class ComparisonSpec:
     batch_size: int = 1
     execution: str = "compact"
     scope: str = "model"
+    unit: str = "head"
     entropy_direction: str = "auto"
     seed: int = 0
     prompt_file: str | None = None
@@ -98,6 +100,7 @@ class ComparisonSpec:
             ("precision", PRECISIONS),
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
+            ("unit", UNITS),
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
         ):
@@ -168,17 +171,20 @@ class ComparisonSpec:
             _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Leave it out.")
 
     def cells(self) -> Iterator[Cell]:
-        """Every cell, in the order in which a serial run measures them: by method, iteration, level, then variant."""
-        for method in self.pruning_methods:
-            for iteration in range(self.iterations):
+        """Every cell, in the order in which a serial run measures them: by iteration, method, level, then variant.
+
+        What adaptation aims at depends on the iteration alone, and is large: so each iteration is finished with all methods.
+        """
+        for iteration in range(self.iterations):
+            for method in self.pruning_methods:
                 for level in self.pruning_levels:
                     for variant in self.variants:
                         yield Cell(variant, method, iteration, level)
 
     def trajectories(self) -> Iterator[Trajectory]:
         """Every trajectory once."""
-        for method in self.pruning_methods:
-            for iteration in range(self.iterations):
+        for iteration in range(self.iterations):
+            for method in self.pruning_methods:
                 for variant in self.variants:
                     yield Trajectory(variant, method, iteration)
 

@@ -39,7 +39,7 @@ _CELL = ["variant", "method", "level"]
 def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
     """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
     rows = []
-    for _, data in observations(cells, measurements):
+    for _, data in [*observations(cells, measurements), *_word_perplexity(cells, measurements)]:
         metric = METRICS[data.metric]
         for key, estimate in data.estimates():
             variant, method, level, temperature = key
@@ -150,8 +150,7 @@ def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | No
 
 def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, Observations]]:
     """Every metric that the measurements hold, as observations."""
-    done = cells.loc[cells["status"] == "done", ["variant", "method", "iteration", "level", "fingerprint"]]
-    known = measurements.dropna(subset=["value"]).merge(done, on=["variant", "method", "iteration", "level"])
+    known = _known(cells, measurements)
     result = [*_perplexity_observations(known)]
     for metric in _TEXT_METRICS:
         rows = known[known["metric"] == metric].assign(unit=lambda t: t["prompt"])
@@ -168,27 +167,46 @@ def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[
     return [(data.metric, data) for data in result if len(data.table)]
 
 
+def _known(cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
+    """Measurements that have a value, of cells that are done, with the cell's fingerprint."""
+    done = cells.loc[cells["status"] == "done", ["variant", "method", "iteration", "level", "fingerprint"]]
+    return measurements.dropna(subset=["value"]).merge(done, on=["variant", "method", "iteration", "level"])
+
+
 def _scaled(metric: str, rows: pd.DataFrame) -> Observations:
     log_scale = METRICS[metric].log_scale
     return Observations(metric, rows.assign(x=np.log(rows["value"]) if log_scale else rows["value"]), log_scale)
 
 
 def _perplexity_observations(known: pd.DataFrame) -> list[Observations]:
-    windows = {
-        name: known[known["metric"] == name].groupby([*_CELL, "iteration", "document", "fingerprint"])["value"]
-        for name in ("window_nats", "window_tokens", "window_bytes")
-    }
-    table = pd.concat([group.sum().rename(name) for name, group in windows.items()], axis=1)
-    # A document of which a window has no finite loss is left out whole: the sum of the others would flatter the model.
-    whole = windows["window_nats"].size().reindex(table.index) == windows["window_tokens"].size().reindex(table.index)
-    table = table[whole].reset_index().rename(columns={"document": "unit"})
-    table = table.assign(temperature=np.nan, model_id=table["fingerprint"])
+    table = _document_losses(known)
     per_token = table.assign(x=table["window_nats"] / table["window_tokens"])
     per_byte = table.assign(x=table["window_nats"] / math.log(2) / table["window_bytes"])
     return [
         Observations("perplexity", per_token, True, "window_tokens"),
         Observations("bits_per_byte", per_byte, False, "window_bytes"),
     ]
+
+
+def _word_perplexity(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, Observations]]:
+    """Loss per word, for the summary alone: as a contrast it would say what perplexity says. Older runs count no words."""
+    table = _document_losses(_known(cells, measurements))
+    table = table[table["window_words"] > 0]
+    per_word = table.assign(x=table["window_nats"] / table["window_words"])
+    return [("word_perplexity", Observations("word_perplexity", per_word, True, "window_words"))]
+
+
+def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
+    """Loss, tokens, bytes and words of every document that a cell was evaluated on."""
+    windows = {
+        name: known[known["metric"] == name].groupby([*_CELL, "iteration", "document", "fingerprint"])["value"]
+        for name in ("window_nats", "window_tokens", "window_bytes", "window_words")
+    }
+    table = pd.concat([group.sum().rename(name) for name, group in windows.items()], axis=1)
+    # A document of which a window has no finite loss is left out whole: the sum of the others would flatter the model.
+    whole = windows["window_nats"].size().reindex(table.index) == windows["window_tokens"].size().reindex(table.index)
+    table = table[whole].reset_index().rename(columns={"document": "unit"})
+    return table.assign(temperature=np.nan, model_id=table["fingerprint"])
 
 
 def _distances(metric: str, rows: pd.DataFrame) -> Observations:

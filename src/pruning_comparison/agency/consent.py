@@ -193,6 +193,7 @@ def negotiate(
     states: States | None = None,
     heed_states: bool = True,
     everyone_consents: bool = False,
+    group_size: int = 1,
 ) -> Negotiation:
     """Asks live heads to leave, in the method's order, until ``quota`` of them have left.
 
@@ -207,64 +208,82 @@ def negotiate(
     ``states`` change the answers where ``heed_states``: misaligned heads are asked before all others, and overloaded ones
     consent only at ``thresholds.overloaded_factor`` of the limit. ``everyone_consents`` takes the method's order as it is.
 
-    ValueError if the quota is more than the live heads, if a live head's score is not finite, or if costs and mask disagree
-    on who is live.
+    With a ``group_size``, that many heads which follow one another are asked, and leave, as one: their scores are added up,
+    and their cost is what the withdrawal of all of them costs, so that heads that make up for one another do not look cheap.
+    The limit is the quantile over such groups. A group is misaligned where all its heads are, and overloaded where one is.
+    Each of its heads has a reply, with the cost of the group.
+
+    ValueError if the quota is more than the live heads or no number of whole groups, if a part of a group is gone, if a live
+    head's score is not finite, or if costs and mask disagree on who is live.
     """
     keep = keep.cpu().clone()
     scores = scores.cpu().double()
     open_quota = _Quota.of(quota, keep)
-    start_costs = costs.costs()
-    _check_live(scores, start_costs, keep)
-    limit = thresholds.limit(start_costs)
+    _check_live(scores, costs.costs(), keep)
+    _check_groups(open_quota, keep, group_size)
+    limit = thresholds.limit(_group_costs(costs, keep, group_size))
     heeded = states if heed_states and not everyone_consents else None
+
+    def members(first: int) -> range:
+        return range(first, first + group_size)
 
     def state_of(layer: int, head: int) -> HeadState:
         return HeadState.ACTIVE if states is None else states[layer][head]
 
     def urgency(place: list[int]) -> tuple[bool, float, list[int]]:
-        late = heeded is None or heeded[place[0]][place[1]] is not HeadState.MISALIGNED
-        return late, float(scores[place[0], place[1]]), place
+        layer, first = place
+        late = heeded is None or any(heeded[layer][head] is not HeadState.MISALIGNED for head in members(first))
+        return late, float(scores[layer, first : first + group_size].sum()), place
 
     replies: list[Reply] = []
     gone = 0
 
-    def leave(layer: int, head: int) -> None:
+    def leave(layer: int, first: int) -> None:
         nonlocal costs, gone
-        costs = costs.withdraw(layer, head)
-        keep[layer, head] = False
-        open_quota.take(layer)
-        gone += 1
+        for head in members(first):
+            costs = costs.withdraw(layer, head)
+            keep[layer, head] = False
+            open_quota.take(layer)
+            gone += 1
 
-    for layer, head in sorted(keep.nonzero().tolist(), key=urgency):
+    for layer, first in sorted(
+        keep[:, ::group_size].nonzero().mul(torch.tensor([1, group_size])).tolist(), key=urgency
+    ):
         if not open_quota.left(layer):
             continue
-        cost = costs.cost(layer, head)
-        overloaded = heeded is not None and heeded[layer][head] is HeadState.OVERLOADED
+        cost = costs.joint_cost(layer, members(first))
+        overloaded = heeded is not None and any(heeded[layer][h] is HeadState.OVERLOADED for h in members(first))
         own_limit = limit * thresholds.overloaded_factor if overloaded else limit
         yes = everyone_consents or cost <= own_limit
         answer = Answer.CONSENTED if yes else Answer.REFUSED
-        place, left_cost = (gone, cost) if yes else (None, None)
-        state = state_of(layer, head)
-        replies.append(Reply(layer, head, answer, state, len(replies), cost, own_limit, place, left_cost))
+        for number, head in enumerate(members(first)):
+            place, left_cost = (gone + number, cost) if yes else (None, None)
+            state = state_of(layer, head)
+            replies.append(Reply(layer, head, answer, state, len(replies), cost, own_limit, place, left_cost))
         if yes:
-            leave(layer, head)
-    while refused := [reply for reply in replies if reply.left is None and open_quota.left(reply.layer)]:
-        cheapest = min(refused, key=lambda reply: (costs.cost(reply.layer, reply.head), reply.rank))
-        cost = costs.cost(cheapest.layer, cheapest.head)
-        replies[cheapest.rank] = replace(cheapest, answer=Answer.OVERRIDDEN, left=gone, left_cost=cost)
+            leave(layer, first)
+    while refused := [r for r in replies[::group_size] if r.left is None and open_quota.left(r.layer)]:
+        joint = {r.rank: costs.joint_cost(r.layer, members(r.head)) for r in refused}
+        cheapest = min(refused, key=lambda reply: (joint[reply.rank], reply.rank))
+        for number, rank in enumerate(members(cheapest.rank)):
+            replies[rank] = replace(
+                replies[rank], answer=Answer.OVERRIDDEN, left=gone + number, left_cost=joint[cheapest.rank]
+            )
         leave(cheapest.layer, cheapest.head)
     return Negotiation(tuple(replies), keep, limit, costs)
 
 
-def quota_of_level(level: float, keep: Tensor, scope: Scope = "model") -> int | list[int]:
+def quota_of_level(level: float, keep: Tensor, scope: Scope = "model", group_size: int = 1) -> int | list[int]:
     """How many more heads have to leave, besides those gone from ``keep`` bool [L, H], for the model to be at ``level``.
 
-    For the whole model, or for each layer where ``scope`` is "layer". ValueError where more are gone than the level says.
+    For the whole model, or for each layer where ``scope`` is "layer"; rounded to whole groups of ``group_size``. ValueError
+    where more are gone than the level says.
     """
     if scope == "layer":
-        quota = [heads_to_prune(level, keep.shape[1]) - int(gone) for gone in (~keep).sum(1)]
+        wanted = group_size * heads_to_prune(level, keep.shape[1] // group_size)
+        quota = [wanted - int(gone) for gone in (~keep).sum(1)]
     else:
-        quota = [heads_to_prune(level, keep.numel()) - int((~keep).sum())]
+        quota = [group_size * heads_to_prune(level, keep.numel() // group_size) - int((~keep).sum())]
     if min(quota) < 0:
         raise ValueError(f"{int((~keep).sum())} heads are gone already, more than level {level} takes out")
     return quota if scope == "layer" else quota[0]
@@ -327,8 +346,29 @@ class _Quota:
     def left(self, layer: int) -> int:
         return self._remaining[layer if self._per_layer else 0]
 
+    def whole_groups(self, group_size: int) -> bool:
+        return all(remaining % group_size == 0 for remaining in self._remaining)
+
     def take(self, layer: int) -> None:
         self._remaining[layer if self._per_layer else 0] -= 1
+
+
+def _group_costs(costs: CostModel, keep: Tensor, group_size: int) -> Tensor:
+    """What the withdrawal of each group as a whole costs, [L, H / group_size]; NaN for groups that have left."""
+    if group_size == 1:
+        return costs.costs()
+    table = torch.full((keep.shape[0], keep.shape[1] // group_size), torch.nan, dtype=torch.float64)
+    for layer, group in keep[:, ::group_size].nonzero().tolist():
+        table[layer, group] = costs.joint_cost(layer, range(group * group_size, (group + 1) * group_size))
+    return table
+
+
+def _check_groups(quota: _Quota, keep: Tensor, group_size: int) -> None:
+    by_group = keep.unflatten(1, (-1, group_size))
+    if not torch.equal(by_group.any(2), by_group.all(2)):
+        raise ValueError(f"a part of a group of {group_size} heads is gone; groups leave as a whole")
+    if not quota.whole_groups(group_size):
+        raise ValueError(f"the quota must be whole groups of {group_size} heads")
 
 
 def _check_live(scores: Tensor, costs: Tensor, keep: Tensor) -> None:

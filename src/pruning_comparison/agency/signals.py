@@ -8,7 +8,7 @@ of one layer x D).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -370,6 +370,14 @@ class CostModel:
         if of_layer is None or head not in of_layer.heads:
             raise KeyError(f"head {head} of layer {layer} has left")
         return self.weights[layer] * float(of_layer.costs[of_layer.heads.index(head)])
+
+    def joint_cost(self, layer: int, heads: Iterable[int]) -> float:
+        """Weighed cost of several live heads of a layer that leave together; KeyError if one has left."""
+        total, model = 0.0, self
+        for head in heads:
+            total += model.cost(layer, head)
+            model = model.withdraw(layer, head)
+        return total
 
     def costs(self) -> Tensor:
         """Weighed costs, float64 [L, H] on the CPU; NaN for withdrawn heads."""

@@ -60,12 +60,22 @@ class ProgressiveTrajectory:
     """
 
     def __init__(
-        self, dense: PreTrainedModel, *, score: Callable[[PreTrainedModel], HeadScores], all_heads: Tensor, scope: Scope
+        self,
+        dense: PreTrainedModel,
+        *,
+        score: Callable[[PreTrainedModel], HeadScores],
+        all_heads: Tensor,
+        scope: Scope,
+        group_size: int = 1,
     ) -> None:
-        """``score`` ranks the heads of a full-size model, in which those that have left are masked; ``all_heads`` [L, H]."""
+        """``score`` ranks the heads of a full-size model, in which those that have left are masked; ``all_heads`` [L, H].
+
+        Heads leave in groups of ``group_size``.
+        """
         self._dense = dense
         self._score = score
         self._scope: Scope = scope
+        self._group_size = group_size
         self._start = Round(0.0, all_heads, score(dense), dense)
         self._reached = self._start
 
@@ -80,7 +90,7 @@ class ProgressiveTrajectory:
 
     def _next(self, reached: Round, level: float) -> Round:
         scores = self._of_full_size(reached, self._score)
-        keep = select_heads(scores.scores, level, self._scope, gone=~reached.keep)
+        keep = select_heads(scores.scores, level, self._scope, gone=~reached.keep, group_size=self._group_size)
         return Round(level, keep, scores, remove_heads(self._dense, keep))
 
     def _of_full_size(self, reached: Round, measure: Callable[[PreTrainedModel], _T]) -> _T:
@@ -115,6 +125,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         ridge: float = 0.1,
         everyone_consents: bool = False,
         heed_states: bool = True,
+        group_size: int = 1,
     ) -> None:
         """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
         they are the method's own scores.
@@ -122,7 +133,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
         ``everyone_consents`` and ``heed_states`` are those of ``consent.negotiate``.
         """
-        super().__init__(dense, score=score, all_heads=all_heads, scope=scope)
+        super().__init__(dense, score=score, all_heads=all_heads, scope=scope, group_size=group_size)
         self._importance = importance
         self._adapt = adapt
         self._windows = windows
@@ -150,11 +161,12 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
             scores.scores,
             costs,
             reached.keep,
-            quota_of_level(level, reached.keep, self._scope),
+            quota_of_level(level, reached.keep, self._scope, self._group_size),
             self._thresholds,
             states=now,
             heed_states=self._heed_states,
             everyone_consents=self._everyone_consents,
+            group_size=self._group_size,
         )
         model = remove_heads(self._dense, negotiation.keep)
         self._adapt(model)

@@ -12,7 +12,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import PreTrainedModel
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
 
 from pruning_comparison.measure.memory import PeakMemory, cache_bytes
 
@@ -67,12 +68,50 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
     """
     logits = logits.float()
     greedy = logits.argmax(-1)
-    if bool((temperatures == 0).all()):
-        return greedy
     scaled = logits / temperatures.where(temperatures > 0, 1.0).unsqueeze(1).to(logits)
     cumulative = scaled.double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniforms.to(cumulative) * cumulative[:, -1]).unsqueeze(1), right=True)
     return torch.where(temperatures.to(greedy.device) > 0, drawn.squeeze(1).clamp(max=logits.shape[1] - 1), greedy)
+
+
+class ReservedCacheLayer(DynamicLayer):
+    """The cache of one layer with room for ``capacity`` tokens, reserved when its first keys show how many heads it has.
+
+    transformers' own layer grows by copying all it holds at every step. ``keys`` and ``values`` are views of what is filled,
+    [B, K, T, D], so that layers of one cache may differ in K.
+    """
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self.seen = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds new keys and values and returns all so far. ValueError where they exceed the capacity."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            self._room = tuple(
+                new.new_empty(*new.shape[:2], self.capacity, new.shape[-1]) for new in (key_states, value_states)
+            )
+        start, self.seen = self.seen, self.seen + key_states.shape[-2]
+        if self.seen > self.capacity:
+            raise ValueError(f"{self.seen} tokens do not fit a cache that was reserved for {self.capacity}")
+        filled = []
+        for room, new in zip(self._room, (key_states, value_states), strict=True):
+            room[:, :, start : self.seen] = new
+            filled.append(room[:, :, : self.seen])
+        self.keys, self.values = filled
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+
+def reserved_cache(model: PreTrainedModel, capacity: int) -> Cache:
+    """The cache that the model would make itself, with room for ``capacity`` tokens in every layer that keeps them all."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [ReservedCacheLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
 
 
 @torch.inference_mode()
@@ -86,7 +125,8 @@ def generate(
 ) -> Generation:
     """Continues B prompts of token ids by exactly ``num_tokens`` tokens each, whatever end-of-text says.
 
-    Shorter prompts are padded on the left. ``temperatures`` [B]; ``uniforms`` [B, N] may be None if all are 0.
+    Shorter prompts are padded on the left. ``temperatures`` [B]; ``uniforms`` [B, N] may be None if all are 0. Tokens stay
+    on the device until the last one; only the first is waited for, to take its time.
     """
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
@@ -95,36 +135,35 @@ def generate(
     heat = torch.tensor(list(temperatures), dtype=torch.float64, device=device)
     draws = torch.zeros(len(prompts), num_tokens, dtype=torch.float64) if uniforms is None else uniforms
     draws = draws.to(device)
+    greedy = not any(temperatures)
     visible: Tensor | None = None
     positions = torch.arange(longest).expand(len(prompts), -1)
     if any(padding):
         pads = torch.tensor(padding).unsqueeze(1)
-        visible = (positions >= pads).long().to(device)
+        visible = (torch.arange(longest + num_tokens) >= pads).long().to(device)
         positions = (positions - pads).clamp(min=0)
     _synchronize(device)
     started = time.perf_counter()
     step_ids, step_positions = ids.to(device), positions.to(device)
-    cache: Any = None
+    cache: Any = reserved_cache(model, longest + num_tokens - 1)
     tokens: list[Tensor] = []
     first_token_latency = 0.0
     for step in range(num_tokens):
         output = model(
             input_ids=step_ids,
-            attention_mask=visible,
+            attention_mask=None if visible is None else visible[:, : longest + step],
             position_ids=step_positions,
             past_key_values=cache,
             use_cache=True,
             logits_to_keep=1,
         )
-        cache = output.past_key_values
-        chosen = sample(output.logits[:, -1], heat, draws[:, step])
+        logits = output.logits[:, -1]
+        chosen = logits.argmax(-1) if greedy else sample(logits, heat, draws[:, step])
         tokens.append(chosen)
         if step == 0:
             chosen.tolist()
             first_token_latency = time.perf_counter() - started
         step_ids, step_positions = chosen.unsqueeze(1), step_positions[:, -1:] + 1
-        if visible is not None:
-            visible = torch.cat([visible, visible.new_ones(len(prompts), 1)], 1)
     result = torch.stack(tokens, 1).cpu()
     end_to_end = time.perf_counter() - started if num_tokens > 1 else first_token_latency
     return Generation(result, cache_bytes(cache), first_token_latency, end_to_end)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import re
+from bisect import bisect_left
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,7 +22,8 @@ from pruning_comparison.texts import Document, tokenize
 class EvaluationWindow:
     """A stretch of one document: the last ``targets`` tokens of ``ids`` are scored, those before are context.
 
-    ``targets_bytes`` is the length in UTF-8 bytes of the text that the scored tokens stand for.
+    ``targets_bytes`` is the length in UTF-8 bytes of the text that the scored tokens stand for, ``targets_words`` the number
+    of words (what white space separates) that begin in it.
     """
 
     document: str
@@ -28,6 +31,7 @@ class EvaluationWindow:
     ids: Tensor
     targets: int
     targets_bytes: int
+    targets_words: int
 
 
 @dataclass(frozen=True)
@@ -39,6 +43,7 @@ class WindowLoss:
     nats: float
     tokens: int
     text_bytes: int
+    text_words: int
 
 
 def evaluation_windows(
@@ -66,6 +71,7 @@ def evaluation_windows(
 def _windows_of(document: Document, tokenizer: Any, window: int, stride: int) -> list[EvaluationWindow]:
     """All windows of one document, in order."""
     ids, spans = tokenize(tokenizer, document.text)
+    word_starts = [match.start() for match in re.finditer(r"\S+", document.text)]
     windows: list[EvaluationWindow] = []
     scored_to = 0
     for index, start in enumerate(range(0, len(ids), stride)):
@@ -73,9 +79,10 @@ def _windows_of(document: Document, tokenizer: Any, window: int, stride: int) ->
         first = max(scored_to, start + 1)
         if first >= end:
             break
-        text = document.text[spans[first][0] : spans[end - 1][1]]
-        size = len(text.encode("utf-8"))
-        windows.append(EvaluationWindow(document.name, index, torch.tensor(ids[start:end]), end - first, size))
+        begin, stop = spans[first][0], spans[end - 1][1]
+        size = len(document.text[begin:stop].encode("utf-8"))
+        words = bisect_left(word_starts, stop) - bisect_left(word_starts, begin)
+        windows.append(EvaluationWindow(document.name, index, torch.tensor(ids[start:end]), end - first, size, words))
         scored_to = end
         if end == len(ids):
             break
@@ -138,7 +145,7 @@ def measure_perplexity(
         model, [w.ids for w in windows], batch_size=batch_size, targets=[w.targets for w in windows]
     )
     return [
-        WindowLoss(w.document, w.index, loss, w.targets, w.targets_bytes)
+        WindowLoss(w.document, w.index, loss, w.targets, w.targets_bytes, w.targets_words)
         for w, loss in zip(windows, nats.tolist(), strict=True)
     ]
 
@@ -152,3 +159,14 @@ def perplexity_of(losses: Sequence[WindowLoss]) -> float:
 def bits_per_byte_of(losses: Sequence[WindowLoss]) -> float:
     """Total loss in bits over the UTF-8 bytes it accounts for; comparable across tokenizers; lower is better."""
     return sum(loss.nats for loss in losses) / math.log(2) / sum(loss.text_bytes for loss in losses)
+
+
+def word_perplexity_of(losses: Sequence[WindowLoss]) -> float:
+    """exp(mean negative log-likelihood per word); unit 1, lower is better; comparable across tokenizers.
+
+    The word perplexity of lm-evaluation-harness, over the words that begin in scored text. NaN without any, or where a loss
+    is not finite.
+    """
+    words = sum(loss.text_words for loss in losses)
+    mean = sum(loss.nats for loss in losses) / words if words else math.nan
+    return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.nan

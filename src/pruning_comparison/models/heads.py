@@ -33,6 +33,9 @@ class Layout:
     one name, and ``fused`` says how its outputs are ordered: "parts" for all queries, then all keys, then all values;
     "heads" for the query, key and value of the first head, then those of the second, and so on.
 
+    ``attention_norm`` names the norm of a block whose output attention reads and nothing else, so that it leaves with the
+    last head; None where something else reads it too.
+
     ``mlp_output`` leads from a block to the projection that writes what the MLP adds. ``norm_after`` is the config attribute
     that is false where the block's last norm, named ``last_norm``, comes after that sum; None where no norm does.
 
@@ -50,6 +53,7 @@ class Layout:
     fused: str | None
     sizes: Mapping[str, str]
     mlp_output: str
+    attention_norm: str | None = None
     parallel: str | None = None
     norm_after: str | None = None
     last_norm: str | None = None
@@ -65,6 +69,7 @@ _LLAMA = Layout(
     fused=None,
     sizes=MappingProxyType({"num_key_value_groups": "groups"}),
     mlp_output="mlp.down_proj",
+    attention_norm="input_layernorm",
 )
 
 LAYOUTS: Mapping[str, Layout] = MappingProxyType(
@@ -79,6 +84,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             fused="parts",
             sizes=MappingProxyType({"num_heads": "heads", "split_size": "width"}),
             mlp_output="mlp.c_proj",
+            attention_norm="ln_1",
         ),
         "gpt_neox": Layout(
             layers="gpt_neox.layers",
@@ -90,6 +96,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             fused="heads",
             sizes=MappingProxyType({}),
             mlp_output="mlp.dense_4h_to_h",
+            attention_norm="input_layernorm",
             parallel="use_parallel_residual",
         ),
         "llama": _LLAMA,
@@ -104,6 +111,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             fused=None,
             sizes=MappingProxyType({"num_heads": "heads"}),
             mlp_output="fc2",
+            attention_norm="self_attn_layer_norm",
             norm_after="do_layer_norm_before",
             last_norm="final_layer_norm",
         ),
@@ -267,7 +275,8 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
     """Removes from one layer of a dense model the heads that are false in ``keep`` (bool [H]), physically.
 
     The queries and output inputs of removed heads leave the matrices; keys and values leave them, and the cache, with the
-    last query head that reads them. A layer without heads becomes an ``EmptiedAttention``.
+    last query head that reads them. A layer without heads becomes an ``EmptiedAttention``, and the norm that only attention
+    read is passed through unchanged.
     """
     layout, grid = layout_of(model), head_grid(model.config)
     block = blocks(model)[layer]
@@ -275,6 +284,8 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
     output = attention.get_submodule(layout.output)
     if not keep.any():
         setattr(block, layout.attention, EmptiedAttention(output.bias, layer))
+        if layout.attention_norm is not None and last_norms(model)[layer] is None:
+            setattr(block, layout.attention_norm, nn.Identity())
         return
     per_group = keep.view(grid.n_kv_heads, grid.group_size).sum(1)
     kept = {"query": keep, "key": per_group > 0, "value": per_group > 0}
@@ -427,9 +438,46 @@ def _attend_in_uneven_groups(
     """The stock attention ``implementation`` with every query head given its own key and value, [B, H, T, D].
 
     The stock functions take the same number of query heads per key-value head for granted; ``module.kv_index`` says which
-    one each of the surviving query heads reads.
+    one each of the surviving query heads reads. A decoding step (T = 1) copies no keys or values, see ``_attend_packed``.
     """
+    shared_mask = attention_mask is None or attention_mask.shape[1] == 1
+    if implementation == "sdpa" and query.shape[2] == 1 and shared_mask and not kwargs.get("dropout"):
+        return _attend_packed(module, query, key, value, attention_mask, kwargs.get("scaling")), None
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     index = module.get_buffer("kv_index")
     return attend(module, query, key.index_select(1, index), value.index_select(1, index), attention_mask, **kwargs)
+
+
+def _attend_packed(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
+) -> Tensor:
+    """Attention of one new token, query [B, H, 1, D] to [B, 1, H, D]: the query heads of a group stand where tokens would.
+
+    So every key-value head is read where it lies. Groups that are smaller than the largest are filled up with queries of
+    zeros, whose answers nobody reads.
+    """
+    batch, _, _, size = query.shape
+    slots, largest = _query_slots(module)
+    packed = query.new_zeros(batch, key.shape[1] * largest, size)
+    packed[:, slots] = query[:, :, 0]
+    attended = nn.functional.scaled_dot_product_attention(
+        packed.view(batch, key.shape[1], largest, size), key, value, attn_mask=attention_mask, scale=scaling
+    )
+    return attended.reshape(batch, -1, value.shape[-1])[:, slots].unsqueeze(1)
+
+
+def _query_slots(module: Any) -> tuple[Tensor, int]:
+    """Where each query head stands when every group has room for the largest, int64 [H], and how many that one has.
+
+    Worked out at the first decoding step, from ``kv_index``, and kept: the copying of a model copies it too.
+    """
+    index = module.get_buffer("kv_index")
+    known: tuple[Tensor, int] | None = module.__dict__.get("_packing")
+    if known is None or known[0].device != index.device:
+        counts = torch.bincount(index)
+        largest = int(counts.max())
+        places = torch.cat([torch.arange(int(count), device=index.device) for count in counts])
+        known = index * largest + places, largest
+        module.__dict__["_packing"] = known
+    return known

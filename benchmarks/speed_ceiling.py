@@ -1,0 +1,120 @@
+"""Does the speed-up follow the ceiling? Time saved by pruning beside what the bytes and FLOPs that are left allow.
+
+    python benchmarks/speed_ceiling.py [--models=smollm2-135m,gpt2-small-random] [--profile]
+
+Heads are pruned at random (seed 0), because which ones leave does not matter to the clock, but how uneven they leave the
+layers does; grouped models also by whole key-value groups. A prompt of 1,000 tokens is read (prefill) and decoded from at
+batch 1. Dense and pruned take turns.
+
+``allowed`` is the share of time that could be saved: for decoding, of the bytes of weights and key-value cache that a step
+reads; for prefill, of the FLOPs of all matrix products and of causal attention. ``saved`` is the share of time that was
+saved, with its 95 % interval over pairs of neighbouring runs, and ``share_of_allowed`` is one over the other. ``--profile``
+lists what dense and pruned models spend their time on.
+
+Target: share_of_allowed at least 0.8, and the interval of ``saved`` above 0.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from timing import benchmark_model, emit, emit_machine, mean_and_half_width, parser, random_ids, take_turns
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from pruning_comparison.measure.generation import Generation, generate
+from pruning_comparison.measure.memory import decode_bytes
+from pruning_comparison.models.heads import head_grid, input_major_weight, live_heads
+from pruning_comparison.pruning import remove_heads
+from pruning_comparison.scoring import score_random
+from pruning_comparison.selection import select_heads
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    made = parser(__doc__, models="smollm2-135m,gpt2-small-random", repeats=8)
+    made.add_argument("--levels", default="50,80")
+    made.add_argument("--context", type=int, default=1000, help="tokens of the prompt")
+    made.add_argument("--tokens", type=int, default=20, help="new tokens")
+    made.add_argument("--profile", action="store_true", help="list what models spend their time on")
+    options = made.parse_args(argv)
+    torch.set_num_threads(options.threads)
+    emit_machine("speed_ceiling", options.threads)
+    for name in options.models.split(","):
+        dense = benchmark_model(name)
+        grid = head_grid(dense.config)
+        scores = score_random(grid.n_layers, grid.n_heads, torch.Generator().manual_seed(0))
+        prompt = random_ids(dense, options.context).tolist()
+
+        def run(model: Any, prompt: list[int] = prompt) -> Generation:
+            return generate(model, [prompt], options.tokens, temperatures=[0.0])
+
+        models = {"dense": dense}
+        for level in (float(level) for level in options.levels.split(",")):
+            for unit, size in [("head", 1), *([("kv_group", grid.group_size)] if grid.group_size > 1 else [])]:
+                keep = select_heads(scores, level, group_size=size)
+                models[f"{level:g} % by {unit}"] = remove_heads(dense, keep)
+        runs = take_turns({key: lambda model=model: run(model) for key, model in models.items()}, options.repeats)
+        steps = options.tokens - 1
+        cost = {key: flops(model, options.context) for key, model in models.items()}
+        read = {key: decode_bytes(model) + runs[key][0].cache_bytes for key, model in models.items()}
+        for key in list(models)[1:]:
+            for phase, needed in (("prefill", cost), ("decode", read)):
+                times = {
+                    side: np.array(
+                        [
+                            one.first_token_latency_s
+                            if phase == "prefill"
+                            else (one.end_to_end_s - one.first_token_latency_s) / steps
+                            for one in runs[side]
+                        ]
+                    )
+                    for side in ("dense", key)
+                }
+                allowed = 1 - needed[key] / needed["dense"]
+                saved, half = mean_and_half_width(1 - times[key] / times["dense"])
+                emit(
+                    "speed_ceiling",
+                    model=name,
+                    pruned=key,
+                    phase=phase,
+                    dense_s=round(float(times["dense"].mean()), 5),
+                    pruned_s=round(float(times[key].mean()), 5),
+                    allowed=round(allowed, 4),
+                    saved=round(saved, 4),
+                    interval=[round(saved - half, 4), round(saved + half, 4)],
+                    share_of_allowed=round(saved / allowed, 3),
+                    n=options.repeats,
+                )
+        if options.profile:
+            for key, model in models.items():
+                profile(name, key, model, prompt, options.tokens)
+
+
+def flops(model: Any, tokens: int) -> float:
+    """FLOPs of reading ``tokens`` tokens: two per weight and token in every matrix product, the output head for the last
+    token only, and 2 * T * T * D per head for causal attention (two products, half of each)."""
+    head = model.get_output_embeddings()
+    matrices = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
+    weights: Tensor | float = sum(float(input_major_weight(matrix).numel()) for matrix in matrices)
+    attention = sum(live_heads(model)) * 2.0 * tokens * tokens * head_grid(model.config).head_size
+    return 2.0 * float(weights) * tokens + attention + 2.0 * head.weight.numel()
+
+
+def profile(name: str, key: str, model: Any, prompt: list[int], tokens: int) -> None:
+    """Milliseconds of self time by operation, for the prefill alone and for the decoding after it."""
+    found = {}
+    for phase, count in (("prefill", 1), ("both", tokens)):
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+            generate(model, [prompt], count, temperatures=[0.0])
+        found[phase] = {row.key: row.self_cpu_time_total / 1e3 for row in seen.key_averages()}
+    found["decode"] = {op: ms - found["prefill"].get(op, 0.0) for op, ms in found.pop("both").items()}
+    for phase, table in found.items():
+        top = sorted(table.items(), key=lambda item: -item[1])[:8]
+        emit("speed_ceiling", model=name, pruned=key, phase=phase, profile_ms={op: round(ms, 1) for op, ms in top})
+
+
+if __name__ == "__main__":
+    main()

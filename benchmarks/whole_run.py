@@ -1,0 +1,247 @@
+"""How long a whole comparison takes, beside two plain scripts on transformers alone that yield the same numbers.
+
+    python benchmarks/whole_run.py --model_name=bundled --small          (a minute or two)
+    python benchmarks/whole_run.py --model_name=bundled                  (the default comparison's shape)
+    python benchmarks/whole_run.py --model_name=smollm2-135m
+
+A is ``plain_straightforward.py``, B is ``plain_competent.py``, C is this package. They run in one process in the order
+A B C A B C, with as many timed tokens per level. What can be had without this package is compared: the variants ``baseline``
+and ``baseline-progressive``, ranked by entropy, at the default levels, temperatures, iterations and prompts. Before any
+ratio is printed, heads, perplexities and texts are checked to agree.
+
+Prints one JSON line per run, and one with the ratios. ``ratio`` is the time of the plain script over ours, a geometric mean
+over the rounds, with the 95 % interval of their logarithms (t distribution); ``timing_width`` is the half width in per cent
+of the 95 % interval of the time of a pruned level relative to the dense one, the median over levels and variants: no
+tool may buy its time with wider intervals. Neither tables nor charts are written, by anyone.
+
+Target: on bundled at least 5 x faster than straightforward and 2 x than competent, on smollm2-135m 3 x and 1.5 x.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections import defaultdict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import plain_competent
+import plain_straightforward
+import torch
+from scipy import stats
+
+from pruning_comparison.comparison import Workspace, prepare, run_comparison
+from pruning_comparison.measure.generation import common_uniforms
+from pruning_comparison.models import load_model
+from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.store import RunStore
+
+SMALL = {
+    "pruning_levels": (0, 50),
+    "iterations": 1,
+    "max_prompts": 2,
+    "num_tokens": 40,
+    "eval_tokens": 2048,
+    "calibration_tokens": 2048,
+}
+"""A run of a minute, to see that everything works: its ratios say little."""
+
+MOST_UNEQUAL_TEXTS = 0.05
+"""As a share of all texts; one is always allowed. Rounding differs between full-size and smaller matrices, and may move a
+draw from one token to the next."""
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model_name", default="bundled")
+    parser.add_argument("--rounds", type=int, default=2, help="how often A B C is repeated")
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--small", action="store_true", help="a run of a minute or two that shows that it works")
+    parser.add_argument("--iterations", type=int, default=None)
+    parser.add_argument("--write_case", type=Path, help="write the case as JSON for the plain scripts, and stop")
+    options = parser.parse_args(argv)
+    settings: dict[str, Any] = {**SMALL} if options.small else {}
+    if options.iterations is not None:
+        settings["iterations"] = options.iterations
+    spec = ComparisonSpec(
+        model_name=options.model_name,
+        variants=("baseline", "baseline-progressive"),
+        pruning_methods=("entropy",),
+        threads=options.threads,
+        **settings,
+    )
+    case, preview = case_of(spec)
+    if options.write_case:
+        options.write_case.write_text(json.dumps(case), "utf-8")
+        return
+    torch.set_num_threads(spec.threads)
+
+    def load() -> Any:
+        return load_model(preview).model
+
+    plain = {"straightforward": plain_straightforward.compare, "competent": plain_competent.compare}
+    seconds: dict[str, list[float]] = defaultdict(list)
+    for number in range(options.rounds):
+        results = {}
+        for name in (*plain, "ours"):
+            started = time.perf_counter()
+            found = ours(spec) if name == "ours" else plain[name](case, load, preview.tokenizer)
+            seconds[name].append(time.perf_counter() - started)
+            results[name] = found
+            timed = defaultdict(int)
+            for timing in found["timings"]:
+                timed[timing["variant"], timing["iteration"], timing["level"]] += spec.num_tokens
+            line = {
+                "benchmark": "whole_run",
+                "model": spec.model_name,
+                "round": number,
+                "tool": name,
+                "seconds": round(seconds[name][-1], 2),
+                "timed_tokens_per_level": sorted(set(timed.values())),
+                "timing_width_per_cent": timing_width(found["timings"]),
+            }
+            print(json.dumps(line), flush=True)
+        for name in plain:
+            agreement = check_agreement(results[name], results["ours"])
+            print(json.dumps({"benchmark": "whole_run", "round": number, "agrees_with": name, **agreement}), flush=True)
+    for name in plain:
+        print(json.dumps({"benchmark": "whole_run", "model": spec.model_name, "tool": name, **ratio(seconds, name)}))
+
+
+def case_of(spec: ComparisonSpec) -> tuple[dict[str, Any], Any]:
+    """The comparison as plain data, as the plain scripts read it, and the preview to load the model with."""
+    inputs = prepare(spec)
+    workspace = Workspace(spec, inputs, None, None)  # type: ignore[arg-type]
+    iterations = range(spec.iterations)
+    case = {
+        "model": inputs.preview.source,
+        "threads": spec.threads,
+        "variants": list(spec.variants),
+        "levels": list(spec.pruning_levels),
+        "temperatures": list(spec.temperatures),
+        "iterations": spec.iterations,
+        "num_tokens": spec.num_tokens,
+        "quality_batch_size": spec.quality_batch_size,
+        "prompts": [list(ids) for ids in inputs.prompt_ids],
+        "end_of_text": sorted(inputs.preview.end_of_text()),
+        "windows": [(window.ids.tolist(), window.targets) for window in inputs.windows],
+        "calibration": [workspace.calibration(iteration).tolist() for iteration in iterations],
+        "draws": [
+            [
+                common_uniforms(spec.seed, iteration, prompt, spec.num_tokens).tolist()
+                for prompt in range(len(inputs.prompts))
+            ]
+            for iteration in iterations
+        ],
+    }
+    return case, inputs.preview
+
+
+def ours(spec: ComparisonSpec) -> dict[str, Any]:
+    """The same comparison by this package, its journal read back into the shape of the plain scripts' results."""
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_comparison(spec, output_dir=Path(folder), raise_failures=True)
+        with RunStore(run) as store:
+            cells, rows = store.table("cells"), store.table("measurements")
+            heads, texts = store.table("heads"), store.table("texts")
+    key = ["variant", "iteration", "level"]
+    found = []
+    for place, of_cell in rows.groupby(key):
+        where = dict(zip(key, place, strict=True))
+        here = heads[(heads[key] == list(place)).all(axis=1)]
+        keep = here.pivot(index="layer", columns="head", values="kept").to_numpy().tolist()
+        windows = {metric: float(of_cell.loc[of_cell["metric"] == metric, "value"].sum()) for metric in _SUMS}
+        written = texts[(texts[key] == list(place)).all(axis=1)]
+        judged = of_cell[of_cell["prompt"].notna() & of_cell["temperature"].notna()]
+        wide = judged.pivot(index=["temperature", "prompt"], columns="metric", values="value")
+        for temperature, of_heat in written.sort_values("prompt").groupby("temperature"):
+            rows_of_heat = [
+                {"text": text, **wide.loc[(temperature, prompt)].to_dict()}
+                for prompt, text in zip(of_heat["prompt"], of_heat["text"], strict=True)
+            ]
+            perplexity = math.exp(windows["window_nats"] / windows["window_tokens"])
+            found.append(
+                {
+                    **where,
+                    "temperature": temperature,
+                    "keep": keep,
+                    "perplexity": perplexity,
+                    "texts": rows_of_heat,
+                }
+            )
+    assert len(cells) * len(spec.temperatures) == len(found)
+    timed = rows[rows["metric"].isin(["first_token_latency_s", "end_to_end_s"])]
+    wide = timed.pivot(index=[*key, "prompt", "repeat"], columns="metric", values="value").reset_index()
+    return {"cells": found, "timings": wide.to_dict("records")}
+
+
+_SUMS = ("window_nats", "window_tokens")
+_COMPARED = ("distinct_1", "distinct_2", "distinct_3", "seq_rep_4", "compression_ratio", "generation_perplexity")
+
+
+def check_agreement(plain: dict[str, Any], our: dict[str, Any]) -> dict[str, Any]:
+    """AssertionError unless heads are equal, perplexities close, and nearly all texts equal, with all their metrics."""
+
+    def by_key(results: dict[str, Any]) -> dict[tuple[Any, ...], dict[str, Any]]:
+        return {(c["variant"], c["iteration"], c["level"], c["temperature"]): c for c in results["cells"]}
+
+    one, other = by_key(plain), by_key(our)
+    assert set(one) == set(other), sorted(set(one) ^ set(other))
+    equal = total = 0
+    worst = 0.0
+    for key, cell in one.items():
+        twin = other[key]
+        assert cell["keep"] == twin["keep"], f"other heads stay at {key}"
+        worst = max(worst, abs(math.log(cell["perplexity"] / twin["perplexity"])))
+        assert worst < 1e-3, f"perplexity at {key}: {cell['perplexity']} and {twin['perplexity']}"
+        for text, same in zip(cell["texts"], twin["texts"], strict=True):
+            total += 1
+            if text["text"] != same["text"]:
+                continue
+            equal += 1
+            for metric in _COMPARED:
+                a, b = text[metric], same[metric]
+                missing = a is None and (b is None or math.isnan(b))
+                assert missing or math.isclose(a, b, rel_tol=1e-2), (key, metric, a, b)
+    assert total - equal <= max(1, MOST_UNEQUAL_TEXTS * total), f"only {equal} of {total} texts are equal"
+    timed = [len(results["timings"]) for results in (plain, our)]
+    assert timed[0] == timed[1], f"{timed[0]} generations were timed, and {timed[1]} by us"
+    return {"equal_texts": equal, "texts": total, "largest_log_perplexity_ratio": worst}
+
+
+def timing_width(timings: list[dict[str, Any]]) -> float:
+    """Half width, in per cent, of the 95 % interval of log(end-to-end time / dense end-to-end time); see the top."""
+    by_place: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for timing in timings:
+        key = (timing["variant"], timing["level"], timing["iteration"], timing["prompt"])
+        by_place[key].append(math.log(timing["end_to_end_s"]))
+    ratios: dict[tuple[Any, ...], list[float]] = defaultdict(list)
+    for (variant, level, iteration, prompt), logs in by_place.items():
+        if level:
+            dense = by_place[variant, 0.0, iteration, prompt]
+            ratios[variant, level] += [log - base for log, base in zip(logs, dense, strict=True)]
+    widths = [
+        float(stats.t.ppf(0.975, len(values) - 1) * np.std(values, ddof=1) / math.sqrt(len(values)))
+        for values in ratios.values()
+    ]
+    return round(100 * float(np.median(widths)), 2)
+
+
+def ratio(seconds: dict[str, list[float]], name: str) -> dict[str, Any]:
+    """Time of a plain script over ours: geometric mean and 95 % interval over the rounds."""
+    logs = np.log(seconds[name]) - np.log(seconds["ours"])
+    mean, low, high = float(logs.mean()), math.nan, math.nan
+    if len(logs) > 1:
+        half = float(stats.t.ppf(0.975, len(logs) - 1) * logs.std(ddof=1) / math.sqrt(len(logs)))
+        low, high = mean - half, mean + half
+    interval = [None if math.isnan(edge) else round(math.exp(edge), 3) for edge in (low, high)]
+    return {"ratio": round(math.exp(mean), 3), "interval": interval, "rounds": len(logs)}
+
+
+if __name__ == "__main__":
+    main()
