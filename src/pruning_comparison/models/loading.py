@@ -28,7 +28,7 @@ from transformers.utils import logging as transformers_logging
 
 from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.models import gguf
-from pruning_comparison.models.heads import HeadGrid, check_supported, head_grid
+from pruning_comparison.models.heads import HeadGrid, UnsupportedModelError, check_supported, head_grid
 
 BUNDLED = "bundled"
 OFFLINE_CHOICES = (
@@ -134,7 +134,10 @@ def preview_model(model_name: str) -> ModelPreview:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
             raise _config_error(model_name, error) from error
-        check_supported(config)
+        try:
+            check_supported(config)
+        except UnsupportedModelError as error:
+            raise ModelLoadError(str(error)) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
