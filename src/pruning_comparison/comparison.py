@@ -191,7 +191,14 @@ class Workspace:
             steps = "refit" if self.spec.adaptation == "refit-mlp" else self.spec.adaptation
 
             def adapt_round(model: PreTrainedModel) -> None:
-                adapt(dense, model, steps=steps, ridge=self.spec.ridge, most_tokens=windows.numel())
+                adapt(
+                    dense,
+                    model,
+                    steps=steps,
+                    ridge=self.spec.ridge,
+                    most_tokens=windows.numel(),
+                    allow_new_bias=self.spec.new_bias,
+                )
 
             def importance(model: PreTrainedModel) -> Tensor:
                 if model is self.reference:
@@ -336,6 +343,7 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
             ridge=spec.ridge,
             mlp_ridge=spec.mlp_ridge,
             measure_peak=spec.memory_logging,
+            allow_new_bias=spec.new_bias,
         )
         identity.append(workspace.calibration(cell.iteration).numpy().tobytes())
     recovery = None

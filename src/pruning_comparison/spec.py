@@ -79,6 +79,7 @@ class ComparisonSpec:
     adaptation: str = "refit-mlp"
     ridge: float = 0.1
     mlp_ridge: float = 0.3
+    new_bias: bool = True
     recovery_steps: int = 0
     recovery_rate: float = 3e-4
     threads: int = 1

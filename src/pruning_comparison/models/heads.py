@@ -531,9 +531,9 @@ def pruned_classes(family: str) -> tuple[type[Any], type[Any]]:
     """Config and model class of a family's pruned models: the family's own, with heads cut as the config says.
 
     The config is the dense model's with three more fields: ``kept_heads``, for each layer the heads that are left, and
-    ``attention_output_biases`` and ``mlp_output_biases``, the layers in which adaptation has given an output projection a
-    bias that the family has not. The model is built dense, which costs nothing where it is built without memory, as
-    ``from_pretrained`` does, and then cut by what cuts heads everywhere else.
+    ``attention_output_biases`` and ``mlp_output_biases``, the layers in which an output projection has a bias, since
+    adaptation may give it one that the family has not. The model is built dense, which costs nothing where it is built
+    without memory, as ``from_pretrained`` does, and then cut by what cuts heads everywhere else.
     """
     config_base = CONFIG_MAPPING[family]
     model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
@@ -589,7 +589,7 @@ class _PrunedModel:
 
 
 def _give_biases(model: PreTrainedModel) -> None:
-    """Gives output projections the biases that the config says adaptation has added; they are zero until loaded."""
+    """Gives output projections the biases that the config says they have; those the family has not are zero until loaded."""
     for field, found in (
         ("attention_output_biases", attention_outputs(model)),
         ("mlp_output_biases", mlp_output_projections(model)),
