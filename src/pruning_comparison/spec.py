@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 
 from pruning_comparison.errors import InputError
 
-METHODS = ("entropy", "random", "magnitude", "taylor", "fisher", "ablation")
+METHODS = (
+    "entropy",
+    "random",
+    "magnitude",
+    "taylor",
+    "fisher",
+    "ablation",
+    "wanda",
+    "flap",
+    "fisher-interactions",
+    "fisher-greedy",
+)
 VARIANTS = (
     "baseline",
     "agency",
