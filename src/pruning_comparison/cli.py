@@ -370,6 +370,7 @@ def _run(options: argparse.Namespace) -> int:
                 on_progress=live.progress,
                 code_commit=commit_of(CHECKOUT),
                 raise_failures=options.debug_traceback,
+                save_models=options.save_models,
             )
         except Interrupted as stopped:
             if stopped.folder is not None:

@@ -2,37 +2,32 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 import torch
-from huggingface_hub import try_to_load_from_cache
 from transformers import PreTrainedModel
 
 from pruning_comparison.cards import BeforeAndAfter
 from pruning_comparison.comparison import (
-    ADAPTING_VARIANTS,
     Inputs,
     PrunedModel,
     Workspace,
     build,
     hardware,
+    note_pruning,
     time_level,
-    versions,
 )
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import measure_perplexity
-from pruning_comparison.models import ModelPreview, gguf
+from pruning_comparison.models import ModelPreview
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
 from pruning_comparison.pruning import converted_copy
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.texts import Document, check_enough, load_documents, whole_windows
-
-_LICENCE = re.compile(r"\A---\s*\n(?:.*\n)*?license:[ \t]*[\"']?([\w.+-]+)", re.MULTILINE)
 
 
 def prune(
@@ -102,60 +97,15 @@ def spec_of_one(level: float, method: str, variant: str, **settings: Any) -> Com
 def build_one(workspace: Workspace) -> PrunedModel:
     """The pruned model of a spec of one, with what was done noted in its config."""
     spec = workspace.spec
-    pruned = build(workspace, Cell(spec.variants[0], spec.pruning_methods[0], 0, spec.pruning_levels[-1]))
+    cell = Cell(spec.variants[0], spec.pruning_methods[0], 0, spec.pruning_levels[-1])
+    pruned = build(workspace, cell)
     if bool(pruned.keep.all()):
         total = workspace.grid.total
         raise InputError(
             f"--level: {spec.pruning_levels[-1]:g} per cent of {total} heads is none. Give at least {100 / total:.2g}."
         )
-    note_pruning(workspace, pruned, Cell(spec.variants[0], spec.pruning_methods[0], 0, spec.pruning_levels[-1]))
+    note_pruning(workspace, pruned, cell)
     return pruned
-
-
-def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
-    """Writes into a pruned model's config how it was made, for its card and for whoever finds the file."""
-    spec, preview = workspace.spec, workspace.inputs.preview
-    commit = getattr(preview.config, "_commit_hash", None)
-    here = Path(spec.model_name).is_dir()
-    adapts = cell.variant in ADAPTING_VARIANTS and spec.adaptation != "none"
-    made: dict[str, Any] = {
-        "base_model": preview.title or (Path(spec.model_name).name if here else spec.model_name),
-        "hub_model": None if commit is None else spec.model_name,
-        "hub_commit": commit,
-        "licence": base_licence(spec.model_name, preview.source),
-        "level": cell.level,
-        "method": cell.method,
-        "variant": cell.variant,
-        "iteration": cell.iteration,
-        "scope": spec.scope,
-        "calibration_text": Path(spec.calibration_text).name,
-        "calibration_tokens": spec.calibration_tokens,
-        "adaptation": spec.adaptation if adapts else "none",
-        "ridge": spec.ridge if adapts else None,
-        "mlp_ridge": spec.mlp_ridge if adapts and spec.adaptation == "refit-mlp" else None,
-        "new_bias": spec.new_bias if adapts else None,
-        "recovery_steps": spec.recovery_steps or None,
-        "precision": spec.precision,
-        "seed": spec.seed,
-        "versions": versions(),
-    }
-    pruned.model.config.pruning = {name: value for name, value in made.items() if value is not None}
-
-
-def base_licence(model_name: str, source: str) -> str | None:
-    """The licence that the base model's card names, where it lies beside the weights or in the hub's cache; else None."""
-    if model_name == gguf.SMOLLM2:
-        return "apache-2.0"
-    card: Any = Path(source) / "README.md"
-    if not card.is_file():
-        try:
-            card = try_to_load_from_cache(source, "README.md")
-        except ValueError:
-            return None
-    if not isinstance(card, (str, Path)):
-        return None
-    found = _LICENCE.match(Path(card).read_text("utf-8", errors="replace"))
-    return found[1] if found else None
 
 
 def measure_one(workspace: Workspace, pruned: PrunedModel) -> list[BeforeAndAfter]:

