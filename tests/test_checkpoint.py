@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import contextlib
 import json
 import os
 import pickle
@@ -259,16 +260,33 @@ def test_a_checkpoint_that_lies_is_refused(saved, lie):
     assert str(caught.value).endswith(".")
 
 
-def test_load_pruned_runs_nothing_that_lies_in_the_folder(saved):
-    expected = load_pruned(saved)[0](IDS).logits
-    ran = saved / "ran"
+def test_load_pruned_runs_nothing_that_lies_in_the_folder(tmp_path):
+    dense = load_model(preview_model(str(save_tiny_model(tmp_path / "dense"))))
+    keep = torch.tensor([[1, 1, 0, 0], [0, 1, 1, 1]], dtype=torch.bool)
+    folder = save_pruned(remove_heads(dense.model, keep), dense.tokenizer, tmp_path / "saved")
+    expected, ran = load_pruned(folder)[0](IDS).logits, tmp_path / "ran"
     for name in ("modeling_pruned_heads.py", "evil.py"):
-        (saved / name).write_text(f"open({str(ran)!r}, 'w')\n")
+        (folder / name).write_text(f"open({str(ran)!r}, 'w')\n")
     names = ("AutoConfig", "AutoModelForCausalLM", "AutoTokenizer")
-    edit_config(saved, auto_map=dict.fromkeys(names, "evil.Evil"), attn_implementation="evil/kernels")
-    (saved / "tokenizer_config.json").write_text(json.dumps({"auto_map": {"AutoTokenizer": ["evil.Evil", None]}}))
-    assert torch.equal(load_pruned(saved)[0](IDS).logits, expected)
+    edit_config(folder, auto_map=dict.fromkeys(names, "evil.Evil"), attn_implementation="evil/kernels")
+    model, tokenizer = load_pruned(folder)
+    assert torch.equal(model(IDS).logits, expected)
+    assert tokenizer("peace").input_ids
+    path = folder / "tokenizer_config.json"
+    path.write_text(
+        json.dumps({**json.loads(path.read_text()), "auto_map": {"AutoTokenizer": ["evil.Evil", "evil.Evil"]}})
+    )
+    with contextlib.suppress(ModelLoadError):
+        load_pruned(folder)
     assert not ran.exists()
+
+
+def test_the_licence_is_read_from_the_base_models_card(tmp_path):
+    assert preview_model("bundled").licence() == "apache-2.0"
+    source = save_tiny_model(tmp_path)
+    assert preview_model(str(source)).licence() is None
+    (source / "README.md").write_text("---\nlanguage: en\nlicense: 'mit'\n---\nlicense: other\n")
+    assert preview_model(str(source)).licence() == "mit"
 
 
 def test_the_tokenizer_comes_along_and_the_dtype_can_be_chosen(tmp_path):
