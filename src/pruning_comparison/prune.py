@@ -135,9 +135,11 @@ def measure_one(workspace: Workspace, pruned: PrunedModel) -> list[BeforeAndAfte
     for label, count in (("parameters", parameter_bytes), ("parameters read per decoding step", decode_bytes)):
         figures.append(BeforeAndAfter(label, "bytes", *(count(model) for model in models.values())))
     machine = hardware(spec)
-    inputs, where = workspace.inputs, machine.get("gpu") or f"{machine['processor']}, {spec.threads} threads"
+    inputs, plural = workspace.inputs, "" if spec.threads == 1 else "s"
+    where = machine.get("gpu") or f"{machine['processor']}, {spec.threads} thread{plural}"
+    window = min(spec.eval_window, inputs.preview.context)
     pruned.model.config.pruning["measured_on"] = (
-        f"{where}, {spec.precision}; perplexity over {len(inputs.windows)} windows of at most {spec.eval_window} tokens of "
+        f"{where}, {spec.precision}; perplexity over {len(inputs.windows)} windows of at most {window} tokens of "
         f"{Path(spec.eval_text).name}; speed over {len(inputs.prompts)} prompts of {spec.num_tokens} new tokens, batch "
         f"{spec.batch_size}"
     )
