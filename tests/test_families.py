@@ -12,12 +12,12 @@ from test_pruning import ids, stepwise_logits
 
 from pruning_comparison.agency import DenseStream, adapt
 from pruning_comparison.comparison import run_comparison
-from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.measure.generation import generate
 from pruning_comparison.measure.memory import cache_bytes, decode_bytes, parameter_bytes
 from pruning_comparison.models import load_model, preview_model
 from pruning_comparison.models.heads import (
     LAYOUTS,
+    UnsupportedModelError,
     attentions,
     check_supported,
     head_grid,
@@ -434,18 +434,20 @@ def test_every_family_can_be_previewed(family, tmp_path):
 
 def test_what_is_not_supported_says_what_is():
     config = tiny_model("llama").config
-    with pytest.raises(ModelLoadError, match=r"gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3.*adding-a-family"):
+    with pytest.raises(
+        UnsupportedModelError, match=r"gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3.*adding-a-family"
+    ):
         check_supported(type("Config", (), {"model_type": "martian"}))
     config.num_key_value_heads = 4
-    with pytest.raises(ModelLoadError, match="6 query heads and 4 key-value heads"):
+    with pytest.raises(UnsupportedModelError, match="6 query heads and 4 key-value heads"):
         check_supported(config)
     config = tiny_model("opt").config
     config.quantization_config = {"bits": 4}
-    with pytest.raises(ModelLoadError, match="quantised"):
+    with pytest.raises(UnsupportedModelError, match="quantised"):
         check_supported(config)
     config = tiny_model("mistral").config
     config.layer_types = ["full_attention", "sliding_attention", "full_attention"]
-    with pytest.raises(ModelLoadError, match="layer_types"):
+    with pytest.raises(UnsupportedModelError, match="layer_types"):
         check_supported(config)
 
 

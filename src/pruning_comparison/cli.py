@@ -128,6 +128,32 @@ def make_parser() -> argparse.ArgumentParser:
     _add_run_options(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
     plan.set_defaults(command=_plan)
+    prune = commands.add_parser(
+        "prune",
+        help="prune one model and save it, with a card that says what that cost",
+        description="Prunes a model to one level, by one method, as a comparison would, and saves it with a model card: "
+        "what was cut, perplexity, speed and bytes before and after, how it was made, and how it loads again.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    prune.add_argument(
+        "--level", "--pruning_level", type=_number, required=True, help="per cent of the heads, above 0 and below 100"
+    )
+    prune.add_argument("--method", "--pruning_method", default="fisher", help=f"one of {', '.join(METHODS)}")
+    prune.add_argument("--variant", default="agency", help=f"one of {', '.join(VARIANTS)}")
+    prune.add_argument(
+        "--output_dir",
+        default=None,
+        help="the new folder of the model; pruned_models/<model>_<variant>_<method>_<level>, if not given",
+    )
+    prune.add_argument(
+        "--also",
+        default="",
+        help="comma-separated, plain or padded: also save it in these forms, which need no code, in folders inside",
+    )
+    prune.add_argument("--no_measure", action="store_true", help="leave perplexity and speed out of the card")
+    _add_run_options(prune, without=_NOT_FOR_ONE_MODEL)
+    _add_common_options(prune)
+    prune.set_defaults(command=_prune)
     return parser
 
 
@@ -154,11 +180,24 @@ class _Parser(argparse.ArgumentParser):
         raise InputError(f"{message}. See {self.prog} --help.")
 
 
-def _add_run_options(parser: argparse.ArgumentParser) -> None:
+_NOT_FOR_ONE_MODEL = frozenset(
+    {
+        "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
+        "save_outputs", "save_models", "memory_logging", "visualize_only", "no_update", "margins",
+    }
+)  # fmt: skip
+
+
+def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str] = frozenset()) -> None:
     default = {field.name: field.default for field in fields(ComparisonSpec)}
 
     def add(name: str, **kwargs: Any) -> None:
-        parser.add_argument(f"--{name}", **{"default": default.get(name), **kwargs})
+        if name not in without:
+            parser.add_argument(f"--{name}", **{"default": default.get(name), **kwargs})
+
+    def flag(name: str, meaning: str) -> None:
+        if name not in without:
+            parser.add_argument(f"--{name}", action="store_true", help=meaning)
 
     add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
     add("device", default=None, help="cpu, cuda or cuda:N; the best one there is, if not given")
@@ -173,8 +212,9 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("max_prompts", type=_whole_number, help="at most so many prompts")
     add("batch_size", type=_whole_number, help="prompts per timed batch")
     add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
-    parser.add_argument("--save_outputs", action="store_true", help="also write and show the generated texts")
-    parser.add_argument("--memory_logging", action="store_true", help="measure and log peak memory")
+    flag("save_outputs", "also write and show the generated texts")
+    flag("save_models", "also save every pruned model, in the run folder under models")
+    flag("memory_logging", "measure and log peak memory")
     add("prompt_file", help="text file with one prompt per line; bundled prompts, if not given")
     add("eval_text", help="what perplexity is measured on: bundled:held_out, a text file, or a folder of .txt files")
     add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
@@ -199,6 +239,12 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
     add("ridge", type=float, help="ridge of the adaptation of attention, relative to the mean diagonal")
     add("mlp_ridge", type=float, help="ridge of the adaptation of the MLP, relative to the mean diagonal")
+    parser.add_argument(
+        "--no_new_bias",
+        dest="new_bias",
+        action="store_false",
+        help="adaptation adds no bias where the family has none, so that a plain checkpoint can hold the model",
+    )
     add(
         "recovery_steps",
         type=_whole_number,
@@ -208,10 +254,11 @@ def _add_run_options(parser: argparse.ArgumentParser) -> None:
     add("seed", type=_whole_number, help="seed of everything random")
     add("threads", type=_whole_number, default=None, help="CPU threads; all cores, if not given")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
-    parser.add_argument("--visualize_only", action="store_true", help="measure nothing; draw the latest run again")
-    parser.add_argument("--no_update", action="store_true", help="for the scripts: do not fetch the latest code first")
-    _add_margin_options(parser)
-    _add_common_options(parser)
+    flag("visualize_only", "measure nothing; draw the latest run again")
+    flag("no_update", "for the scripts: do not fetch the latest code first")
+    if "margins" not in without:
+        _add_margin_options(parser)
+        _add_common_options(parser)
 
 
 def _add_margin_options(parser: argparse.ArgumentParser) -> None:
@@ -282,7 +329,9 @@ def _names(text: str) -> tuple[str, ...]:
 
 def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     """The spec that the options ask for. The device is resolved last, since that needs torch."""
-    values: dict[str, Any] = {field.name: getattr(options, field.name, None) for field in fields(ComparisonSpec)}
+    values: dict[str, Any] = {
+        field.name: getattr(options, field.name, field.default) for field in fields(ComparisonSpec)
+    }
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _names(options.pruning_method)
@@ -326,6 +375,7 @@ def _run(options: argparse.Namespace) -> int:
                 on_progress=live.progress,
                 code_commit=commit_of(CHECKOUT),
                 raise_failures=options.debug_traceback,
+                save_models=options.save_models,
             )
         except Interrupted as stopped:
             if stopped.folder is not None:
@@ -376,6 +426,53 @@ def _plan(options: argparse.Namespace) -> int:
     plan = plan_run(spec, Margins(**margins))
     print(json.dumps(plan, indent=1, allow_nan=False) if options.json else plan_words(plan))
     return 0
+
+
+def _prune(options: argparse.Namespace) -> int:
+    if not (math.isfinite(options.level) and 0 < options.level < 100):
+        raise InputError(f"--level: {options.level} must be above 0 and below 100 per cent. Give a level such as 30.")
+    also = _names(options.also)
+    for form in also:
+        if form not in ("plain", "padded"):
+            raise InputError(f"--also: {form!r} is unknown. Choose from plain, padded; compact is always saved.")
+    for name, values in (("method", _names(options.method)), ("variant", _names(options.variant))):
+        if len(values) != 1:
+            raise InputError(
+                f"--{name}: {getattr(options, name)!r} must name exactly one. Run the command once for each."
+            )
+    options.pruning_levels, options.pruning_method = str(options.level), options.method
+    options.variants, options.temperatures, options.iterations = options.variant, "1", 1
+    spec = _spec_of(options)
+    stem = "_".join([Path(spec.model_name).name or "model", options.variant, options.method, f"{options.level:g}"])
+    folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise InputError(f"--output_dir: {str(folder)!r} exists and is not an empty folder. Give another.")
+    from pruning_comparison.store import check_writable
+
+    check_writable(folder.absolute().parent)
+    with _Live(quiet=options.quiet) as live:
+        live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
+        from pruning_comparison.checkpoint import save_pruned
+        from pruning_comparison.comparison import load_workspace, prepare
+        from pruning_comparison.prune import build_one, measure_one
+
+        workspace = load_workspace(spec, prepare(spec, identify=False))
+        pruned = build_one(workspace)
+        if not options.no_measure:
+            live.say("measuring perplexity and speed, before and after")
+        measured = () if options.no_measure else measure_one(workspace, pruned)
+        tokenizer = workspace.inputs.preview.tokenizer
+        save_pruned(pruned.model, tokenizer, folder, measured=measured)
+        print(f"model: {folder}")
+        refused = 0
+        for form in also:
+            try:
+                save_pruned(pruned.model, tokenizer, folder / form, form=form, measured=measured)
+                print(f"{form}: {folder / form}")
+            except InputError as error:
+                refused = error.exit_code
+                print(f"error: {error}", file=sys.stderr)
+    return refused
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:

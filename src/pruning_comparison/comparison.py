@@ -28,6 +28,7 @@ from pruning_comparison.agency import (
     adapt,
     recover,
 )
+from pruning_comparison.checkpoint import save_pruned
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
@@ -201,7 +202,14 @@ class Workspace:
             steps = "refit" if self.spec.adaptation == "refit-mlp" else self.spec.adaptation
 
             def adapt_round(model: PreTrainedModel) -> None:
-                adapt(dense, model, steps=steps, ridge=self.spec.ridge, most_tokens=windows.numel())
+                adapt(
+                    dense,
+                    model,
+                    steps=steps,
+                    ridge=self.spec.ridge,
+                    most_tokens=windows.numel(),
+                    allow_new_bias=self.spec.new_bias,
+                )
 
             def importance(model: PreTrainedModel) -> Tensor:
                 return self._rank_again(model, "fisher", iteration).scores
@@ -359,6 +367,7 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
             ridge=spec.ridge,
             mlp_ridge=spec.mlp_ridge,
             measure_peak=spec.memory_logging,
+            allow_new_bias=spec.new_bias,
         )
         identity.append(workspace.calibration(cell.iteration).numpy().tobytes())
     recovery = None
@@ -382,6 +391,42 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
     hearings = () if reached is None else reached.hearings
     negotiation_s = reached.seconds if reached is not None and hearings else None
     return PrunedModel(model, keep, scores, fingerprint, cost, hearings, negotiation_s, recovery)
+
+
+def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
+    """Writes into a pruned model's config how it was made, for its card and for whoever finds the file."""
+    spec, preview = workspace.spec, workspace.inputs.preview
+    commit = getattr(preview.config, "_commit_hash", None)
+    here = Path(spec.model_name).is_dir()
+    adapts = cell.variant in ADAPTING_VARIANTS and spec.adaptation != "none"
+    made: dict[str, Any] = {
+        "base_model": preview.title or (Path(spec.model_name).name if here else spec.model_name),
+        "hub_model": None if commit is None else spec.model_name,
+        "hub_commit": commit,
+        "licence": preview.licence(),
+        "level": cell.level,
+        "method": cell.method,
+        "variant": cell.variant,
+        "iteration": cell.iteration,
+        "scope": spec.scope,
+        "calibration_text": Path(spec.calibration_text).name,
+        "calibration_tokens": spec.calibration_tokens,
+        "score_tokens": spec.score_tokens,
+        "adaptation": spec.adaptation if adapts else "none",
+        "ridge": spec.ridge if adapts else None,
+        "mlp_ridge": spec.mlp_ridge if adapts and spec.adaptation == "refit-mlp" else None,
+        "new_bias": spec.new_bias if adapts else None,
+        "recovery_steps": spec.recovery_steps or None,
+        "precision": spec.precision,
+        "seed": spec.seed,
+        "versions": versions(),
+    }
+    pruned.model.config.pruning = {name: value for name, value in made.items() if value is not None}
+
+
+def model_folder(run: Path, cell: Cell) -> Path:
+    """Where a run with ``save_models`` keeps a cell's pruned model."""
+    return run / "models" / f"{cell.variant}_{cell.method}_{cell.iteration}_{cell.level:g}"
 
 
 def check_count(keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1) -> None:
@@ -447,14 +492,25 @@ def run_comparison(
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     code_commit: str | None = None,
     raise_failures: bool = False,
+    save_models: bool = False,
 ) -> Path:
     """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
+
+    ``save_models`` also keeps every pruned model, in ``model_folder``.
 
     A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead). Interrupted is
     raised on Ctrl-C, after what was measured has been kept.
     """
+    if save_models and spec.execution != "compact":
+        raise InputError(
+            f"--save_models: nothing is removed with --execution={spec.execution}. Leave one of the two out."
+        )
     inputs = prepare(spec)
     folder = open_run(spec, inputs, output_dir, code_commit, report)
+
+    def kept(cell: Cell) -> bool:
+        return not save_models or cell.level == 0 or model_folder(folder, cell).is_dir()
+
     with RunStore(folder) as store:
         done_cells, done_timings = store.finished_cells(), store.finished_timings()
         groups = [
@@ -465,18 +521,18 @@ def run_comparison(
         ]
         total = len(groups) * (len(spec.variants) + 1)
         done = len(done_cells) + len(done_timings)
-        if done < total:
+        if done < total or not all(kept(cell) for cell in spec.cells()):
             report(f"loading {spec.model_name}")
             workspace = load_workspace(spec, inputs)
         try:
             for method, iteration, level in groups:
                 cells = [Cell(variant, method, iteration, level) for variant in spec.variants]
                 timed = (method, iteration, level) in done_timings
-                if timed and all(cell in done_cells for cell in cells):
+                if timed and all(cell in done_cells and kept(cell) for cell in cells):
                     continue
                 models: dict[str, PreTrainedModel] = {}
                 for cell in cells:
-                    if timed and cell in done_cells:
+                    if timed and cell in done_cells and kept(cell):
                         continue
                     on_progress(done, total, f"{cell.variant}, {method}, iteration {iteration + 1}, level {level:g} %")
                     pruned, result = _attempt(workspace, cell, cell in done_cells, raise_failures)
@@ -487,6 +543,9 @@ def run_comparison(
                         done += 1
                         if result.status == "failed":
                             report(f"failed: {cell.variant}, {method}, level {level:g} %: {result.reason}")
+                    if pruned is not None and not kept(cell) and not bool(pruned.keep.all()):
+                        note_pruning(workspace, pruned, cell)
+                        save_pruned(pruned.model, inputs.preview.tokenizer, model_folder(folder, cell))
                 if models and not timed:
                     on_progress(done, total, f"timing, {method}, iteration {iteration + 1}, level {level:g} %")
                     store.write_timings(method, iteration, level, time_level(workspace, models, iteration))

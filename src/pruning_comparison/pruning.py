@@ -10,15 +10,14 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.models.heads import (
+    cut_heads,
     head_columns,
     head_grid,
     input_major_weight,
-    live_heads,
     mlp_output_projections,
     output_projections,
     restore_output_rows,
     set_projection,
-    shrink_attention,
 )
 
 
@@ -58,16 +57,11 @@ def remove_heads(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
     """A pruned copy of a dense model: heads that are false in ``keep`` (bool [L, H]) are physically gone.
 
     Matrices and key-value cache shrink; a layer may lose all its heads. The original is unchanged and shares what is
-    left alone.
+    left alone. The copy's config notes which heads are left.
     """
     _check_mask(model, keep)
     pruned = sharing_copy(model)
-    for layer, kept in enumerate(keep):
-        if not kept.all():
-            shrink_attention(pruned, layer, kept)
-    left = list(live_heads(pruned))
-    if left != keep.sum(1).tolist():
-        raise AssertionError(f"heads left per layer {left}, expected {keep.sum(1).tolist()}")
+    cut_heads(pruned, keep)
     return pruned
 
 

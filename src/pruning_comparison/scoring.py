@@ -23,6 +23,7 @@ from pruning_comparison.models.heads import (
     blocks,
     head_grid,
     head_parameters,
+    input_major_weight,
     live_heads,
     output_projections,
 )
@@ -37,6 +38,7 @@ _MOST_LOGIT_BYTES = 256 * 2**20
 """Of a batch that is differentiated, in float32: a backward pass holds several times as much."""
 
 _AGREEMENT_WINDOWS = 8
+_GREEDY_STEPS = 50
 # Below this, comparing the precisions first costs about what the faster pass then saves.
 _LEAST_WINDOWS_FOR_BFLOAT16 = 32
 
@@ -259,6 +261,163 @@ def _tries_bfloat16(model: PreTrainedModel, windows: Tensor, precision: str) -> 
     return len(windows) >= _LEAST_WINDOWS_FOR_BFLOAT16 and gains_from_bfloat16(model)
 
 
+def score_fisher_interactions(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> HeadScores:
+    """The step at which each head leaves when heads leave one by one, each where it then costs least, [L, H].
+
+    The cost of a set S is what the Fisher information F of the gates says of closing them together, with the interactions
+    of heads of one layer and none between layers:
+
+        cost(S) = sum over layers of 1_S' F 1_S,   F = sum over the sequences of g g',   g = dLoss/dgate,
+
+    the objective of the mask search of Kwon et al. (2022, "A fast post-training pruning framework for transformers"). They
+    search with the diagonal alone and then rearrange each layer's mask for the number of heads it has lost. Such masks are
+    not nested from level to level and so are no scores; here the interactions count at every step instead: the next to
+    leave is the head h with the least F_hh + 2 * sum over s in S of F_hs. Ties leave in order of layer, then head.
+    """
+    grid = head_grid(model.config)
+    fisher = torch.zeros(grid.n_layers, grid.n_heads, grid.n_heads, dtype=torch.float64)
+    for gradients in gate_gradients(model, windows, batch_size=batch_size):
+        fisher += torch.einsum("blh,blk->lhk", gradients, gradients)
+    precision = str(model.dtype).removeprefix("torch.")
+    return HeadScores(elimination_order(fisher), {"gradient_precision": precision})
+
+
+def elimination_order(fisher: Tensor) -> Tensor:
+    """The greedy order of ``score_fisher_interactions`` from the layers' blocks of F [L, H, H]: 0 leaves first, [L, H].
+
+    All NaN where F is not finite: no order follows from it.
+    """
+    costs = fisher.diagonal(dim1=1, dim2=2).clone()
+    if not bool(fisher.isfinite().all()):
+        return torch.full_like(costs, math.nan)
+    order = torch.zeros_like(costs)
+    for step in range(costs.numel()):
+        layer, head = divmod(int(costs.argmin()), costs.shape[1])
+        order[layer, head] = step
+        costs[layer] += 2 * fisher[layer, head]
+        costs[layer, head] = math.inf
+    return order
+
+
+def score_fisher_greedy(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> HeadScores:
+    """The order in which heads leave when diagonal Fisher scores are taken anew on what is left after every step, [L, H].
+
+    A step takes out a fiftieth of the heads, at least one: those with the least ``score_fisher`` in the model in which all
+    before them are masked. Scored and pruned in many small steps, as Molchanov et al. (2019, "Importance estimation for
+    neural network pruning") iterate, with no training in between. It costs about fifty times what ``score_fisher`` does.
+    Heads whose output is zero, as those of masked heads, leave first.
+    """
+    keep = head_grid(model.config).all_heads()
+    order = torch.zeros(keep.shape, dtype=torch.float64)
+    step = max(1, keep.numel() // _GREEDY_STEPS)
+    details: dict[str, Any] = {}
+    gone = 0
+    while gone < keep.numel():
+        with mask_heads(model, keep):
+            found = score_fisher(model, windows, batch_size=batch_size)
+        if not bool(found.scores.isfinite().all()):
+            return found
+        details = details or found.details
+        scores = found.scores.masked_fill(~keep, math.inf)
+        leaving = max(step, int((scores == 0).sum()))
+        for index in scores.flatten().argsort(stable=True)[: min(leaving, keep.numel() - gone)].tolist():
+            order.view(-1)[index] = gone
+            keep.view(-1)[index] = False
+            gone += 1
+    return HeadScores(order, {**details, "heads_per_step": step})
+
+
+@dataclass(frozen=True)
+class _Features:
+    """Means of x and of x^2, float64 [L, H, D], of what every head hands to its output projection."""
+
+    mean: Tensor
+    mean_square: Tensor
+
+
+@torch.inference_mode()
+def _head_features(model: PreTrainedModel, windows: Tensor, batch_size: int) -> _Features:
+    """Over all positions of ``windows`` [N, T]. ValueError for a model that has lost heads physically."""
+    grid = head_grid(model.config)
+    sums = torch.zeros(2, grid.n_layers, grid.n_heads * grid.head_size, dtype=torch.float64)
+
+    def add(layer: int) -> Any:
+        def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
+            x = inputs[0].flatten(0, -2).double()
+            sums[0, layer] += x.sum(0).cpu()
+            sums[1, layer] += x.square().sum(0).cpu()
+
+        return hook
+
+    handles = []
+    try:
+        for layer, projection in enumerate(_whole_projections(model)):
+            handles.append(projection.register_forward_pre_hook(add(layer)))
+        for batch in windows.split(batch_size):
+            model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+    finally:
+        for handle in handles:
+            handle.remove()
+    mean, mean_square = (sums / windows.numel()).unflatten(-1, (grid.n_heads, grid.head_size))
+    return _Features(mean, mean_square)
+
+
+def _whole_projections(model: PreTrainedModel) -> list[nn.Module]:
+    """Every layer's output projection; ValueError for a model that has lost heads physically."""
+    heads = head_grid(model.config).n_heads
+    found = [
+        projection
+        for projection, live in zip(output_projections(model), live_heads(model), strict=True)
+        if projection is not None and live == heads
+    ]
+    if len(found) != head_grid(model.config).n_layers:
+        raise ValueError("scores need a model with all its heads; this one has been pruned physically")
+    return found
+
+
+def _output_weights(model: PreTrainedModel) -> Tensor:
+    """The output projections by head, float64 [L, H, D, E]."""
+    grid = head_grid(model.config)
+    weights = [input_major_weight(projection).double().cpu() for projection in _whole_projections(model)]
+    by_head: Tensor = torch.stack(weights).unflatten(1, (grid.n_heads, grid.head_size))
+    return by_head
+
+
+def score_wanda(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
+    """Sum over a head's slice of the output projection of |W_ij| * |X_j|, [L, H]: weights times what they are fed with.
+
+    |X_j| is the root mean square of the head's feature j over the calibration tokens. The criterion of Sun et al. (2024, "A
+    simple and effective pruning approach for large language models", Wanda), which is meant for single weights, summed over
+    a head as An et al. (2024) do for comparison. Their method ranks within a layer; between layers the sums are compared as
+    they are, unless ``scope`` is "layer".
+    """
+    features = _head_features(model, windows, batch_size)
+    return (_output_weights(model).abs().sum(-1) * features.mean_square.sqrt()).sum(-1)
+
+
+def score_flap(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
+    """How far a head's output strays from its mean, weighed by the output projection and standardised by layer, [L, H].
+
+        S_h = sum over the head's features j of Var(X_j) * |W_j|^2,   score = (S_h - mean of the layer) / its deviation,
+
+    W_j being the row of the output projection that reads feature j: An et al. (2024, "Fluctuation-based adaptive structured
+    pruning for large language models", FLAP). A head that hardly strays can be replaced by a constant: their compensation is
+    ``adaptation`` "bias". Heads whose output never changes, as that of masked ones, are left out of mean and deviation and
+    score below all others.
+    """
+    features = _head_features(model, windows, batch_size)
+    variance = (features.mean_square - features.mean.square()).clamp(min=0) * windows.numel() / (windows.numel() - 1)
+    fluctuation = (_output_weights(model).square().sum(-1) * variance).sum(-1)
+    scores = torch.zeros_like(fluctuation)
+    live = fluctuation > 0
+    for layer, strays in enumerate(live):
+        values = fluctuation[layer, strays]
+        deviation = values.std() if len(values) > 1 else torch.zeros(())
+        if deviation > 0:
+            scores[layer, strays] = (values - values.mean()) / deviation
+    return torch.where(live, scores, scores.min() - 1)
+
+
 def score_ablation(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
     """What cutting each head alone adds to the loss over ``windows`` [N, T], in mean nats per token, [L, H].
 
@@ -363,6 +522,12 @@ def score_heads(
     if method in ("taylor", "fisher"):
         score = score_taylor if method == "taylor" else score_fisher
         return score(model, windows, batch_size=batch_size, precision=gradient_precision)
+    if method in ("fisher-interactions", "fisher-greedy"):
+        search = score_fisher_interactions if method == "fisher-interactions" else score_fisher_greedy
+        return search(model, windows, batch_size=batch_size)
+    if method in ("wanda", "flap"):
+        weigh = score_wanda if method == "wanda" else score_flap
+        return HeadScores(weigh(model, windows, batch_size=batch_size), {})
     if method == "ablation":
         return HeadScores(score_ablation(model, windows, batch_size=batch_size), {})
     raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")

