@@ -314,6 +314,12 @@ def _padded_weights(model: PreTrainedModel, stock: PreTrainedModel) -> dict[str,
             ours.pop(name, None)
             weights[prefix + name] = full
         weights |= {prefix + name: value for name, value in ours.items()}
+        if not bool(kept.any()) and layout.attention_norm is not None:
+            # An emptied layer has no norm before its attention either; whatever it makes, heads of zeros read nothing.
+            norm = f"{layout.layers}.{layer}.{layout.attention_norm}."
+            for name, parameter in stock.get_submodule(norm.rstrip(".")).named_parameters():
+                ones = torch.ones(parameter.shape, dtype=model.dtype, device=model.device)
+                weights.setdefault(norm + name, ones if name == "weight" else ones * 0)
     return weights
 
 
