@@ -191,3 +191,15 @@ def test_a_document_with_a_loss_that_is_not_finite_is_left_out_whole():
     row = summary.set_index("metric").loc["perplexity"]
     assert row["estimate"] == pytest.approx(math.exp(2.0))
     assert row["n"] == 1
+
+
+def test_latency_floor_is_the_dense_latency_times_the_flops_ratio():
+    rows, entries = [], []
+    for level, flops, seconds in ((0, 8e9, 0.04), (50, 6e9, 0.039)):
+        entries.append(("baseline", 0, level, str(level)))
+        rows.append(rows_of("baseline", 0, level, "prefill_flops", flops))
+        rows.append(rows_of("baseline", 0, level, "first_token_latency_s", seconds, prompt=0, repeat=0))
+    summary = summarize("tiny", cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))
+    floor = summary[summary["metric"] == "first_token_latency_floor_s"].set_index("level")["estimate"]
+    assert floor.to_dict() == pytest.approx({0: 0.04, 50: 0.03})
+    assert not (summary["metric"] == "tokens_per_second_ceiling").any()

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import mean
 from typing import Any, cast
 
 import torch
@@ -29,6 +30,7 @@ from pruning_comparison.agency import (
     recover,
 )
 from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.metrics import METRICS
@@ -285,9 +287,11 @@ def run_cell(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResul
     """Measures one cell's quality: perplexity, generated texts, memory, and what adaptation cost."""
     perplexity = _perplexity_measurements(workspace, pruned)
     text_measurements, texts = _text_measurements(workspace, pruned, cell.iteration)
+    prompts = workspace.inputs.prompt_ids
     size = [
         Measurement("parameter_bytes", parameter_bytes(pruned.model), "byte"),
         Measurement("decode_bytes", decode_bytes(pruned.model), "byte"),
+        Measurement("prefill_flops", mean(prefill_flops(pruned.model, len(p)) for p in prompts), "FLOP"),
     ]
     gone, total = int((~pruned.keep).sum()), workspace.grid.total
     scores = pruned.scores.scores

@@ -433,7 +433,7 @@ def _head_tables(maps: Sequence[HeadMap]) -> tuple[list[_HeadTable], Markup, int
             )
             for parts in zip(one.gone_at, one.refused, one.overridden, strict=True)
         )
-        caption = f"{one.variant}, {one.method}: the level at which each head goes, in per cent"
+        caption = f"{one.variant}, {one.method}: goes at, %"
         tables.append(_HeadTable(caption, one.gone_at.shape[1], rows, tuple(name for name, _ in views)))
         data.append(text)
     safe = f"[{','.join(data)}]".replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
