@@ -24,7 +24,9 @@ from pruning_comparison.head_maps import SIGNALS, agreement, head_maps, round_ma
 STORED = Path(__file__).parent / "chart_pictures"
 DPI = 55
 TOLERANCE = 0.0015
-"""Mean difference, of 1, after blurring: pictures differ by up to 0.0004 from those stored with fewer colours, and by 0.0028\nwhere one of twelve lines has moved."""
+"""Mean difference, of 1, after blurring.
+
+pictures differ by up to 0.0004 from those stored with fewer colours, and by 0.0028\nwhere one of twelve lines has moved."""
 
 LEVELS = (0.0, 20.0, 40.0, 60.0, 80.0)
 NAN = math.nan

@@ -422,6 +422,7 @@ def run_comparison(
     output_dir: Path,
     report: Report = lambda message: None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_measured: Callable[[Cell, Sequence[Measurement]], None] = lambda cell, measurements: None,
     code_commit: str | None = None,
     raise_failures: bool = False,
 ) -> Path:
@@ -461,12 +462,16 @@ def run_comparison(
                         models[cell.variant] = pruned.model
                     if result is not None:
                         store.write_cell(result, code_commit)
+                        on_measured(cell, result.measurements)
                         done += 1
                         if result.status == "failed":
                             report(f"failed: {cell.variant}, {method}, level {level:g} %: {result.reason}")
                 if models and not timed:
                     on_progress(done, total, f"timing, {method}, iteration {iteration + 1}, level {level:g} %")
-                    store.write_timings(method, iteration, level, time_level(workspace, models, iteration))
+                    timings = time_level(workspace, models, iteration)
+                    store.write_timings(method, iteration, level, timings)
+                    for cell in cells:
+                        on_measured(cell, [row for variant, row in timings if variant == cell.variant])
                     done += 1
         except KeyboardInterrupt:
             raise Interrupted(
