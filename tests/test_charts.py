@@ -501,3 +501,37 @@ def test_chart_names_become_safe_file_names(tmp_path: Path):
     assert pictures == {"summary_a/../b": next(tmp_path.glob("*.png")).read_bytes()}
     with pytest.raises(InputError, match="same file name"):
         charts.save_charts({"a/b": figure, "a b": figure}, tmp_path)
+
+
+# A bar that reaches far does not squeeze the lines
+
+
+def test_one_wide_interval_does_not_flatten_the_lines():
+    rows = [
+        estimate("distinct_2", variant, level, 0.5 + level / 100, -40.0, 40.0, t=1.0)
+        for level in (0, 20) for variant in ("baseline", "agency")
+    ]  # fmt: skip
+    axes = panel(charts.quality_metrics(summary_of(*rows)), "Diversity (distinct-2), T = 1")
+    low, high = axes.get_ylim()
+    assert 0.2 / (high - low) > 0.2, "the estimates span a fifth of the panel at least"
+    assert low < 0.5 < 0.7 < high
+    pairs = [contrast("tokens_per_second", level, float(level), -900.0, 900.0) for level in (0, 20)]
+    low, high = panel(charts.relative_improvement(contrasts_of(*pairs)), "Tokens per second").get_ylim()
+    assert 20 / (high - low) > 0.1
+
+
+def test_speed_has_both_bounds():
+    rows = [
+        estimate(metric, variant, level, value)
+        for variant in ("baseline", "agency")
+        for level in (0, 50)
+        for metric, value in (
+            ("tokens_per_second", 20.0), ("tokens_per_second_ceiling", 20.0 + level / 10),
+            ("first_token_latency_s", 0.04), ("first_token_latency_floor_s", 0.04 - level / 5000),
+        )
+    ]  # fmt: skip
+    figure = charts.speed_comparison(summary_of(*rows))
+    drawn = [list(line.get_ydata()) for line in panel(figure, "First-token latency").get_lines()
+             if line.get_label() == "_bound"]  # fmt: skip
+    assert np.allclose(drawn, [[40.0, 30.0]] * 2)
+    assert "what the bytes or FLOPs left allow" in words(figure)

@@ -12,6 +12,7 @@ from test_pruning import ids, stepwise_logits
 
 from pruning_comparison.agency import DenseStream, adapt
 from pruning_comparison.comparison import run_comparison
+from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import generate
 from pruning_comparison.measure.memory import cache_bytes, decode_bytes, parameter_bytes
 from pruning_comparison.models import load_model, preview_model
@@ -457,3 +458,14 @@ def test_weights_are_given_by_input_and_output_in_every_family():
         x = torch.randn(2, input_major_weight(projection).shape[0])
         bias = 0 if projection.bias is None else projection.bias
         torch.testing.assert_close(x @ input_major_weight(projection) + bias, projection(x))
+
+
+def test_prefill_flops_of_a_pruned_gpt2_are_those_counted_by_hand():
+    model = tiny_model("gpt2", layers=2, width=48)
+    keep = torch.tensor([[True] * 6, [True, True, False, False, False, False]])
+    compact = remove_heads(model, keep)
+    # Per layer: q, k, v and output of the heads left (8 wide each), and the MLP there and back (48 to 192).
+    weights = sum(4 * 48 * 8 * heads + 2 * 48 * 192 for heads in (6, 2))
+    for tokens in (1, 10):
+        by_hand = 2 * tokens * weights + (6 + 2) * 2 * tokens**2 * 8 + 2 * 97 * 48
+        assert prefill_flops(compact, tokens) == by_hand

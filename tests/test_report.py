@@ -124,7 +124,7 @@ def small_figure() -> Figure:
 
 def report(
     *, summary=(), contrasts=(), cells=(), missing=(), findings=(), figures=None, manifest=None, texts=None,
-    verdicts=(), answers=(), optimal=(), equal=(),
+    verdicts=(), answers=(), optimal=(), equal=(), heads=(), agreed=None,
 ) -> str:  # fmt: skip
     rows = list(summary) or [
         estimate("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
@@ -144,6 +144,8 @@ def report(
         pictures={name: to_png(figure) for name, figure in (figures or {}).items()},
         manifest=manifest or {},
         texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXTS),
+        heads=heads,
+        agreed=agreed,
     )
 
 

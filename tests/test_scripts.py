@@ -10,10 +10,13 @@ import importlib.util
 import json
 import os
 import shutil
+import sqlite3
 import subprocess
 import sys
+import time
 import tomllib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
@@ -58,7 +61,7 @@ STAND_IN_DRIVE = """
 import os
 from pathlib import Path
 
-def mount(folder):
+def mount(folder, force_remount=False):
     if os.environ.get("STAND_IN_DECLINED"):
         raise ValueError("mount failed")
     (Path(folder) / "MyDrive").mkdir(parents=True)
@@ -287,6 +290,7 @@ def test_results_are_copied_to_google_drive(colab: Checkout, drive: Path) -> Non
         assert (saved / "report.html").read_text() == f"report {text}"
         assert (saved / "charts" / "speed.png").is_file()
         assert [path.name for path in saved.parent.iterdir()] == ["run_1"]
+        assert not list(saved.rglob(".*"))
     assert effective(colab.calls[0])["output_dir"] == "validation_results/pruning_agency"
     assert (colab.folder / "validation_results/pruning_agency/run_1/report.html").is_file()
 
@@ -313,12 +317,19 @@ def test_a_copy_that_fails_says_where_the_results_are(colab: Checkout, drive: Pa
     assert str(colab.folder / "validation_results" / "pruning_agency" / "run_1") in done.stdout
 
 
-def test_no_drive_and_a_run_that_failed_leave_google_drive_alone(colab: Checkout, drive: Path) -> None:
+def test_no_drive_leaves_google_drive_alone_and_a_run_that_failed_is_saved(colab: Checkout, drive: Path) -> None:
     assert colab.run(COLAB, "--no_drive").returncode == 0
     assert not drive.exists()
     assert "--no_drive" not in colab.calls[0]
     assert colab.run(COLAB, STAND_IN_CODE="1").returncode == 1
-    assert not (drive / "pruning_comparison").exists()
+    assert (drive / "pruning_comparison" / "run_1").is_dir(), "what a failed run has measured can be continued"
+
+
+def test_a_run_that_was_cut_off_is_fetched_before_the_comparison_starts(colab: Checkout, drive: Path) -> None:
+    journal_of(drive / "pruning_comparison" / "run_0").close()
+    done = colab.run(COLAB)
+    assert "Fetched the unfinished run run_0" in done.stdout
+    assert numbers(colab.folder / "validation_results" / "pruning_agency" / "run_0") == [1]
 
 
 def test_a_run_on_the_drive_itself_is_refused(colab: Checkout, drive: Path) -> None:
@@ -363,18 +374,21 @@ def colab_module() -> ModuleType:
 
 @dataclass
 class Pip:
-    """Stands in for pip: keeps the command and its constraints, and may replace torch."""
+    """Stands in for pip: keeps its commands, says what it would install, and may replace torch all the same."""
 
     versions: dict[str, str]
-    torch_after: str
+    planned: dict[str, str] = field(default_factory=dict)
+    torch_after: str | None = None
     returncode: int = 0
-    command: list[str] = field(default_factory=list)
-    constraints: str = ""
+    commands: list[list[str]] = field(default_factory=list)
 
     def run(self, command: list[str], **options: object) -> SimpleNamespace:
-        self.command = command
-        self.constraints = Path(command[command.index("--constraint") + 1]).read_text()
-        self.versions["torch"] = self.torch_after
+        self.commands.append(command)
+        if "--dry-run" in command:
+            plan = {"install": [{"metadata": {"name": n, "version": v}} for n, v in self.planned.items()]}
+            Path(command[command.index("--report") + 1]).write_text(json.dumps(plan))
+        elif self.torch_after:
+            self.versions["torch"] = self.torch_after
         return SimpleNamespace(returncode=self.returncode, stdout="", stderr="no matching distribution")
 
 
@@ -383,14 +397,28 @@ def use(module: ModuleType, pip: Pip, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(module.subprocess, "run", pip.run)
 
 
-def test_the_installation_keeps_the_torch_of_colab(colab_module: ModuleType, monkeypatch: pytest.MonkeyPatch) -> None:
-    pip = Pip({"torch": "2.12.0+cu130"}, torch_after="2.12.0+cu130")
+def test_the_installation_keeps_the_torch_of_colab_without_constraints(
+    colab_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = Pip({"torch": "2.11.0+cu128"}, planned={"pruning-comparison": "0.1"})
     use(colab_module, pip, monkeypatch)
     colab_module.install("somewhere")
-    assert pip.command[:4] == [sys.executable, "-m", "pip", "install"]
-    assert pip.command[-1] == "somewhere"
-    assert pip.constraints == "torch==2.12.0+cu130\n"
-    assert "constraints.txt" not in " ".join(pip.command)
+    asked, installed = pip.commands
+    assert asked[:4] == installed[:4] == [sys.executable, "-m", "pip", "install"]
+    assert "--dry-run" in asked
+    assert "--dry-run" not in installed
+    assert asked[-1] == installed[-1] == "somewhere"
+    assert not {"-c", "--constraint", "-U", "--upgrade", "--force-reinstall"} & {*asked, *installed}
+
+
+def test_nothing_is_installed_where_torch_would_be_replaced(
+    colab_module: ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pip = Pip({"torch": "2.10.0"}, planned={"Torch": "2.12.0", "pruning-comparison": "0.1"})
+    use(colab_module, pip, monkeypatch)
+    with pytest.raises(colab_module.CannotRunError, match=r"would replace torch 2\.10\.0 by 2\.12\.0"):
+        colab_module.install("somewhere")
+    assert len(pip.commands) == 1
 
 
 @pytest.mark.parametrize(
@@ -400,9 +428,143 @@ def test_the_installation_keeps_the_torch_of_colab(colab_module: ModuleType, mon
 def test_an_installation_that_went_wrong_stops_the_run(
     colab_module: ModuleType, monkeypatch: pytest.MonkeyPatch, torch_after: str, returncode: int, message: str
 ) -> None:
-    use(colab_module, Pip({"torch": "2.12.0"}, torch_after, returncode), monkeypatch)
+    use(colab_module, Pip({"torch": "2.12.0"}, {}, torch_after, returncode), monkeypatch)
     with pytest.raises(colab_module.CannotRunError, match=message):
         colab_module.install("somewhere")
+
+
+def test_an_uploaded_wheel_is_installed_instead_of_the_repository(
+    colab_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources: list[str] = []
+    monkeypatch.setattr(colab_module, "SCRIPT", None)
+    monkeypatch.setattr(colab_module, "install", sources.append)
+    monkeypatch.chdir(tmp_path)
+    for number, name in enumerate(
+        ("pruning_comparison-0.1-py3-none-any.whl", "pruning_comparison-0.2-py3-none-any.whl")
+    ):
+        (tmp_path / name).write_bytes(b"")
+        os.utime(tmp_path / name, (number, number))
+    (tmp_path / "another-1-py3-none-any.whl").write_bytes(b"")
+    colab_module.install_on_colab()
+    assert sources == [str(tmp_path / "pruning_comparison-0.2-py3-none-any.whl")]
+
+
+def test_where_the_repository_cannot_be_cloned_a_notebook_asks_for_a_wheel(
+    colab_module: ModuleType, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    sources: list[str] = []
+
+    def install(source: str) -> None:
+        sources.append(source)
+        if "git+" in source:
+            raise colab_module.CannotRunError("cannot clone")
+
+    def upload() -> None:
+        (tmp_path / "pruning_comparison-1-py3-none-any.whl").write_bytes(b"")
+
+    monkeypatch.setattr(colab_module, "install", install)
+    monkeypatch.setitem(sys.modules, "google.colab", SimpleNamespace(files=SimpleNamespace(upload=upload)))
+    monkeypatch.setattr(colab_module, "checkout", lambda: None)
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(colab_module.CannotRunError, match="cannot clone"):
+        colab_module.install_on_colab()  # a script cannot ask
+    monkeypatch.setattr(colab_module, "SCRIPT", None)
+    colab_module.install_on_colab()
+    assert sources[-1] == str(tmp_path / "pruning_comparison-1-py3-none-any.whl")
+
+
+def journal_of(run: Path) -> sqlite3.Connection:
+    run.mkdir(parents=True)
+    (run / "manifest.json").write_text('{"finished": null}')
+    journal = sqlite3.connect(run / "journal.sqlite")
+    journal.executescript("CREATE TABLE cells (number INTEGER); INSERT INTO cells VALUES (1);")
+    return journal
+
+
+def numbers(run: Path) -> list[int]:
+    with closing(sqlite3.connect(run / "journal.sqlite")) as journal:
+        return [number for (number,) in journal.execute("SELECT number FROM cells")]
+
+
+def test_a_run_is_saved_while_it_writes_and_only_finished_cells_arrive(
+    colab_module: ModuleType, tmp_path: Path
+) -> None:
+    (tmp_path / "MyDrive").mkdir()
+    drive, run = tmp_path / "MyDrive" / "pruning_comparison", tmp_path / "results" / "run_1"
+    with closing(journal_of(run)) as journal:
+        journal.execute("INSERT INTO cells VALUES (2)")
+        saved = colab_module.save_to(drive, run)
+        assert saved == drive / "run_1"
+        assert numbers(saved) == [1]
+        journal.commit()
+        later = time.time() + 5
+        os.utime(run / "journal.sqlite", (later, later))
+        colab_module.save_to(drive, run)
+        assert numbers(saved) == [1, 2]
+    assert sorted(path.name for path in saved.iterdir()) == ["journal.sqlite", "manifest.json"]
+
+
+def test_a_copy_that_breaks_off_leaves_the_file_saved_before(
+    colab_module: ModuleType, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "MyDrive").mkdir()
+    drive, run = tmp_path / "MyDrive" / "pruning_comparison", tmp_path / "run_1"
+    journal_of(run).close()
+    colab_module.save_to(drive, run)
+    (run / "manifest.json").write_text("new")
+    os.utime(run / "manifest.json", (time.time() + 5,) * 2)
+    copyfile = shutil.copyfile
+
+    def breaks_off(source: Path, target: Path) -> None:
+        if target.name.endswith(".part"):
+            target.write_text("ha")
+            raise OSError("Transport endpoint is not connected")
+        copyfile(source, target)
+
+    monkeypatch.setattr(colab_module.shutil, "copyfile", breaks_off)
+    with pytest.raises(OSError, match="Transport endpoint"):
+        colab_module.save_to(drive, run)
+    assert (drive / "run_1" / "manifest.json").read_text() == '{"finished": null}'
+
+
+def test_a_lost_drive_stops_nothing_and_is_written_again_when_it_is_back(
+    colab_module: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("PRUNING_COMPARISON_DRIVE", str(tmp_path / "drive"))
+    mine = tmp_path / "drive" / "MyDrive"
+    results = tmp_path / "results"
+    with colab_module.Saver(results, mine / "pruning_comparison", every_s=0.01):
+        journal_of(results / "run_1").close()
+        wait_until(lambda: "cannot be written now" in capsys.readouterr().out)
+        assert not mine.exists(), "a lost mount must not be replaced by a folder of its name"
+        mine.mkdir(parents=True)
+        wait_until((mine / "pruning_comparison" / "run_1" / "journal.sqlite").is_file)
+    told = capsys.readouterr().out
+    assert "can be written again" in told
+    assert f"Saved to Google Drive: {mine / 'pruning_comparison' / 'run_1'}" in told
+
+
+def wait_until(what: Callable[[], bool]) -> None:
+    end = time.monotonic() + 60
+    while not what():
+        assert time.monotonic() < end
+        time.sleep(0.01)
+
+
+def test_an_unfinished_run_is_fetched_and_a_finished_one_is_not(colab_module: ModuleType, tmp_path: Path) -> None:
+    drive, results = tmp_path / "drive", tmp_path / "results"
+    for name, finished in (("run_1", "null"), ("run_2", '"2026-01-01"')):
+        journal_of(drive / name).close()
+        (drive / name / "manifest.json").write_text(f'{{"finished": {finished}}}')
+    journal_of(drive / "run_3").close()
+    (drive / "run_3" / "manifest.json").write_text("not JSON")
+    colab_module.fetch_unfinished(drive, results)
+    assert [path.name for path in results.iterdir()] == ["run_1"]
+    assert numbers(results / "run_1") == [1]
+    (results / "run_1" / "kept").write_text("")
+    colab_module.fetch_unfinished(drive, results)
+    assert (results / "run_1" / "kept").is_file(), "what is on the local disk is newer"
 
 
 def test_colab_installs_from_the_repository_of_the_project(

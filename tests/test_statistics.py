@@ -205,3 +205,15 @@ def test_word_perplexity_is_weighted_by_words_and_missing_where_none_were_counte
     summary = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS)).set_index("metric")
     assert summary.loc["word_perplexity", "estimate"] == pytest.approx(math.exp(50 / 25))
     assert summary.loc["perplexity", "estimate"] == pytest.approx(math.exp(57 / 47))
+
+
+def test_latency_floor_is_the_dense_latency_times_the_flops_ratio():
+    rows, entries = [], []
+    for level, flops, seconds in ((0, 8e9, 0.04), (50, 6e9, 0.039)):
+        entries.append(("baseline", 0, level, str(level)))
+        rows.append(rows_of("baseline", 0, level, "prefill_flops", flops))
+        rows.append(rows_of("baseline", 0, level, "first_token_latency_s", seconds, prompt=0, repeat=0))
+    summary = summarize("tiny", cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))
+    floor = summary[summary["metric"] == "first_token_latency_floor_s"].set_index("level")["estimate"]
+    assert floor.to_dict() == pytest.approx({0: 0.04, 50: 0.03})
+    assert not (summary["metric"] == "tokens_per_second_ceiling").any()

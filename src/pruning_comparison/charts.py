@@ -46,8 +46,10 @@ __all__ = [
 
 AGENCY_VS_BASELINE = "agency vs baseline"
 _FARTHEST = 1e30
+_REACH = 1.5
+"""An axis reaches so many times the span of the estimates beyond them: bars that go farther are cut, not the lines."""
 _WIDTH_IN = 8.5
-_WIDTH_PT = 72 * _WIDTH_IN - 14
+_WIDTH_PT = 72 * _WIDTH_IN - 24
 _FONT = "DejaVu Sans"
 _RULER = TextToPath()
 _INK = "#222222"
@@ -83,6 +85,7 @@ _SHORT_LABELS = {
     "distinct_2": "Diversity (distinct-2)",
     "generation_perplexity": "Generation perplexity",
     "tokens_per_second_ceiling": "Tokens/s the bytes left allow",
+    "first_token_latency_floor_s": "First token, by FLOPs left",
     "distinct_2_distance": "Distinct-2 distance",
     "seq_rep_4_distance": "Seq-rep-4 distance",
     "generation_perplexity_distance": "Log gen. perpl. distance",
@@ -239,6 +242,8 @@ def _scale(metric: str, values: Sequence[float]) -> tuple[float, str]:
             if largest >= 10**power:
                 return 10.0**-power, word
         return 1.0, "byte"
+    if unit == "FLOP":
+        return (1e-9, "GFLOP") if largest >= 1e9 else (1e-6, "MFLOP") if largest >= 1e6 else (1.0, "FLOP")
     if unit == "s":
         return (1e3, "ms") if 0 < largest < 1 else (1.0, "s")
     return 1.0, "" if unit == "1" else unit
@@ -269,7 +274,9 @@ def _n_words(parts: Sequence[tuple[str, pd.DataFrame]]) -> str:
     per_metric = f"{told[0][1]} for every quantity" if len(same) == 1 else "; ".join(f"{a} {b}" for a, b in told)
     if largest < 2:
         return "n = 1: one observation per point, so there is no interval."
-    return f"Bars: 95 % intervals; points without a bar have none. n per point: {per_metric}."
+    return (
+        f"Bars: 95 % intervals; bars at a panel's edge go on, points without one have none. n per point: {per_metric}."
+    )
 
 
 def _is_number(value: Any) -> bool:
@@ -454,11 +461,17 @@ def _level_axis(axes: Axes, levels: Sequence[float]) -> None:
 
 def _value_axis(axes: Axes, drawn: pd.DataFrame, metric: str, factor: float) -> None:
     """Choose linear or logarithmic, and never blow up differences below a few per cent to the height of the panel."""
+    estimates = drawn["estimate"].to_numpy(dtype=float) * factor
+    estimates = estimates[np.isfinite(estimates)]
     numbers = drawn[["estimate", "ci_low", "ci_high"]].to_numpy(dtype=float) * factor
     numbers = numbers[np.isfinite(numbers)]
-    if not numbers.size:
+    if not estimates.size:
         return
-    low, high = float(numbers.min()), float(numbers.max())
+    reach = _REACH * (float(np.ptp(estimates)) or float(np.abs(estimates).max()) or 1.0)
+    low = max(float(numbers.min()), float(estimates.min()) - reach)
+    high = min(float(numbers.max()), float(estimates.max()) + reach)
+    if estimates.min() > 0:
+        low = max(low, float(estimates.min()) / 10**_REACH)
     if metric in METRICS and METRICS[metric].log_scale and low > 0 and high > 10 * low:
         axes.set_yscale("log")
         decades = math.log10(high / low)
@@ -516,8 +529,8 @@ def _only(methods: Sequence[str], method: str) -> str | None:
 def speed_comparison(summary: pd.DataFrame) -> Figure:
     """Tokens per second and first-token latency against the level, and speed against perplexity.
 
-    A dotted line without markers is the ceiling: the speed that the bytes left allow. The third panel shows where
-    resilience turns into speed: who is faster at the same perplexity.
+    A dotted line without markers is the bound: the speed that the bytes left allow, the latency that the FLOPs left
+    allow. The third panel shows where resilience turns into speed: who is faster at the same perplexity.
     """
     title = "Speed under head pruning"
     speed = summary[summary["metric"].isin(("tokens_per_second", "first_token_latency_s"))]
@@ -527,40 +540,47 @@ def speed_comparison(summary: pd.DataFrame) -> Figure:
     variants = _variants(speed)
     caption = _n_words([(_label(metric), speed[speed["metric"] == metric]) for metric in speed["metric"].unique()])
     both = summary[summary["metric"].isin(("tokens_per_second", "tokens_per_second_ceiling"))]
-    words = "ceiling: what the bytes left allow"
-    ceiling_handle = Line2D([], [], color=_MUTED, linestyle=":", linewidth=1.1, label=words)
-    has_ceiling = _finite(both.loc[both["metric"] == "tokens_per_second_ceiling", "estimate"]).any()
-    extra = [ceiling_handle] if has_ceiling else []
+    bounds = {"tokens_per_second_ceiling": "bytes", "first_token_latency_floor_s": "FLOPs"}
+    bounded = [word for metric, word in bounds.items()
+               if _finite(summary.loc[summary["metric"] == metric, "estimate"]).any()]  # fmt: skip
+    words = f"what the {' or '.join(bounded)} left allow"
+    extra = [Line2D([], [], color=_MUTED, linestyle=":", linewidth=1.1, label=words)] if bounded else []
     subtitle = f"{model} · {_method_words(methods)}"
     figure = _new_figure(title, subtitle, caption, 2.6 * len(methods), _looks(variants), extra)
     grid = figure.subplots(len(methods), 3, squeeze=False, sharey="col")
     for row, method in zip(grid, methods, strict=True):
         measured = _at(summary, "tokens_per_second", method)
-        ceiling = _at(summary, "tokens_per_second_ceiling", method)
         _draw_variants(row[0], measured, "tokens_per_second", variants)
-        for variant in variants:
-            line = ceiling[ceiling["variant"] == variant].sort_values("level")
-            row[0].plot(
-                line["level"], line["estimate"], color=_looks([variant])[variant].colour, linestyle=":", linewidth=1.1,
-                marker="_" if len(line) == 1 else "", markersize=12,
-            )  # fmt: skip
+        _draw_bound(row[0], _at(summary, "tokens_per_second_ceiling", method), variants, 1.0)
         row[0].set_title(_panel_title("tokens_per_second", _only(methods, method)))
         row[0].set_ylabel("token/s (higher is better)")
         latency = _at(summary, "first_token_latency_s", method)
         row[1].set_title(_panel_title("first_token_latency_s", _only(methods, method)))
         unit = _draw_variants(row[1], latency, "first_token_latency_s", variants)
+        factor, _ = _scale("first_token_latency_s", [float(value) for value in latency["estimate"].dropna()])
+        _draw_bound(row[1], _at(summary, "first_token_latency_floor_s", method), variants, factor)
         row[1].set_ylabel(_axis_words("first_token_latency_s", unit))
         _draw_speed_against_quality(row[2], measured, _at(summary, "perplexity", method), variants)
         row[2].set_title(_title(_only(methods, method), "Speed against perplexity"))
         row[2].set_ylabel("token/s (higher is better)")
     _value_axis(grid[0, 0], both, "", 1.0)
-    latency = summary[summary["metric"] == "first_token_latency_s"]
+    latency = summary[summary["metric"].isin(("first_token_latency_s", "first_token_latency_floor_s"))]
     factor, _ = _scale("first_token_latency_s", [float(value) for value in latency["estimate"].dropna()])
     _value_axis(grid[0, 1], latency, "first_token_latency_s", factor)
     _value_axis(grid[0, 2], speed[speed["metric"] == "tokens_per_second"], "", 1.0)
     for axes in grid[-1, :2]:
         axes.set_xlabel("Heads pruned (%)")
     return figure
+
+
+def _draw_bound(axes: Axes, bound: pd.DataFrame, variants: Sequence[str], factor: float) -> None:
+    """A dotted line without markers: what the bytes or FLOPs left allow."""
+    for variant in variants:
+        line = bound[bound["variant"] == variant].sort_values("level")
+        axes.plot(
+            line["level"], line["estimate"] * factor, color=_looks([variant])[variant].colour, linestyle=":",
+            linewidth=1.1, marker="_" if len(line) == 1 else "", markersize=12, label="_bound",
+        )  # fmt: skip
 
 
 def _draw_speed_against_quality(
@@ -715,13 +735,15 @@ def _draw_improvement(
     levels = sorted(float(level) for level in chosen["level"].dropna().unique())
     lower_is_better = (chosen["better"] == "lower").any()
     extent = 0.0
+    points: list[float] = [0.0]
     for index, method in enumerate(methods):
         values = _line(_at(rows, metric, method), levels, 1.0)
         if lower_is_better:
             values = -values[[0, 2, 1]]
         shift = _spread(index, len(methods), levels)
         _draw_line(axes, [level + shift for level in levels], values, looks[method], method)
-        extent = max(extent, float(np.nanmax(np.abs(values), initial=0.0)))
+        extent = max(extent, float(np.nanmax(np.abs(values[0]), initial=0.0)))
+        points.extend(values[0][np.isfinite(values[0])])
     relative = (chosen["unit"] == "%").any()
     _level_axis(axes, levels)
     if relative and extent > 1000:
@@ -730,6 +752,8 @@ def _draw_improvement(
         axes.yaxis.set_major_locator(MaxNLocator(5))
     low, high = axes.get_ylim()
     least = 2.0 if relative else 0.02
+    reach = 2 * _REACH * max(float(np.ptp(points)), least)
+    low, high = max(low, min(points) - reach), min(high, max(points) + reach)
     axes.set_ylim(min(low, -least, -0.2 * high), max(high, least, -0.2 * low))
     axes.yaxis.set_major_formatter(FuncFormatter(_signed_tick))
     axes.axhline(0.0, color=_INK, linewidth=1.1, zorder=1.5)

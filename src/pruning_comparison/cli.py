@@ -8,15 +8,15 @@ import math
 import os
 import signal
 import sys
-import time
 import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Any, NoReturn
 
 from pruning_comparison import __version__
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
+from pruning_comparison.live import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
     ENTROPY_DIRECTIONS,
@@ -28,9 +28,6 @@ from pruning_comparison.spec import (
     VARIANTS,
     ComparisonSpec,
 )
-
-if TYPE_CHECKING:
-    from rich.progress import Progress, TaskID
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -361,7 +358,7 @@ def _run(options: argparse.Namespace) -> int:
     from pruning_comparison.store import RunStore, check_writable
 
     check_writable(output_dir)
-    live = _Live(quiet=options.quiet)
+    live = Live(quiet=options.quiet, steps=steps_of(spec))
     with live:
         live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
         from pruning_comparison.comparison import commit_of, run_comparison
@@ -373,6 +370,7 @@ def _run(options: argparse.Namespace) -> int:
                 output_dir=output_dir,
                 report=live.say,
                 on_progress=live.progress,
+                on_measured=live.measured,
                 code_commit=commit_of(CHECKOUT),
                 raise_failures=options.debug_traceback,
                 save_models=options.save_models,
@@ -411,7 +409,7 @@ def _report(options: argparse.Namespace) -> int:
 
     output_dir = Path(options.output_dir)
     check_writable(output_dir)
-    with _Live(quiet=options.quiet) as live:
+    with Live(quiet=options.quiet) as live:
         report = write_comparison(first, second, output_dir=output_dir, say=live.say)
     print(f"report: {report}")
     return 0
@@ -420,10 +418,10 @@ def _report(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
-    from pruning_comparison.plan import plan_run, plan_words
+    from pruning_comparison.plan import plan_cost, plan_run, plan_words
     from pruning_comparison.samples import Margins
 
-    plan = plan_run(spec, Margins(**margins))
+    plan = {**plan_run(spec, Margins(**margins)), "expected": plan_cost(spec)}
     print(json.dumps(plan, indent=1, allow_nan=False) if options.json else plan_words(plan))
     return 0
 
@@ -450,7 +448,7 @@ def _prune(options: argparse.Namespace) -> int:
     from pruning_comparison.store import check_writable
 
     check_writable(folder.absolute().parent)
-    with _Live(quiet=options.quiet) as live:
+    with Live(quiet=options.quiet) as live:
         live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
         from pruning_comparison.checkpoint import save_pruned
         from pruning_comparison.comparison import load_workspace, prepare
@@ -479,7 +477,7 @@ def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
     from pruning_comparison.results import write_results
 
     folder, margins = _run_in(output_dir), _margins_of(options)
-    with _Live(quiet=options.quiet) as live:
+    with Live(quiet=options.quiet) as live:
         report = write_results(folder, save_outputs=options.save_outputs, margins=margins, say=live.say)
     print(f"report: {report}")
     return 0
@@ -518,64 +516,3 @@ def _terminate_like_ctrl_c() -> Any:
         return signal.signal(signal.SIGTERM, stop)
     except ValueError:
         return None
-
-
-class _Live:
-    """Progress with time left: a bar on a terminal, plain lines elsewhere, nothing when quiet."""
-
-    def __init__(self, *, quiet: bool) -> None:
-        self._quiet = quiet
-        self._bar: Progress | None = None
-        self._task: TaskID | None = None
-        self._started = time.monotonic()
-        self._first_done: int | None = None
-
-    def __enter__(self) -> _Live:
-        if not self._quiet and sys.stderr.isatty():
-            from rich.console import Console
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
-
-            columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
-                MofNCompleteColumn(),
-                TimeElapsedColumn(),
-                TextColumn("{task.fields[left]}", markup=False),
-            )
-            self._bar = Progress(*columns, console=Console(stderr=True), transient=True)
-            self._bar.start()
-        return self
-
-    def __exit__(self, *exception: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def say(self, message: str) -> None:
-        """One line of news."""
-        if self._quiet:
-            return
-        if self._bar is not None:
-            self._bar.console.print(message, markup=False, highlight=False)
-        else:
-            print(message, file=sys.stderr, flush=True)
-
-    def progress(self, done: int, total: int, what: str) -> None:
-        """``done`` of ``total`` steps are finished and ``what`` is under way."""
-        if self._quiet:
-            return
-        if self._first_done is None:
-            self._first_done, self._started = done, time.monotonic()
-        left = self._time_left(done, total)
-        if self._bar is None:
-            print(f"[{done}/{total}] {what}{', ' if left else ''}{left}", file=sys.stderr, flush=True)
-        elif self._task is None:
-            self._task = self._bar.add_task(what, total=total, completed=done, left=left)
-        else:
-            self._bar.update(self._task, description=what, completed=done, left=left)
-
-    def _time_left(self, done: int, total: int) -> str:
-        measured = done - (self._first_done or 0)
-        if measured <= 0 or done >= total:
-            return ""
-        seconds = round((time.monotonic() - self._started) / measured * (total - done))
-        return f"about {seconds // 60} min {seconds % 60:02d} s left" if seconds >= 60 else f"about {seconds} s left"

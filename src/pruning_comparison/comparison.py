@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
+from statistics import mean
 from typing import Any, cast
 
 import torch
@@ -30,6 +31,7 @@ from pruning_comparison.agency import (
 )
 from pruning_comparison.checkpoint import save_pruned
 from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.metrics import METRICS
@@ -191,7 +193,7 @@ class Workspace:
 
     def negotiated(self, variant: str, method: str, iteration: int) -> NegotiatedTrajectory:
         """The path of a variant whose heads are asked; variants that ask alike share one. Only the latest are kept."""
-        rules = variant if variant in ("agency-always-yes", "agency-stateless") else "agency"
+        rules = negotiation_rules(variant)
         key = (rules, method, iteration)
         if key not in self._negotiated:
             for other in [other for other in self._negotiated if other[1:] != key[1:]]:
@@ -263,6 +265,11 @@ class Workspace:
         )
 
 
+def negotiation_rules(variant: str) -> str:
+    """The variant by whose rules the heads of a negotiating one are asked: those that ask alike share one path."""
+    return variant if variant in ("agency-always-yes", "agency-stateless") else "agency"
+
+
 def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
     """Reads config, tokenizer and texts, and checks that they fit the spec. InputError where they do not.
 
@@ -316,9 +323,11 @@ def run_cell(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResul
     """Measures one cell's quality: perplexity, generated texts, memory, and what adaptation cost."""
     perplexity = _perplexity_measurements(workspace, pruned)
     text_measurements, texts = _text_measurements(workspace, pruned, cell.iteration)
+    prompts = workspace.inputs.prompt_ids
     size = [
         Measurement("parameter_bytes", parameter_bytes(pruned.model), "byte"),
         Measurement("decode_bytes", decode_bytes(pruned.model), "byte"),
+        Measurement("prefill_flops", mean(prefill_flops(pruned.model, len(p)) for p in prompts), "FLOP"),
     ]
     gone, total = int((~pruned.keep).sum()), workspace.grid.total
     scores = pruned.scores.scores
@@ -490,6 +499,7 @@ def run_comparison(
     output_dir: Path,
     report: Report = lambda message: None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_measured: Callable[[Cell, Sequence[Measurement]], None] = lambda cell, measurements: None,
     code_commit: str | None = None,
     raise_failures: bool = False,
     save_models: bool = False,
@@ -540,6 +550,7 @@ def run_comparison(
                         models[cell.variant] = pruned.model
                     if result is not None:
                         store.write_cell(result, code_commit)
+                        on_measured(cell, result.measurements)
                         done += 1
                         if result.status == "failed":
                             report(f"failed: {cell.variant}, {method}, level {level:g} %: {result.reason}")
@@ -548,7 +559,10 @@ def run_comparison(
                         save_pruned(pruned.model, inputs.preview.tokenizer, model_folder(folder, cell))
                 if models and not timed:
                     on_progress(done, total, f"timing, {method}, iteration {iteration + 1}, level {level:g} %")
-                    store.write_timings(method, iteration, level, time_level(workspace, models, iteration))
+                    timings = time_level(workspace, models, iteration)
+                    store.write_timings(method, iteration, level, timings)
+                    for cell in cells:
+                        on_measured(cell, [row for variant, row in timings if variant == cell.variant])
                     done += 1
         except KeyboardInterrupt:
             raise Interrupted(

@@ -14,6 +14,7 @@ import math
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from importlib.resources import files
 from typing import Any
 
 import pandas as pd
@@ -21,7 +22,9 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup, escape
 from PIL import Image
 
+from pruning_comparison.crossed import Array
 from pruning_comparison.findings import Finding, interval_with_unit, plain_number, with_unit
+from pruning_comparison.head_maps import HeadMap
 from pruning_comparison.measure.metrics import METRICS
 from pruning_comparison.two_runs import Difference, LeftOut
 from pruning_comparison.verdicts import TITLES, Verdict, interval_shown, shown
@@ -43,9 +46,10 @@ _MAIN_METRICS = (
     "adaptation_s",
 )
 
-# The document stays under 3 MB: these three parts share it, and each says so when it has to leave something out.
-_CHART_BYTES = 1_250_000
-_TABLE_BYTES = 700_000
+# The document stays under 3 MB: these parts share it, and each says so when it has to leave something out.
+_CHART_BYTES = 1_200_000
+_TABLE_BYTES = 600_000
+_HEAD_BYTES = 450_000
 _COMPARED_ROWS = 2_000
 _TEXT_BYTES = 350_000
 _PNG_COLOURS = 128
@@ -53,28 +57,6 @@ _PROMPTS_PER_METHOD = 5
 
 # Control characters, lone surrogates and noncharacters: HTML forbids them, and surrogates cannot be encoded at all.
 _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0-\ufdef\ufffe\uffff]")
-
-_SCRIPT = """
-document.documentElement.classList.add("js");
-for (const button of document.querySelectorAll("th button")) {
-  button.addEventListener("click", () => {
-    const heading = button.closest("th");
-    const body = heading.closest("table").tBodies[0];
-    const ascending = heading.getAttribute("aria-sort") !== "ascending";
-    for (const other of heading.parentElement.children) other.removeAttribute("aria-sort");
-    heading.setAttribute("aria-sort", ascending ? "ascending" : "descending");
-    const key = (row) => row.cells[heading.cellIndex].dataset.v ?? row.cells[heading.cellIndex].textContent.trim();
-    const sign = ascending ? 1 : -1;
-    const rows = [...body.rows].sort((one, two) => {
-      const a = key(one), b = key(two);
-      if (a === "" || b === "") return (a === "") - (b === "");
-      const difference = Number(a) - Number(b);
-      return sign * (Number.isNaN(difference) ? a.localeCompare(b) : difference);
-    });
-    body.append(...rows);
-  });
-}
-"""
 
 
 @dataclass(frozen=True)
@@ -118,6 +100,23 @@ class _MethodTables:
 
 
 @dataclass(frozen=True)
+class _HeadCell:
+    """A head on a map: what is written on it, the level at which it goes, and which of ten shades it has."""
+
+    text: str
+    gone: str
+    shade: int | None
+
+
+@dataclass(frozen=True)
+class _HeadTable:
+    caption: str
+    heads: int
+    rows: tuple[tuple[_HeadCell, ...], ...]
+    views: tuple[str, ...]
+
+
+@dataclass(frozen=True)
 class _Sample:
     prompt: str
     versions: tuple[tuple[str, str], ...]
@@ -145,17 +144,22 @@ def render_report(
     pictures: Mapping[str, bytes],
     manifest: Mapping[str, Any],
     texts: pd.DataFrame | None = None,
+    heads: Sequence[HeadMap] = (),
+    agreed: pd.DataFrame | None = None,
 ) -> str:
     """The whole report as one HTML document under 3 MB that opens offline.
 
     ``answers``, ``optimal`` and ``equal`` are the tables behind the verdicts (``ANSWER_COLUMNS``, ``OPTIMUM_COLUMNS``,
     ``EQUAL_COLUMNS``); rows of ``answers`` of kind "exploratory" are shown apart. ``pictures`` are the charts as PNG, 150
     dots per inch, by name. ``texts`` holds the generated texts, where they were kept; of these the report shows, per
-    method, the first prompts at the level nearest to 50 % and the temperature nearest to 1.
+    method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
+    that tell about a head when it is pointed at, and ``agreed`` (``AGREEMENT_COLUMNS``) says how far they agree.
     """
     name = _model_name(summary, manifest)
     tables, rows_left_out = _method_tables(summary, contrasts)
     samples, samples_left_out = _sample_groups(texts)
+    drawn, head_data, maps_left_out = _head_tables(heads)
+    charts = _charts(pictures, name)
     warnings = [str(warning) for warning in _sequence(manifest.get("warnings"))]
     exploratory = answers["kind"] == "exploratory"
     return _rendered(
@@ -170,7 +174,13 @@ def render_report(
         equal=_equal_table(equal),
         margin_words=_margin_words(manifest.get("margins")),
         findings=findings,
-        charts=_charts(pictures, name),
+        charts=[chart for key, chart in charts.items() if not key.startswith("head_")],
+        head_charts=[chart for key, chart in charts.items() if key.startswith("head_")],
+        head_maps=drawn,
+        head_data=head_data,
+        asked=any(one.asked for one in heads),
+        maps_left_out=maps_left_out,
+        agreement=_agreement_table(agreed),
         tables=tables,
         rows_left_out=rows_left_out,
         settings=_pairs(manifest.get("spec")),
@@ -230,8 +240,9 @@ def _rendered(template: str, **values: Any) -> str:
         lstrip_blocks=True,
     )
     environment.filters["tied"] = _tied
-    digest = base64.b64encode(hashlib.sha256(_SCRIPT.encode()).digest()).decode()
-    return environment.get_template(template).render(script=Markup(_SCRIPT), script_hash=digest, **values)
+    script = files("pruning_comparison").joinpath("report_script.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    return environment.get_template(template).render(script=Markup(script), script_hash=digest, **values)
 
 
 def _clean(value: Any) -> Any:
@@ -338,30 +349,42 @@ _CHART_WORDS = {
         "One row of panels per temperature. The dotted line is the unpruned model at that temperature.",
     ),
     "comprehensive_summary": ("Everything on one page", "Every measurement, a panel each."),
+    "head_departures": (
+        "Who leaves when",
+        "Each square is a head; its colour is the level at which it goes. Grey heads stay. A dot: it refused at least "
+        "once. A cross: it was overridden.",
+    ),
+    "head_values": ("Scores and signals", "What was measured of every head of the unpruned model."),
+    "head_negotiation": (
+        "The negotiation, round by round",
+        "Which heads were asked in each round, who consented, refused or was overridden, in the first iteration.",
+    ),
+    "head_agreement": (
+        "How far choices agree",
+        "Left: how many of the heads gone in one choice are gone in the other too. Right: rank correlation of the scores.",
+    ),
 }
 
 
-def _charts(pictures: Mapping[str, bytes], name: str) -> list[_Chart]:
+def _charts(pictures: Mapping[str, bytes], name: str) -> dict[str, _Chart]:
     scale = 1.0
     smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
     while sum(len(png) for png, _ in smaller.values()) > _CHART_BYTES and scale > 0.2:
         scale *= 0.8
         smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
-    charts = []
+    charts = {}
     for key, (png, (width, height)) in smaller.items():
         stem = next((known for known in _CHART_WORDS if key.startswith(known)), None)
         heading, reading = _CHART_WORDS[stem] if stem else (key.replace("_", " "), "")
         method = key[len(stem) :].strip("_") if stem else ""
         heading = f"{heading}: {method}" if method else heading
-        charts.append(
-            _Chart(
-                heading,
-                reading,
-                f"Chart for {name}: {heading}. {reading} The numbers are in the tables of this report.",
-                base64.b64encode(png).decode(),
-                width,
-                height,
-            )
+        charts[key] = _Chart(
+            heading,
+            reading,
+            f"Chart for {name}: {heading}. {reading} The numbers are in the tables of this report.",
+            base64.b64encode(png).decode(),
+            width,
+            height,
         )
     return charts
 
@@ -380,6 +403,77 @@ def _small_png(png: bytes, scale: float) -> tuple[bytes, tuple[int, int]]:
     buffer = io.BytesIO()
     reduced.save(buffer, format="PNG", optimize=True)
     return buffer.getvalue(), shown
+
+
+# Head maps
+
+
+def _head_tables(maps: Sequence[HeadMap]) -> tuple[list[_HeadTable], Markup, int]:
+    """The maps that fit, the data behind them as JSON that is safe inside a script element, and how many did not fit."""
+    tables, data = [], []
+    left = _HEAD_BYTES
+    for one in maps:
+        levels = [level for level in one.levels if level > 0]
+        views = [(name.replace("_", " "), _plain_values(values)) for name, values in one.values.items()]
+        told: dict[str, Any] = {
+            "heads": one.gone_at.shape[1],
+            "iterations": [_plain_values(values) for values in one.by_iteration],
+            "views": [{"name": name, "values": values} for name, values in views],
+        }
+        if one.asked:
+            told["refused"], told["overridden"] = (_plain_values(grid) for grid in (one.refused, one.overridden))
+        text = json.dumps(told, separators=(",", ":"), allow_nan=False)
+        left -= len(text) + 55 * one.gone_at.size
+        if left < 0:
+            continue
+        rows = tuple(
+            tuple(
+                _head_cell(float(level), levels, bool(refused), bool(overridden))
+                for level, refused, overridden in zip(*parts, strict=True)
+            )
+            for parts in zip(one.gone_at, one.refused, one.overridden, strict=True)
+        )
+        caption = f"{one.variant}, {one.method}: goes at, %"
+        tables.append(_HeadTable(caption, one.gone_at.shape[1], rows, tuple(name for name, _ in views)))
+        data.append(text)
+    safe = f"[{','.join(data)}]".replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
+    return tables, Markup(safe), len(maps) - len(tables)
+
+
+def _head_cell(level: float, levels: Sequence[float], refused: bool, overridden: bool) -> _HeadCell:
+    mark = "×" if overridden else "·" if refused else ""
+    if math.isinf(level):
+        return _HeadCell(f"–{mark}", "", None)
+    return _HeadCell(f"{level:g}{mark}", f"{level:g}", round(9 * levels.index(level) / max(1, len(levels) - 1)))
+
+
+def _plain_values(values: Array) -> list[float | None]:
+    """Numbers of three digits, row by row; None for what is not finite."""
+    return [float(f"{value:.3g}") if math.isfinite(value) else None for value in values.ravel()]
+
+
+def _agreement_table(agreed: pd.DataFrame | None) -> _Table | None:
+    if agreed is None or agreed.empty:
+        return None
+    rows = []
+    for row in _records(agreed):
+        one, two = f"{row['variant']}, {row['method']}", f"{row['other_variant']}, {row['other_method']}"
+        pair = f"{one}: iterations" if row["kind"] == "iterations" else f"{one} and {two}"
+        correlation = float(row["score_correlation"])
+        rows.append(
+            _Row(
+                _Cell(pair),
+                (
+                    _Cell(f"{row['level']:g} %", sort=f"{row['level']:g}"),
+                    _Cell(f"{100 * row['common']:.0f} %", sort=_sort_words(row["common"])),
+                    _Cell(f"{100 * row['chance']:.0f} %", sort=_sort_words(row["chance"])),
+                    _Cell("" if math.isnan(correlation) else f"{correlation:.2f}", sort=_sort_words(correlation)),
+                    _Cell(str(int(row["n"]))),
+                ),
+            )
+        )
+    columns = ("Compared", "Level", "Gone in common", "By chance", "Rank correlation of scores", "Pairs")
+    return _Table("How far choices of heads agree", columns, tuple(rows[:400]))
 
 
 # Verdicts

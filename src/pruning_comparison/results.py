@@ -11,7 +11,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison import charts, findings, report, two_runs, verdicts
+from pruning_comparison import charts, findings, head_charts, head_maps, report, two_runs, verdicts
 from pruning_comparison.answers import ANSWER_COLUMNS, PRIMARY, answers
 from pruning_comparison.curves import optimal_levels, speed_at_equal_perplexity
 from pruning_comparison.errors import StoreError
@@ -68,14 +68,20 @@ def write_results(
         *verdicts.exploratory_findings(tables.answers),
     ]
     say("drawing the charts")
-    figures = charts.draw_all(tables.summary, tables.contrasts)
+    maps = head_maps.head_maps(heads, asked["signals"], asked["replies"])
+    rounds = head_maps.round_maps(asked["signals"], asked["replies"])
+    agreed = head_maps.agreement(heads)
+    figures = {
+        **charts.draw_all(tables.summary, tables.contrasts),
+        **head_charts.draw_head_charts(run.model, maps, rounds, agreed),
+    }
 
     for name, table in {
         **vars(tables),
         "cells": run.cells,
         "measurements": _labelled(run.model, run.measurements),
         "heads": heads,
-        **{name: table for name, table in asked.items() if len(table)},
+        **{name: table for name, table in {**asked, "head_agreement": agreed}.items() if len(table)},
     }.items():
         write_table(folder / f"{name}.csv", table)
     if save_outputs:
@@ -95,6 +101,8 @@ def write_results(
         equal=tables.equal_perplexity,
         findings=plain,
         pictures=pictures,
+        heads=maps,
+        agreed=agreed,
         manifest=manifest,
         texts=texts if save_outputs else None,
     )

@@ -17,7 +17,7 @@ from pruning_comparison.samples import Source, complete_matrix, difference_cube
 from pruning_comparison.statistics import COST_METRICS, Observations, observations
 
 RUN_COLUMNS = (*ANSWER_COLUMNS, "variant", "level")
-_NOT_COMPARED = (*COST_METRICS, "tokens_per_second_ceiling")
+_NOT_COMPARED = (*COST_METRICS, "tokens_per_second_ceiling", "first_token_latency_floor_s")
 
 
 @dataclass(frozen=True)

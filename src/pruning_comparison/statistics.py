@@ -31,7 +31,7 @@ COST_METRICS = (
     "recovery_s", "recovery_tokens",
 )  # fmt: skip
 """What making a variant cost; some variants have no such cost, so these are not compared."""
-_CELL_METRICS = ("parameter_bytes", "decode_bytes", *COST_METRICS)
+_CELL_METRICS = ("parameter_bytes", "decode_bytes", "prefill_flops", *COST_METRICS)
 _RUN_METRICS = ("cache_bytes", "peak_memory_bytes")
 _CELL = ["variant", "method", "level"]
 
@@ -219,24 +219,31 @@ def _distances(metric: str, rows: pd.DataFrame) -> Observations:
 
 
 def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:
-    """Tokens per second that the bytes left allow: the dense speed times dense bytes over bytes left.
+    """What pruning can bring at best: the dense speed by the bytes left, the dense latency by the FLOPs left.
 
-    Bytes are those read per decoding step (parameters and cache), the bound of decoding on a memory-bound machine.
+    Bytes are those read per decoding step (parameters and cache), the bound of decoding on a memory-bound machine; FLOPs
+    those of reading the prompts, the bound of the first token on a compute-bound one.
     """
     table = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
-    wide = table[table["metric"].isin(["decode_bytes", "cache_bytes", "tokens_per_second"])].pivot_table(
-        index=_CELL, columns="metric", values="estimate"
-    )
-    if not {"decode_bytes", "cache_bytes", "tokens_per_second"} <= set(wide.columns):
-        return []
+    names = ["decode_bytes", "cache_bytes", "prefill_flops", "tokens_per_second", "first_token_latency_s"]
+    wide = table[table["metric"].isin(names)].pivot_table(index=_CELL, columns="metric", values="estimate")
+    wide = wide.reindex(columns=names)
     wide = wide.assign(read=wide["decode_bytes"] + wide["cache_bytes"]).reset_index()
     dense = wide[wide["level"] == 0].set_index(["variant", "method"])
     result: list[list[object]] = []
-    for variant, method, level, read in wide[["variant", "method", "level", "read"]].itertuples(index=False):
-        if (variant, method) not in dense.index:
+    for row in wide.to_dict("records"):
+        key = (row["variant"], row["method"])
+        if key not in dense.index:
             continue
-        at_zero = dense.loc[(variant, method)]
-        ceiling = float(at_zero["tokens_per_second"] * at_zero["read"] / read)
-        place = [model, variant, method, level, math.nan, "tokens_per_second_ceiling"]
-        result.append([*place, ceiling, math.nan, math.nan, 1, METRICS["tokens_per_second_ceiling"].unit])
+        at_zero = dense.loc[key]
+        for name, value in (
+            ("tokens_per_second_ceiling", at_zero["tokens_per_second"] * at_zero["read"] / row["read"]),
+            (
+                "first_token_latency_floor_s",
+                at_zero["first_token_latency_s"] * row["prefill_flops"] / at_zero["prefill_flops"],
+            ),
+        ):
+            if math.isfinite(value):
+                place = [model, *key, row["level"], math.nan, name]
+                result.append([*place, float(value), math.nan, math.nan, 1, METRICS[name].unit])
     return result

@@ -42,6 +42,8 @@ _ALL = (
     Metric("time_per_output_token_s", "s", "lower", "Time per output token", log_scale=True),
     Metric("end_to_end_s", "s", "lower", "End-to-end time", log_scale=True),
     Metric("tokens_per_second_ceiling", "token/s", "higher", "Tokens per second that the bytes left allow"),
+    Metric("first_token_latency_floor_s", "s", "lower", "First-token latency that the FLOPs left allow"),
+    Metric("prefill_flops", "FLOP", "lower", "FLOPs of reading a prompt"),
     Metric("decode_bytes", "byte", "lower", "Bytes read per decoding step"),
     Metric("parameter_bytes", "byte", "lower", "Parameters in bytes"),
     Metric("cache_bytes", "byte", "lower", "Key-value cache in bytes"),
