@@ -191,14 +191,15 @@ def test_quality_is_planned_with_more_spread_between_iterations_where_chance_ran
 def test_passes_and_steps_are_counted_by_hand(folder):
     spec = ComparisonSpec(
         model_name=str(folder / "model"), device="cpu", precision="float32", pruning_levels=(0.0, 25.0, 60.0), iterations=5,
-        pruning_methods=("random",), temperatures=(0.7, 1.0), num_tokens=5, batch_size=2, quality_batch_size=4, threads=1,
+        pruning_methods=("random",), temperatures=(0.7, 1.0), num_tokens=5, batch_size=2, quality_batch_size=1, threads=1,
         eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"), eval_tokens=10_000, eval_window=50,
         eval_stride=50, calibration_tokens=100, calibration_window=64, prompt_file=str(folder / "prompts.txt"),
     )  # fmt: skip
     counted = passes(spec, prepare(spec, identify=False))
     models = 2 * 5 * 2  # variants, iterations, levels above 0
     assert counted["evaluation_tokens"] == (models + 1) * 4 * 161  # the dense model once
-    # 3 prompts at 2 temperatures make 2 batches of 4, 5 steps each; the dense model's texts are new in every iteration.
+    # 3 prompts at 2 temperatures make 2 batches, since 4 quality batches are written at a time, 5 steps each; the dense
+    # model's texts are new in every iteration.
     assert counted["text_steps"] == (models + 5) * 2 * 5
     assert counted["text_tokens"] == (models + 5) * 2 * (3 + 3 + 5 + 3 * 5)
     # Variants, iterations, levels, 2 batches of prompts; warm-up of 4 and twice 5 tokens.
