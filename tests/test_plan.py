@@ -10,7 +10,9 @@ from conftest import save_tiny_model, write_short_texts
 from scipy import stats
 
 from pruning_comparison import cli
+from pruning_comparison import plan as planning
 from pruning_comparison.comparison import prepare
+from pruning_comparison.expected import Speeds, expected, passes
 from pruning_comparison.models import loading
 from pruning_comparison.plan import ASSUMED, assumed_components, plan_run
 from pruning_comparison.samples import Margins
@@ -184,3 +186,51 @@ def test_quality_is_planned_with_more_spread_between_iterations_where_chance_ran
     assert by_chance.iterations > by_score.iterations
     assert (by_chance.units, by_chance.residual) == (by_score.units, by_score.residual)
     assert assumed_components("E1", ComparisonSpec(pruning_methods=("random",))) == ASSUMED["E1"]
+
+
+def test_passes_and_steps_are_counted_by_hand(folder):
+    spec = ComparisonSpec(
+        model_name=str(folder / "model"), device="cpu", precision="float32", pruning_levels=(0.0, 25.0, 60.0), iterations=5,
+        pruning_methods=("random",), temperatures=(0.7, 1.0), num_tokens=5, batch_size=2, quality_batch_size=4, threads=1,
+        eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"), eval_tokens=10_000, eval_window=50,
+        eval_stride=50, calibration_tokens=100, calibration_window=64, prompt_file=str(folder / "prompts.txt"),
+    )  # fmt: skip
+    counted = passes(spec, prepare(spec, identify=False))
+    models = 2 * 5 * 2  # variants, iterations, levels above 0
+    assert counted["evaluation_tokens"] == (models + 1) * 4 * 161  # the dense model once
+    # 3 prompts at 2 temperatures make 2 batches of 4, 5 steps each; the dense model's texts are new in every iteration.
+    assert counted["text_steps"] == (models + 5) * 2 * 5
+    assert counted["text_tokens"] == (models + 5) * 2 * (3 + 3 + 5 + 3 * 5)
+    # Variants, iterations, levels, 2 batches of prompts; warm-up of 4 and twice 5 tokens.
+    assert counted["timed_steps"] == 2 * 5 * 3 * 2 * (4 + 2 * 5)
+    # Rounds to 10, 20, ... 60 % and one to 25 %: nothing to score under random, but Fisher's importance, signals, a refit.
+    assert counted["score_tokens"] == pytest.approx(5 * 100 * 7 * (2.0 + 1.2 + 0.9))
+    assert counted["adaptation_tokens"] == pytest.approx(5 * 2 * 100 * 0.9)
+
+
+def test_the_plan_says_time_memory_and_disk(folder, capsys, monkeypatch):
+    cost = plan(folder, capsys)["expected"]
+    assert 0 < sum(cost["seconds"].values()) < 600
+    assert 0.5e9 < cost["memory_bytes"] < 1e9
+    assert 4e6 < cost["disk_bytes"] < 20e6
+    assert cli.main(["plan", *options(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "time         about" in told
+    assert "memory       about 0.5 GB" in told
+    monkeypatch.setattr(planning, "available_bytes", lambda: 1000)
+    assert cli.main(["plan", *options(folder)]) == 0
+    assert "time         unknown: a model of this size does not fit" in capsys.readouterr().out
+
+
+def test_seconds_follow_the_speeds(folder):
+    spec = ComparisonSpec(
+        model_name=str(folder / "model"), device="cpu", precision="float32", pruning_levels=(0.0,), iterations=1,
+        variants=("baseline",), num_tokens=5, threads=1, eval_text=str(folder / "eval"), eval_tokens=10_000,
+        calibration_text=str(folder / "calibration"), eval_window=50, eval_stride=50, calibration_tokens=100,
+        calibration_window=64, prompt_file=str(folder / "prompts.txt"), pruning_methods=("random",), temperatures=(1.0,),
+    )  # fmt: skip
+    found = expected(spec, prepare(spec, identify=False), Speeds(1.0, 100.0, 10_000.0), 1000)["seconds"]
+    assert found["perplexity"] == 4 * 161
+    assert found["texts"] == 5 * 10_000 + (3 + 3 + 5 + 3 * 5)
+    assert found["timing"] == 3 * (4 + 2 * 5) * 100
+    assert found["scores and negotiation"] == found["adaptation"] == 0

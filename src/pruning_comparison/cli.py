@@ -363,10 +363,10 @@ def _report(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
-    from pruning_comparison.plan import plan_run, plan_words
+    from pruning_comparison.plan import plan_cost, plan_run, plan_words
     from pruning_comparison.samples import Margins
 
-    plan = plan_run(spec, Margins(**margins))
+    plan = {**plan_run(spec, Margins(**margins)), "expected": plan_cost(spec)}
     print(json.dumps(plan, indent=1, allow_nan=False) if options.json else plan_words(plan))
     return 0
 

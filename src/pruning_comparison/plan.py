@@ -1,6 +1,6 @@
 """What a run would measure and what it could find out, said before anything is measured.
 
-Reads config, tokenizer and texts, never weights. How long a run takes is not said here.
+Reads config, tokenizer and texts, never weights. How long a run takes is reckoned in ``expected``.
 """
 
 from __future__ import annotations
@@ -13,13 +13,14 @@ from typing import Any, cast
 from pruning_comparison.answers import CLAIM_LEVEL, QUALITY_LEVEL
 from pruning_comparison.comparison import Inputs, prepare
 from pruning_comparison.crossed import PLANNING, Components, detectable_effect, smallest_permutation_p
+from pruning_comparison.expected import available_bytes, expected, expected_words, measure_speeds, parameter_count
 from pruning_comparison.findings import listed, per_cent, plain_number
 from pruning_comparison.samples import Margins
 from pruning_comparison.selection import Scope, expected_heads_pruned
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.verdicts import TITLES
 
-__all__ = ["ASSUMED", "plan_run", "plan_words"]
+__all__ = ["ASSUMED", "plan_cost", "plan_run", "plan_words"]
 
 POWER = 0.8
 
@@ -75,6 +76,16 @@ def plan_run(spec: ComparisonSpec, margins: Margins) -> dict[str, Any]:
         "expectations": _expectations(spec, margins, documents, prompts, timed),
         "notes": _notes(spec, inputs),
     }
+
+
+def plan_cost(spec: ComparisonSpec) -> dict[str, Any]:
+    """Expected time by phase, memory and disk. Times a random model of the same shape, unless memory is short for it."""
+    inputs = prepare(spec, identify=False)
+    parameters = parameter_count(inputs)
+    room = available_bytes()
+    fits = room is None or 8 * parameters < room
+    cost = expected(spec, inputs, measure_speeds(spec, inputs) if fits else None, parameters)
+    return cost if fits else {**cost, "reason": "a model of this size does not fit into this machine's free memory"}
 
 
 def _level(spec: ComparisonSpec, level: float, layers: int, heads: int) -> dict[str, Any]:
@@ -173,6 +184,7 @@ def plan_words(plan: Mapping[str, Any]) -> str:
         f"pairs        {_times(iterations, evaluation['documents'], 'document')}",
         f"             {_times(iterations, plan['prompts'], 'prompt')}",
         f"             {_times(iterations, plan['timed_batches'], 'timed batch', 'timed batches')}",
+        *(expected_words(plan["expected"]) if "expected" in plan else []),
     ]
     if plan["expectations"]:
         lines += [
