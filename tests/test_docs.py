@@ -1,0 +1,62 @@
+"""What the documentation shows works: its Python runs, its options exist, its links and pictures are there."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pruning_comparison.cli import make_parser
+
+ROOT = Path(__file__).resolve().parents[1]
+PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+
+
+def test_the_python_examples_run_in_their_order(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
+    assert len(blocks) == 5
+    names: dict[str, object] = {}
+    for number, block in enumerate(blocks):
+        exec(compile(block, f"docs/python.md, example {number + 1}", "exec"), names)
+    assert Path(str(names["report"])).is_file()
+    assert (tmp_path / "quality.pdf").is_file()
+    assert (tmp_path / "heads.png").is_file()
+    assert list(names["quality"].index) == [("agency", 0.0), ("baseline", 0.0), ("agency", 50.0), ("baseline", 50.0)]
+    same = names["agreed"].query("kind == 'iterations' and variant == 'baseline'")
+    assert list(same["common"]) == [1.0]  # magnitude depends on weights alone
+    assert names["keep"].sum() == 24
+    assert names["smaller"].num_parameters() < names["model"].num_parameters()
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_links_lead_somewhere(page: Path):
+    for target in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", page.read_text("utf-8")):
+        if not target.startswith(("http:", "https:")):
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_commands_have_options_that_exist(page: Path):
+    """Of every `pruning-comparison run` or `plan` line in a block of shell; a line that goes on is one with the next."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text("utf-8"), re.DOTALL)
+    for line in "\n".join(blocks).replace("\\\n", " ").splitlines():
+        words = line.split("#")[0].split()
+        if words[:1] == ["pruning-comparison"] and words[1] in ("run", "plan"):
+            make_parser().parse_args(words[1:])
+
+
+def test_every_option_of_run_is_in_the_readme():
+    known = (ROOT / "README.md").read_text("utf-8")
+    run = make_parser()._subparsers._group_actions[0].choices["run"]  # type: ignore[union-attr]
+    options = {word for action in run._actions for word in action.option_strings if word.startswith("--")} - {"--help"}
+    assert not [option for option in sorted(options) if f"`{option}`" not in known]
+
+
+def test_the_example_report_is_whole_small_and_offline():
+    html = (ROOT / "docs" / "example" / "report.html").read_text("utf-8")
+    assert len(html.encode()) < 1_500_000
+    assert 'id="heads"' in html
+    assert 'id="texts"' in html
+    assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", html)
