@@ -111,7 +111,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="run folder, or one that holds runs (then its latest); two of them are compared",
     )
     report.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="where the comparison of two runs goes")
-    report.add_argument("--save_outputs", action="store_true", help="also write and show the generated texts")
+    report.add_argument("--save_outputs", action="store_true", help="also write all generated texts as a table")
     _add_margin_options(report)
     _add_common_options(report)
     report.set_defaults(command=_report)
@@ -209,7 +209,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("max_prompts", type=_whole_number, help="at most so many prompts")
     add("batch_size", type=_whole_number, help="prompts per timed batch")
     add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
-    flag("save_outputs", "also write and show the generated texts")
+    flag("save_outputs", "also write all generated texts as a table")
     flag("save_models", "also save every pruned model, in the run folder under models")
     flag("memory_logging", "measure and log peak memory")
     add("prompt_file", help="text file with one prompt per line; bundled prompts, if not given")

@@ -104,7 +104,7 @@ def write_results(
         heads=maps,
         agreed=agreed,
         manifest=manifest,
-        texts=texts if save_outputs else None,
+        texts=texts,
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT
