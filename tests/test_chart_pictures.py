@@ -14,6 +14,8 @@ import numpy as np
 import pandas as pd
 import pytest
 from matplotlib.colors import to_rgb
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from PIL import Image, ImageFilter
 from test_charts import CONTRASTS, SUMMARY, contrast, estimate
 
@@ -22,6 +24,8 @@ from pruning_comparison.head_charts import draw_head_charts
 from pruning_comparison.head_maps import SIGNALS, agreement, head_maps, round_maps
 
 STORED = Path(__file__).parent / "chart_pictures"
+STORED_NARROW = STORED / "narrow"
+PINNED_NARROW = ("speed_comparison", "radar", "head_negotiation")
 DPI = 55
 TOLERANCE = 0.0015
 """Mean difference, of 1, after blurring.
@@ -98,11 +102,20 @@ def head_tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
     )
 
 
-def drawn(worse: float = 1.0) -> dict[str, Image.Image]:
+def figures_of(worse: float = 1.0, layout: charts.Layout = charts.WIDE) -> dict[str, Figure]:
     heads, signals, replies = head_tables()
     maps, rounds = head_maps(heads, signals, replies), round_maps(signals, replies)
-    figures = charts.draw_all(*tables(worse)) | draw_head_charts("tiny", maps, rounds, agreement(heads))
-    return {name: Image.open(io.BytesIO(charts.to_png(figure, dpi=DPI))) for name, figure in figures.items()}
+    return charts.draw_all(*tables(worse), layout=layout) | draw_head_charts(
+        "tiny", maps, rounds, agreement(heads), layout=layout
+    )
+
+
+def drawn() -> dict[str, Image.Image]:
+    return {name: Image.open(io.BytesIO(charts.to_png(figure, dpi=DPI))) for name, figure in figures_of().items()}
+
+
+def drawn_narrow(figures: dict[str, Figure]) -> dict[str, Image.Image]:
+    return {name: Image.open(io.BytesIO(charts.to_png(figures[name], dpi=100))) for name in PINNED_NARROW}
 
 
 def difference(one: Image.Image, two: Image.Image) -> float:
@@ -199,17 +212,80 @@ def test_variants_differ_without_any_colour():
         assert 1.05 / (luminance + 0.05) > (3.0 if name in ("baseline", "agency") else 2.0), name
 
 
-def test_text_is_large_enough_at_400_pixels_and_in_print():
-    """No text below 7 points on a page 8.5 inches wide: 4.6 pixels at 400, where the report scrolls instead."""
-    from matplotlib.text import Text
-
+def test_text_is_large_enough_in_print():
+    """No text below 7 points on a page 8.5 inches wide: 4.6 pixels at 400, where the narrow layout is shown."""
     for name, figure in charts.draw_all(*tables()).items():
         assert figure.get_size_inches()[0] == 8.5
         sizes = {text.get_fontsize() for text in figure.findobj(Text) if text.get_text().strip() and text.get_visible()}
         assert min(sizes) >= 7, name
 
 
+# The narrow layout
+
+
+@pytest.fixture(scope="module")
+def narrow() -> dict[str, Figure]:
+    return figures_of(layout=charts.NARROW)
+
+
+@pytest.mark.parametrize("name", PINNED_NARROW)
+def test_a_narrow_chart_looks_like_its_stored_picture(narrow, name: str):
+    picture = Image.open(io.BytesIO(charts.to_png(narrow[name], dpi=100)))
+    with Image.open(STORED_NARROW / f"{name}.png") as stored:
+        assert picture.width == stored.width == 400
+        assert abs(picture.height - stored.height) <= 2
+        assert difference(stored, picture) < TOLERANCE
+
+
+def told(figure: Figure) -> list[Text]:
+    """Every text that can be seen."""
+    return [
+        text
+        for text in figure.findobj(Text)
+        if text.get_text().strip() and text.get_visible() and (text.axes is None or text.axes.axison)
+    ]
+
+
+def test_narrow_text_is_large_enough_and_lies_inside_the_picture(narrow, pictures):
+    assert set(narrow) == set(pictures)
+    for name, figure in narrow.items():
+        assert figure.get_size_inches()[0] == 4.0
+        figure.draw_without_rendering()
+        for text in told(figure):
+            box = text.get_window_extent()
+            if box.width == 0:
+                continue
+            at = (name, text.get_text(), box)
+            assert text.get_fontsize() >= 7, at
+            assert min(box.x0, box.y0) >= -1, at
+            assert max(box.x1 - figure.bbox.x1, box.y1 - figure.bbox.y1) <= 1, at
+
+
+def test_narrow_labels_do_not_overlap(narrow):
+    """Titles, ticks' and axes' labels of one panel, a pixel allowed; not the labels of points, which lie where they lie."""
+    for name, figure in narrow.items():
+        figure.draw_without_rendering()
+        for axes in figure.axes:
+            if not axes.axison or axes.name == "polar":
+                continue
+            low, high = sorted(axes.get_xlim())
+            bottom, top = sorted(axes.get_ylim())
+            ticks = [tick.label1 for axis, ends in ((axes.xaxis, (low, high)), (axes.yaxis, (bottom, top)))
+                     for tick in axis.get_major_ticks() if ends[0] <= tick.get_loc() <= ends[1]]  # fmt: skip
+            texts = [axes.xaxis.label, axes.yaxis.label, axes._left_title, *ticks]
+            boxes = [(text.get_text(), text.get_window_extent()) for text in texts if text.get_text().strip()]
+            for at, (one, first) in enumerate(boxes):
+                for two, second in boxes[at + 1 :]:
+                    across = min(first.x1, second.x1) - max(first.x0, second.x0)
+                    along = min(first.y1, second.y1) - max(first.y0, second.y0)
+                    assert min(across, along) <= 1, (name, one, two)
+
+
 if __name__ == "__main__":
     STORED.mkdir(exist_ok=True)
     for name, picture in drawn().items():
         picture.convert("RGB").quantize(128, dither=Image.Dither.NONE).save(STORED / f"{name}.png", optimize=True)
+    STORED_NARROW.mkdir(exist_ok=True)
+    for name, picture in drawn_narrow(figures_of(layout=charts.NARROW)).items():
+        colours = picture.convert("RGB").quantize(128, dither=Image.Dither.NONE)
+        colours.save(STORED_NARROW / f"{name}.png", optimize=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -388,7 +389,11 @@ def test_the_results_files_are_complete_and_agree(folder, tmp_path):
     manifest = read_manifest(run)
     assert manifest["spec"]["num_tokens"] == 6
     assert manifest["versions"]["transformers"]
-    assert {path.suffix for path in (run / "charts").iterdir()} == {".png", ".svg"}
+    wide, narrow = (
+        {path.name for path in folder.glob("*.*")} for folder in (run / "charts", run / "charts" / "narrow")
+    )
+    assert {Path(name).suffix for name in wide} == {".png", ".svg"}
+    assert narrow == wide
 
 
 def test_timing_rows_add_up(folder, tmp_path):

@@ -396,7 +396,7 @@ def show_charts(run: Path) -> None:
         return
     from IPython.display import Image, display
 
-    for chart in sorted(run.rglob("*.png")):
+    for chart in sorted((run / "charts").glob("*.png")):
         display(Image(filename=str(chart)))
 
 

@@ -3,7 +3,7 @@
 Every function takes the ``summary`` table (one row per estimate), the ``contrasts`` table (agency beside baseline), or
 both, for one model, and returns a ``matplotlib.figure.Figure`` that belongs to no window and no global state. A missing
 number leaves a gap. Methods are stacked as rows of panels, so that any number of them keeps panels readable when the
-picture is shown 800 pixels wide.
+picture is shown 800 pixels wide. ``layout=NARROW`` stacks all panels in one column for a picture 400 pixels wide.
 """
 
 from __future__ import annotations
@@ -26,13 +26,18 @@ from matplotlib.figure import Figure
 from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.layout_engine import ConstrainedLayoutEngine
 from matplotlib.lines import Line2D
+from matplotlib.patches import Patch
 from matplotlib.textpath import TextToPath
 from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.transforms import ScaledTranslation
 
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.metrics import METRICS
 
 __all__ = [
+    "NARROW",
+    "WIDE",
+    "Layout",
     "comprehensive_summary",
     "draw_all",
     "quality_metrics",
@@ -48,13 +53,37 @@ AGENCY_VS_BASELINE = "agency vs baseline"
 _FARTHEST = 1e30
 _REACH = 1.5
 """An axis reaches so many times the span of the estimates beyond them: bars that go farther are cut, not the lines."""
-_WIDTH_IN = 8.5
-_WIDTH_PT = 72 * _WIDTH_IN - 24
 _FONT = "DejaVu Sans"
 _RULER = TextToPath()
+_NARROW_PANEL_IN = 1.85
 _INK = "#222222"
 _MUTED = "#666666"
 _RADAR_LIMIT_DOUBLINGS = 4
+_SQUARES = {"handlelength": 1.1, "handleheight": 1.0, "columnspacing": 1.3, "fontsize": 8.5}
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How wide a picture is, and how many panels may stand side by side.
+
+    ``title_pt`` is the room for a panel's title in points. No letter is written on a map's square that would have to be
+    smaller than ``smallest_pt``.
+    """
+
+    width_in: float
+    columns: int
+    title_pt: float
+    smallest_pt: float
+
+    @property
+    def width_pt(self) -> float:
+        """Room for text from margin to margin, in points."""
+        return 72 * self.width_in - 24
+
+
+WIDE = Layout(width_in=8.5, columns=3, title_pt=172, smallest_pt=5)
+NARROW = Layout(width_in=4.0, columns=1, title_pt=225, smallest_pt=7)
+"""400 pixels at 100 to the inch: 7 points, the smallest text, are then 10 pixels high."""
 
 
 @dataclass(frozen=True)
@@ -345,32 +374,40 @@ def _new_figure(
     caption: str,
     panels_height_in: float,
     looks: Mapping[str, _Look],
-    extra: Sequence[Line2D],
+    extra: Sequence[Line2D] | Sequence[Patch],
     row_gap: float = 0.02,
+    *,
+    layout: Layout = WIDE,
 ) -> Figure:
     """A figure with title, subtitle, legend and caption at fixed places, and room for the panels between them."""
-    under = _wrapped(subtitle, _WIDTH_PT, 9.5)
-    note = _wrapped(caption, _WIDTH_PT, 8.5)
-    handles = [*_handles(looks), *extra]
-    columns = _legend_columns(handles)
+    head = _wrapped(title, layout.width_pt, 11.5, "bold")
+    under = _wrapped(subtitle, layout.width_pt, 9.5)
+    note = _wrapped(caption, layout.width_pt, 8.5)
+    handles: list[Line2D | Patch] = [*_handles(looks), *extra]
+    columns = _legend_columns(handles, layout)
     rows = math.ceil(len(handles) / columns) if handles else 0
-    top_in = 0.38 + 0.19 * len(under) + 0.2 * rows + 0.08
+    under_in = 0.36 + 0.21 * (len(head) - 1)
+    legend_in = under_in + 0.19 * len(under)
+    top_in = legend_in + 0.2 * rows + 0.1
     bottom_in = 0.08 + 0.165 * len(note)
     height_in = top_in + panels_height_in + bottom_in
-    layout = ConstrainedLayoutEngine(rect=(0, bottom_in / height_in, 1, panels_height_in / height_in), hspace=row_gap)
-    figure = Figure(figsize=(_WIDTH_IN, height_in), layout=layout, facecolor="white")
-    figure.text(0.012, 1 - 0.1 / height_in, title, va="top", fontsize=11.5, fontweight="bold")
-    figure.text(0.012, 1 - 0.36 / height_in, "\n".join(under), va="top", fontsize=9.5, color=_MUTED, linespacing=1.3)
-    figure.text(0.012, 0.07 / height_in, "\n".join(note), va="bottom", fontsize=8.5, color=_MUTED, linespacing=1.3)
+    engine = ConstrainedLayoutEngine(rect=(0, bottom_in / height_in, 1, panels_height_in / height_in), hspace=row_gap)
+    figure = Figure(figsize=(layout.width_in, height_in), layout=engine, facecolor="white")
+    texts: tuple[tuple[float, list[str], dict[str, Any]], ...] = (
+        (1 - 0.1 / height_in, head, {"va": "top", "fontsize": 11.5, "fontweight": "bold"}),
+        (1 - under_in / height_in, under, {"va": "top", "fontsize": 9.5, "color": _MUTED, "linespacing": 1.3}),
+        (0.07 / height_in, note, {"va": "bottom", "fontsize": 8.5, "color": _MUTED, "linespacing": 1.3}),
+    )
+    for y, lines, look in texts:
+        figure.text(0.102 / layout.width_in, y, "\n".join(lines), **look)
     if handles:
         legend = figure.legend(
             handles=handles,
             loc="upper left",
-            bbox_to_anchor=(0.004, 1 - (0.36 + 0.19 * len(under)) / height_in),
+            bbox_to_anchor=(0.034 / layout.width_in, 1 - legend_in / height_in),
             ncols=columns,
-            handlelength=3.2,
-            columnspacing=1.6,
             borderaxespad=0.0,
+            **(_SQUARES if isinstance(handles[0], Patch) else {"handlelength": 3.2, "columnspacing": 1.6}),
         )
         legend.set_in_layout(False)
     return figure
@@ -386,16 +423,50 @@ def _handles(looks: Mapping[str, _Look]) -> list[Line2D]:
     ]  # fmt: skip
 
 
-def _legend_columns(handles: Sequence[Line2D]) -> int:
+def _legend_columns(handles: Sequence[Line2D | Patch], layout: Layout) -> int:
     """One row where the entries fit, else as many columns as the widest entry lets stand side by side."""
-    widths = [0.85 + 0.075 * len(str(handle.get_label())) for handle in handles]
-    if sum(widths) <= _WIDTH_IN:
+    widths = [
+        (0.37 + 0.068 * length if isinstance(handle, Patch) else 0.85 + 0.075 * length)
+        for handle in handles
+        for length in (len(str(handle.get_label())),)
+    ]
+    if sum(widths) <= layout.width_in:
         return max(1, len(widths))
-    return max(1, int(_WIDTH_IN / max(widths)))
+    return max(1, int(layout.width_in / max(widths)))
 
 
-def _placeholder(title: str, subtitle: str, reason: str) -> Figure:
-    figure = _new_figure(title, subtitle, "", 1.4, {}, [])
+def _panels(figure: Figure, rows: int, columns: int, layout: Layout) -> np.ndarray[Any, np.dtype[np.object_]]:
+    """Axes ``[rows, columns]`` that share the value axis by column; one below the other where the layout is narrow."""
+    if columns <= layout.columns:
+        return np.asarray(figure.subplots(rows, columns, squeeze=False, sharey="col"))
+    grid = np.asarray(figure.subplots(rows * columns, 1, squeeze=False)).reshape(rows, columns)
+    for row in grid[1:]:
+        for axes, first in zip(row, grid[0], strict=True):
+            axes.sharey(first)
+    return grid
+
+
+def _value_words(axes: Axes, words: str, layout: Layout, size: float = 8.5) -> None:
+    """What the values are: along the axis, or, where panels are flat, in a line of its own under the title."""
+    if layout.columns > 1:
+        axes.set_ylabel(words, fontsize=size)
+        return
+    words = words.replace("\n", " ")
+    axes.set_ylabel(words, fontsize=8, rotation="horizontal", ha="left", va="bottom", color=_MUTED)
+    place = ScaledTranslation(0, 3 / 72, axes.figure.dpi_scale_trans)
+    axes.yaxis.set_label_coords(0, 1, axes.transAxes + place)
+    if words:
+        axes.set_title(axes.get_title(loc="left"), pad=15)
+
+
+def _level_words(panels: Sequence[Axes], columns: int, layout: Layout) -> None:
+    """Name the level axis below each column; below each panel where a screen shows only a few of a column."""
+    for axes in panels if layout.columns == 1 else panels[max(0, len(panels) - columns) :]:
+        axes.set_xlabel("Heads pruned (%)")
+
+
+def _placeholder(title: str, subtitle: str, reason: str, layout: Layout) -> Figure:
+    figure = _new_figure(title, subtitle, "", 1.4, {}, [], layout=layout)
     axes = figure.subplots()
     _say_nothing_to_draw(axes, reason)
     return figure
@@ -488,14 +559,14 @@ def _value_axis(axes: Axes, drawn: pd.DataFrame, metric: str, factor: float) -> 
     axes.yaxis.set_major_formatter(FuncFormatter(_tick))
 
 
-def _panel_title(metric: str, method: str | None, at_temperature: float = math.nan) -> str:
+def _panel_title(layout: Layout, metric: str, method: str | None, at_temperature: float = math.nan) -> str:
     tail = "" if math.isnan(at_temperature) else f", T\N{NO-BREAK SPACE}=\N{NO-BREAK SPACE}{at_temperature:g}"
-    return _title(method, _label(metric) + tail)
+    return _title(layout.title_pt, method, _label(metric) + tail)
 
 
-def _title(method: str | None, what: str) -> str:
+def _title(width_pt: float, method: str | None, what: str) -> str:
     head = f"{_words(method)}: " if method is not None else ""
-    return "\n".join(_wrapped(head + what, 172, 9, "bold"))
+    return "\n".join(_wrapped(head + what, width_pt, 9, "bold"))
 
 
 def _dense_value(rows: pd.DataFrame) -> float:
@@ -526,7 +597,7 @@ def _only(methods: Sequence[str], method: str) -> str | None:
 
 
 @_in_style
-def speed_comparison(summary: pd.DataFrame) -> Figure:
+def speed_comparison(summary: pd.DataFrame, *, layout: Layout = WIDE) -> Figure:
     """Tokens per second and first-token latency against the level, and speed against perplexity.
 
     A dotted line without markers is the bound: the speed that the bytes left allow, the latency that the FLOPs left
@@ -536,7 +607,7 @@ def speed_comparison(summary: pd.DataFrame) -> Figure:
     speed = summary[summary["metric"].isin(("tokens_per_second", "first_token_latency_s"))]
     methods, model = _methods(speed), _model(summary)
     if not _finite(speed["estimate"]).any():
-        return _placeholder(title, model, "No speed was measured.")
+        return _placeholder(title, model, "No speed was measured.", layout)
     variants = _variants(speed)
     caption = _n_words([(_label(metric), speed[speed["metric"] == metric]) for metric in speed["metric"].unique()])
     both = summary[summary["metric"].isin(("tokens_per_second", "tokens_per_second_ceiling"))]
@@ -546,31 +617,36 @@ def speed_comparison(summary: pd.DataFrame) -> Figure:
     words = f"what the {' or '.join(bounded)} left allow"
     extra = [Line2D([], [], color=_MUTED, linestyle=":", linewidth=1.1, label=words)] if bounded else []
     subtitle = f"{model} · {_method_words(methods)}"
-    figure = _new_figure(title, subtitle, caption, 2.6 * len(methods), _looks(variants), extra)
-    grid = figure.subplots(len(methods), 3, squeeze=False, sharey="col")
+    height_in = _height(2.6, len(methods), 3, layout)
+    figure = _new_figure(title, subtitle, caption, height_in, _looks(variants), extra, layout=layout)
+    grid = _panels(figure, len(methods), 3, layout)
     for row, method in zip(grid, methods, strict=True):
         measured = _at(summary, "tokens_per_second", method)
         _draw_variants(row[0], measured, "tokens_per_second", variants)
         _draw_bound(row[0], _at(summary, "tokens_per_second_ceiling", method), variants, 1.0)
-        row[0].set_title(_panel_title("tokens_per_second", _only(methods, method)))
-        row[0].set_ylabel("token/s (higher is better)")
+        row[0].set_title(_panel_title(layout, "tokens_per_second", _only(methods, method)))
+        _value_words(row[0], "token/s (higher is better)", layout)
         latency = _at(summary, "first_token_latency_s", method)
-        row[1].set_title(_panel_title("first_token_latency_s", _only(methods, method)))
+        row[1].set_title(_panel_title(layout, "first_token_latency_s", _only(methods, method)))
         unit = _draw_variants(row[1], latency, "first_token_latency_s", variants)
         factor, _ = _scale("first_token_latency_s", [float(value) for value in latency["estimate"].dropna()])
         _draw_bound(row[1], _at(summary, "first_token_latency_floor_s", method), variants, factor)
-        row[1].set_ylabel(_axis_words("first_token_latency_s", unit))
+        _value_words(row[1], _axis_words("first_token_latency_s", unit), layout)
         _draw_speed_against_quality(row[2], measured, _at(summary, "perplexity", method), variants)
-        row[2].set_title(_title(_only(methods, method), "Speed against perplexity"))
-        row[2].set_ylabel("token/s (higher is better)")
+        row[2].set_title(_title(layout.title_pt, _only(methods, method), "Speed against perplexity"))
+        _value_words(row[2], "token/s (higher is better)", layout)
     _value_axis(grid[0, 0], both, "", 1.0)
     latency = summary[summary["metric"].isin(("first_token_latency_s", "first_token_latency_floor_s"))]
     factor, _ = _scale("first_token_latency_s", [float(value) for value in latency["estimate"].dropna()])
     _value_axis(grid[0, 1], latency, "first_token_latency_s", factor)
     _value_axis(grid[0, 2], speed[speed["metric"] == "tokens_per_second"], "", 1.0)
-    for axes in grid[-1, :2]:
-        axes.set_xlabel("Heads pruned (%)")
+    _level_words(list(grid[:, :2].ravel()), 2, layout)
     return figure
+
+
+def _height(row_in: float, rows: int, columns: int, layout: Layout) -> float:
+    """How high the panels are together, in inches, where a row of them is ``row_in`` high in the wide layout."""
+    return row_in * rows if columns <= layout.columns else _NARROW_PANEL_IN * rows * columns
 
 
 def _draw_bound(axes: Axes, bound: pd.DataFrame, variants: Sequence[str], factor: float) -> None:
@@ -623,7 +699,7 @@ def _draw_speed_against_quality(
 
 
 @_in_style
-def quality_metrics(summary: pd.DataFrame) -> Figure:
+def quality_metrics(summary: pd.DataFrame, *, layout: Layout = WIDE) -> Figure:
     """Perplexity, diversity (distinct-2) and repetition (seq-rep-4) against the level, one row of panels per method."""
     return _metric_rows(
         summary,
@@ -631,11 +707,12 @@ def quality_metrics(summary: pd.DataFrame) -> Figure:
         "Quality under head pruning",
         [(method, None) for method in _methods(summary[summary["metric"].isin(_QUALITY)])],
         "Diversity and repetition are best near the dense model: word salad is diverse, a loop repeats.",
+        layout,
     )
 
 
 @_in_style
-def temperature(summary: pd.DataFrame) -> Figure:
+def temperature(summary: pd.DataFrame, *, layout: Layout = WIDE) -> Figure:
     """Generation perplexity, distinct-2 and seq-rep-4 against the level, one row per method and temperature."""
     rows = summary[summary["metric"].isin(_TEMPERATURE)]
     return _metric_rows(
@@ -644,6 +721,7 @@ def temperature(summary: pd.DataFrame) -> Figure:
         "Generated text by sampling temperature",
         [(method, value) for method in _methods(rows) for value in _temperatures(rows, _TEMPERATURE)],
         "Generation perplexity is that of the generated text under the dense model. Near the dense line is best.",
+        layout,
     )
 
 
@@ -653,12 +731,13 @@ def _metric_rows(
     title: str,
     panels: Sequence[tuple[str, float | None]],
     note: str,
+    layout: Layout,
 ) -> Figure:
     """One column per metric, one row per (method, temperature); a temperature of None takes the main one."""
     rows = summary[summary["metric"].isin(metrics)]
     model, methods, variants = _model(summary), _methods(rows), _variants(rows)
     if not panels or not _finite(rows["estimate"]).any():
-        return _placeholder(title, model, "Nothing of this was measured.")
+        return _placeholder(title, model, "Nothing of this was measured.", layout)
     caption = f"{_n_words([(_label(metric), rows[rows['metric'] == metric]) for metric in metrics])} {note}"
     has_dense = any(
         math.isfinite(_dense_value(rows[(rows["metric"] == metric) & (rows["method"] == method)]))
@@ -667,8 +746,9 @@ def _metric_rows(
     )
     extra = [_dense_handle()] if has_dense else []
     subtitle = f"{model} · {_method_words(methods)}"
-    figure = _new_figure(title, subtitle, caption, 2.5 * len(panels), _looks(variants), extra)
-    grid = figure.subplots(len(panels), len(metrics), squeeze=False, sharey="col")
+    height_in = _height(2.5, len(panels), len(metrics), layout)
+    figure = _new_figure(title, subtitle, caption, height_in, _looks(variants), extra, layout=layout)
+    grid = _panels(figure, len(panels), len(metrics), layout)
     for row, (method, value) in zip(grid, panels, strict=True):
         for axes, metric in zip(row, metrics, strict=True):
             shown = _main_temperature(rows[rows["metric"] == metric]) if value is None else value
@@ -676,17 +756,16 @@ def _metric_rows(
             unit = _draw_variants(axes, drawn, metric, variants)
             if metric != "perplexity":
                 _dense_line(axes, _dense_value(drawn))
-            axes.set_title(_panel_title(metric, _only(methods, method), shown))
-            axes.set_ylabel(_axis_words(metric, unit))
+            axes.set_title(_panel_title(layout, metric, _only(methods, method), shown))
+            _value_words(axes, _axis_words(metric, unit), layout)
     for axes, metric in zip(grid[0], metrics, strict=True):
         _value_axis(axes, rows[rows["metric"] == metric], metric, 1.0)
-    for axes in grid[-1]:
-        axes.set_xlabel("Heads pruned (%)")
+    _level_words(list(grid.ravel()), len(metrics), layout)
     return figure
 
 
 @_in_style
-def relative_improvement(contrasts: pd.DataFrame) -> Figure:
+def relative_improvement(contrasts: pd.DataFrame, *, layout: Layout = WIDE) -> Figure:
     """How much better agency does than the baseline at each level: one panel per metric, one line per method.
 
     The sign is turned where lower is better, so that upward always means that agency is better.
@@ -696,25 +775,26 @@ def relative_improvement(contrasts: pd.DataFrame) -> Figure:
     metrics = [metric for metric in _IMPROVEMENT if _finite(rows.loc[rows["metric"] == metric, "estimate"]).any()]
     model, methods = _model(contrasts), _methods(rows[rows["metric"].isin(metrics)])
     if not metrics:
-        return _placeholder(title, model, "There is no comparison of agency with the baseline to draw.")
+        return _placeholder(title, model, "There is no comparison of agency with the baseline to draw.", layout)
     caption = (
         f"{_n_words([(_label(metric), rows[rows['metric'] == metric]) for metric in metrics])} Above the zero line "
         "agency is better, below it worse; a bar that crosses the line does not tell."
     )
-    columns = min(3, len(metrics))
+    columns = min(layout.columns, len(metrics))
     count = math.ceil(len(metrics) / columns)
     looks = _method_looks(methods)
     subtitle = f"{model} · {_method_words(methods)}"
-    figure = _new_figure(title, subtitle, caption, 2.6 * count, looks if len(methods) > 1 else {}, [])
+    height_in = (2.6 if layout.columns > 1 else _NARROW_PANEL_IN) * count
+    shown = looks if len(methods) > 1 else {}
+    figure = _new_figure(title, subtitle, caption, height_in, shown, [], layout=layout)
     grid = figure.subplots(count, columns, squeeze=False).ravel()
     for axes, metric in zip(grid, metrics, strict=False):
         at = _main_temperature(rows[rows["metric"] == metric])
-        _draw_improvement(axes, rows, metric, methods, looks)
-        axes.set_title(_panel_title(metric, None, at))
+        axes.set_title(_panel_title(layout, metric, None, at))
+        _draw_improvement(axes, rows, metric, methods, looks, layout)
     for axes in grid[len(metrics) :]:
         axes.set_axis_off()
-    for axes in grid[max(0, len(metrics) - columns) : len(metrics)]:
-        axes.set_xlabel("Heads pruned (%)")
+    _level_words(list(grid[: len(metrics)]), columns, layout)
     return figure
 
 
@@ -729,7 +809,7 @@ def _method_looks(methods: Sequence[str]) -> dict[str, _Look]:
 
 
 def _draw_improvement(
-    axes: Axes, rows: pd.DataFrame, metric: str, methods: Sequence[str], looks: Mapping[str, _Look]
+    axes: Axes, rows: pd.DataFrame, metric: str, methods: Sequence[str], looks: Mapping[str, _Look], layout: Layout
 ) -> None:
     chosen = rows[rows["metric"] == metric]
     levels = sorted(float(level) for level in chosen["level"].dropna().unique())
@@ -758,7 +838,7 @@ def _draw_improvement(
     axes.yaxis.set_major_formatter(FuncFormatter(_signed_tick))
     axes.axhline(0.0, color=_INK, linewidth=1.1, zorder=1.5)
     axes.axhspan(0.0, axes.get_ylim()[1], color="#0072B2", alpha=0.05, linewidth=0, zorder=0)
-    axes.set_ylabel(f"{'Change, %' if relative else 'Difference'}\n(positive = agency better)")
+    _value_words(axes, f"{'Change, %' if relative else 'Difference'}\n(positive = agency better)", layout)
 
 
 def _signed_tick(value: float, _position: object = None) -> str:
@@ -766,7 +846,7 @@ def _signed_tick(value: float, _position: object = None) -> str:
 
 
 @_in_style
-def comprehensive_summary(summary: pd.DataFrame, *, method: str | None = None) -> Figure:
+def comprehensive_summary(summary: pd.DataFrame, *, method: str | None = None, layout: Layout = WIDE) -> Figure:
     """Every metric of one method on one page, a panel each, at the temperature nearest to 1.
 
     ``method`` may be left out where the table holds one method only.
@@ -774,7 +854,7 @@ def comprehensive_summary(summary: pd.DataFrame, *, method: str | None = None) -
     methods = _methods(summary)
     title = "All measurements on one page"
     if not methods:
-        return _placeholder(title, _model(summary), "Nothing was measured.")
+        return _placeholder(title, _model(summary), "Nothing was measured.", layout)
     if method is None and len(methods) > 1:
         raise InputError(f"the page shows one method, but the table holds {methods}. Pass method=")
     if method is not None and method not in methods:
@@ -785,15 +865,16 @@ def comprehensive_summary(summary: pd.DataFrame, *, method: str | None = None) -
     metrics = [metric for metric in present if _finite(chosen.loc[chosen["metric"] == metric, "estimate"]).any()]
     subtitle = f"{_model(summary)} · {_method_words([method or methods[0]])}"
     if not metrics:
-        return _placeholder(title, subtitle, "Nothing was measured.")
+        return _placeholder(title, subtitle, "Nothing was measured.", layout)
     variants = _variants(chosen)
     caption = _n_words([(_label(metric), chosen[chosen["metric"] == metric]) for metric in metrics])
     without = [_label(metric) for metric in present if metric not in metrics]
     if without:
         caption += f" No figures for: {', '.join(without)}."
-    columns = min(3, len(metrics))
+    columns = min(layout.columns, len(metrics))
     count = math.ceil(len(metrics) / columns)
-    figure = _new_figure(title, subtitle, caption, 0.3 + 1.9 * count, _looks(variants), [])
+    height_in = 0.3 + 1.9 * count if layout.columns > 1 else _NARROW_PANEL_IN * count
+    figure = _new_figure(title, subtitle, caption, height_in, _looks(variants), [], layout=layout)
     grid = figure.subplots(count, columns, squeeze=False).ravel()
     for axes, metric in zip(grid, metrics, strict=False):
         at = _main_temperature(chosen[chosen["metric"] == metric])
@@ -803,12 +884,11 @@ def comprehensive_summary(summary: pd.DataFrame, *, method: str | None = None) -
             continue
         factor, _ = _scale(metric, [float(value) for value in rows["estimate"].dropna()])
         _value_axis(axes, rows, metric, factor)
-        axes.set_title(_panel_title(metric, None, at), fontsize=8.5)
-        axes.set_ylabel(_axis_words(metric, unit), fontsize=8)
+        axes.set_title(_panel_title(layout, metric, None, at), fontsize=8.5)
+        _value_words(axes, _axis_words(metric, unit), layout, 8)
     for axes in grid[len(metrics) :]:
         axes.set_axis_off()
-    for axes in grid[max(0, len(metrics) - columns) : len(metrics)]:
-        axes.set_xlabel("Heads pruned (%)")
+    _level_words(list(grid[: len(metrics)]), columns, layout)
     return figure
 
 
@@ -877,7 +957,7 @@ def _scores(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str) -> tupl
 
 
 @_in_style
-def radar(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Figure:
+def radar(summary: pd.DataFrame, contrasts: pd.DataFrame, *, layout: Layout = WIDE) -> Figure:
     """Agency relative to the baseline at the highest level, as a radar and as a sorted dot chart, one row per method.
 
     Outward is better on every spoke: lower-is-better metrics show baseline / agency. The scale doubles from ring to
@@ -889,7 +969,7 @@ def radar(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Figure:
     scored = {method: _scores(summary, contrasts, method) for method in _methods(summary)}
     scored = {method: found for method, found in scored.items() if found[1]}
     if not scored:
-        return _placeholder(title, model, "There is no comparison of agency with the baseline to draw.")
+        return _placeholder(title, model, "There is no comparison of agency with the baseline to draw.", layout)
     limit = _doublings([score for _, scores in scored.values() for score in scores])
     parts = [(_label(m), contrasts[(contrasts["metric"] == m) & contrasts["method"].isin(scored)]) for m in _RADAR]
     caption = (
@@ -901,15 +981,27 @@ def radar(summary: pd.DataFrame, contrasts: pd.DataFrame) -> Figure:
         caption += " A triangle points at what lies beyond the scale."
     subtitle = f"{model} · {_method_words(list(scored))}"
     ring = Line2D([], [], color=_VARIANTS["baseline"].colour, lw=1.6, label="baseline = 100 %")
-    figure = _new_figure(title, subtitle, caption, 4.1 * len(scored), _looks(["agency"]), [ring], row_gap=0.06)
-    grid = figure.add_gridspec(len(scored), 2, width_ratios=(1.35, 1.0))
+    beside = layout.columns > 1
+    height_in = (4.1 if beside else 6.6) * len(scored)
+    figure = _new_figure(
+        title, subtitle, caption, height_in, _looks(["agency"]), [ring], row_gap=0.06 if beside else 0.02, layout=layout
+    )
+    grid = (
+        figure.add_gridspec(len(scored), 2, width_ratios=(1.35, 1.0))
+        if beside
+        else figure.add_gridspec(2 * len(scored), 1, height_ratios=(1.2, 1.0) * len(scored))
+    )
     for index, (method, (level, scores)) in enumerate(scored.items()):
+        # Each in a grid of its own where they are stacked: the room that the spokes' labels take is not the dots' to lose.
+        first, second = (
+            (grid[index, 0], grid[index, 1]) if beside else (grid[2 * index + at].subgridspec(1, 1)[0] for at in (0, 1))
+        )
         head = f"{_words(method)}, {level:g} % of heads pruned"
         if len(scores) >= 3:
-            _draw_radar(figure.add_subplot(grid[index, 0], projection="polar"), scores, limit, head)
+            _draw_radar(figure.add_subplot(first, projection="polar"), scores, limit, head)
         else:
-            _say_nothing_to_draw(figure.add_subplot(grid[index, 0]), "a radar needs three quantities")
-        _draw_dots(figure.add_subplot(grid[index, 1]), scores, limit, head)
+            _say_nothing_to_draw(figure.add_subplot(first), "a radar needs three quantities")
+        _draw_dots(figure.add_subplot(second), scores, limit, head)
     return figure
 
 
@@ -1021,20 +1113,23 @@ def _draw_dots(axes: Axes, scores: Sequence[_Score], limit: int, head: str) -> N
 # All of them, and saving
 
 
-def draw_all(summary: pd.DataFrame, contrasts: pd.DataFrame) -> dict[str, Figure]:
+def draw_all(summary: pd.DataFrame, contrasts: pd.DataFrame, *, layout: Layout = WIDE) -> dict[str, Figure]:
     """Every chart by its name, in reading order; several methods give a ``comprehensive_summary_<method>`` each."""
     methods = _methods(summary)
     pages = (
-        {f"comprehensive_summary_{method}": comprehensive_summary(summary, method=method) for method in methods}
+        {
+            f"comprehensive_summary_{method}": comprehensive_summary(summary, method=method, layout=layout)
+            for method in methods
+        }
         if len(methods) > 1
-        else {"comprehensive_summary": comprehensive_summary(summary)}
+        else {"comprehensive_summary": comprehensive_summary(summary, layout=layout)}
     )
     return {
-        "speed_comparison": speed_comparison(summary),
-        "quality_metrics": quality_metrics(summary),
-        "relative_improvement": relative_improvement(contrasts),
-        "radar": radar(summary, contrasts),
-        "temperature": temperature(summary),
+        "speed_comparison": speed_comparison(summary, layout=layout),
+        "quality_metrics": quality_metrics(summary, layout=layout),
+        "relative_improvement": relative_improvement(contrasts, layout=layout),
+        "radar": radar(summary, contrasts, layout=layout),
+        "temperature": temperature(summary, layout=layout),
         **pages,
     }
 

@@ -12,11 +12,10 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.colors import BoundaryNorm, ListedColormap, LogNorm, Normalize, TwoSlopeNorm
 from matplotlib.figure import Figure
-from matplotlib.lines import Line2D
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from pruning_comparison.charts import _in_style, _new_figure, _number, _placeholder, _title, _words
+from pruning_comparison.charts import WIDE, Layout, _in_style, _new_figure, _number, _placeholder, _title, _words
 from pruning_comparison.crossed import Array
 from pruning_comparison.head_maps import HeadMap, RoundMap, variant_rank
 
@@ -24,6 +23,7 @@ __all__ = ["draw_head_charts", "head_agreement", "head_departures", "head_negoti
 
 _STAYS = "#f2f2f2"
 _MOST_PANELS = 24
+_HEADS_OF_HALF_A_COLUMN = 12
 _LABELS = {
     "score": "Score (high = stays)",
     "utilisation": "Utilisation",
@@ -46,27 +46,32 @@ _ROUND_WORDS = {
 
 
 def draw_head_charts(
-    model: str, maps: Sequence[HeadMap], rounds: Sequence[RoundMap], agreed: pd.DataFrame
+    model: str,
+    maps: Sequence[HeadMap],
+    rounds: Sequence[RoundMap],
+    agreed: pd.DataFrame,
+    *,
+    layout: Layout = WIDE,
 ) -> dict[str, Figure]:
     """Every map by its name, in reading order; none where no head was recorded."""
     if not maps:
         return {}
     return {
-        "head_departures": head_departures(model, maps),
-        "head_values": head_values(model, maps),
-        **({"head_negotiation": head_negotiation(model, rounds)} if rounds else {}),
-        **({"head_agreement": head_agreement(model, agreed)} if len(agreed) else {}),
+        "head_departures": head_departures(model, maps, layout=layout),
+        "head_values": head_values(model, maps, layout=layout),
+        **({"head_negotiation": head_negotiation(model, rounds, layout=layout)} if rounds else {}),
+        **({"head_agreement": head_agreement(model, agreed, layout=layout)} if len(agreed) else {}),
     }
 
 
 @_in_style
-def head_departures(model: str, maps: Sequence[HeadMap]) -> Figure:
+def head_departures(model: str, maps: Sequence[HeadMap], *, layout: Layout = WIDE) -> Figure:
     """At which level each head leaves, a map per variant, a row of maps per method; refusals and overrides are marked."""
     title = "Which heads leave at which level"
     maps, left_out = maps[:_MOST_PANELS], max(0, len(maps) - _MOST_PANELS)
     levels = sorted({level for one in maps for level in one.levels if level > 0})
     if not levels:
-        return _placeholder(title, _words(model), "No level above 0 was measured.")
+        return _placeholder(title, _words(model), "No level above 0 was measured.", layout)
     several = max(len(one.by_iteration) for one in maps)
     caption = (
         "Each square is a head. Its colour is the lowest level measured at which it has gone"
@@ -77,30 +82,31 @@ def head_departures(model: str, maps: Sequence[HeadMap]) -> Figure:
         caption += " A dot: the head refused at least once. A cross: it was overridden at least once."
     if left_out:
         caption += f" {left_out} more maps are in heads.csv."
-    columns = min(3, len({one.variant for one in maps}) if len(maps) > 1 else 1)
-    grid, figure, height = _map_grid(title, f"{_words(model)}", caption, maps[0].gone_at.shape, len(maps), columns)
+    columns = _columns(min(3, len({one.variant for one in maps})), maps[0].gone_at.shape[1], layout)
     shades = matplotlib.colormaps["viridis"](np.linspace(0.05, 0.95, len(levels)))
+    handles = [Patch(facecolor=shade, edgecolor="#888888", label=f"{level:g} %")
+               for shade, level in zip(shades, levels, strict=True)]  # fmt: skip
+    handles.append(Patch(facecolor=_STAYS, edgecolor="#888888", label="stays"))
+    grid, figure, height = _map_grid(
+        title, f"{_words(model)}", caption, maps[0].gone_at.shape, len(maps), columns, handles, layout
+    )
     colours = ListedColormap(shades)
     norm = BoundaryNorm([*(np.array(levels) - 1e-6), levels[-1] + 1], len(levels))
     for axes, one in zip(grid, maps, strict=False):
         values = np.where(np.isfinite(one.gone_at), one.gone_at, np.nan)
         _draw_map(axes, values, colours, norm)
-        axes.set_title(_title(one.method, one.variant))
+        axes.set_title(_map_title(layout, columns, one.method, one.variant))
         size = _mark_size(height, one.gone_at.shape)
         for grid_of, marker, scale in ((one.refused, "o", 0.5), (one.overridden, "x", 1.0)):
             layer, head = np.nonzero(grid_of)
             dark = [_contrast(colours(norm(values[at]))) if np.isfinite(values[at]) else "#333333" for at in
                     zip(layer, head, strict=True)]  # fmt: skip
             axes.scatter(head, layer, marker=marker, s=(size * scale) ** 2, c=dark or None, linewidths=1.0, zorder=3)
-    handles = [Patch(facecolor=shade, edgecolor="#888888", label=f"{level:g} %")
-               for shade, level in zip(shades, levels, strict=True)]  # fmt: skip
-    handles.append(Patch(facecolor=_STAYS, edgecolor="#888888", label="stays"))
-    _legend(figure, handles)
     return figure
 
 
 @_in_style
-def head_values(model: str, maps: Sequence[HeadMap]) -> Figure:
+def head_values(model: str, maps: Sequence[HeadMap], *, layout: Layout = WIDE) -> Figure:
     """The dense model's scores by every method, and its signals, a map each."""
     panels: list[tuple[str, str, Array]] = []
     seen: set[tuple[str, str]] = set()
@@ -113,17 +119,17 @@ def head_values(model: str, maps: Sequence[HeadMap]) -> Figure:
     panels.sort(key=lambda panel: panel[1] != "score")
     title = "Scores and signals of the dense model's heads"
     if not panels:
-        return _placeholder(title, _words(model), "No scores were recorded.")
+        return _placeholder(title, _words(model), "No scores were recorded.", layout)
     caption = (
         "Means over iterations, on calibration text. Dark is low and light is high; alignment is white at 0. Scales that "
         "span more than two decades are logarithmic."
     )
-    columns = min(3, len(panels))
-    grid, figure, _ = _map_grid(title, _words(model), caption, panels[0][2].shape, len(panels), columns, legend=False)
+    columns = min(layout.columns, len(panels))
+    grid, figure, _ = _map_grid(title, _words(model), caption, panels[0][2].shape, len(panels), columns, [], layout)
     for axes, (method, name, values) in zip(grid, panels, strict=False):
         norm, colours = _value_scale(name, values)
         picture = _draw_map(axes, values, matplotlib.colormaps[colours], norm)
-        axes.set_title(_title(method or None, _LABELS.get(name, _words(name))))
+        axes.set_title(_map_title(layout, columns, method or None, _LABELS.get(name, _words(name))))
         bar = figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02, aspect=18)
         bar.outline.set_visible(False)
         bar.ax.tick_params(labelsize=7.5, length=2)
@@ -135,7 +141,7 @@ def head_values(model: str, maps: Sequence[HeadMap]) -> Figure:
 
 
 @_in_style
-def head_negotiation(model: str, rounds: Sequence[RoundMap]) -> Figure:
+def head_negotiation(model: str, rounds: Sequence[RoundMap], *, layout: Layout = WIDE) -> Figure:
     """What every head was, and answered, in every round of one trajectory: agency's, by the first method."""
     first = next((one for one in rounds if one.variant == "agency"), rounds[0])
     ours = [one for one in rounds if (one.variant, one.method) == (first.variant, first.method)][:_MOST_PANELS]
@@ -145,35 +151,36 @@ def head_negotiation(model: str, rounds: Sequence[RoundMap]) -> Figure:
         "c consented, r refused, x overridden, o overloaded, m misaligned."
     )
     shape = (len(first.words), len(first.words[0]))
+    columns = _columns(min(4, len(ours)), shape[1], layout)
+    told = {word for one in ours for row in one.words for word in row}
+    handles = [Patch(facecolor=colour, edgecolor="#888888", label=label)
+               for name, (colour, _, label) in _ROUND_WORDS.items() if name in told]  # fmt: skip
     grid, figure, height = _map_grid(
-        "The negotiation, round by round", _words(model), caption, shape, len(ours), min(4, len(ours))
+        "The negotiation, round by round", _words(model), caption, shape, len(ours), columns, handles, layout
     )
     names = list(_ROUND_WORDS)
     colours = ListedColormap([_ROUND_WORDS[name][0] for name in names])
     for axes, one in zip(grid, ours, strict=False):
         codes = np.array([[names.index(word) if word in names else np.nan for word in row] for row in one.words], float)
         _draw_map(axes, codes, colours, BoundaryNorm(np.arange(len(names) + 1) - 0.5, len(names)))
-        axes.set_title(_title(None, f"to {one.level:g} %"))
+        axes.set_title(_map_title(layout, columns, None, f"to {one.level:g} %"))
         size = 1.4 * _mark_size(height, shape)
-        if size >= 5:
+        if size >= layout.smallest_pt:
             for layer, row in enumerate(one.words):
                 for head, word in enumerate(row):
                     letter = _ROUND_WORDS.get(word, ("", "", ""))[1]
                     if letter:
                         ink = _contrast(matplotlib.colors.to_rgba(_ROUND_WORDS[word][0]))
                         axes.text(head, layer, letter, ha="center", va="center", fontsize=min(8, size), color=ink)
-    told = {word for one in ours for row in one.words for word in row}
-    _legend(figure, [Patch(facecolor=colour, edgecolor="#888888", label=label)
-                     for name, (colour, _, label) in _ROUND_WORDS.items() if name in told])  # fmt: skip
     return figure
 
 
 @_in_style
-def head_agreement(model: str, agreed: pd.DataFrame) -> Figure:
+def head_agreement(model: str, agreed: pd.DataFrame, *, layout: Layout = WIDE) -> Figure:
     """Share of lost heads that two choices have in common, at the level nearest to 50 %, and scores' rank correlation."""
     title = "How far choices of heads agree"
     if agreed.empty:
-        return _placeholder(title, _words(model), "There is nothing to compare.")
+        return _placeholder(title, _words(model), "There is nothing to compare.", layout)
     level = min((float(value) for value in agreed["level"].unique()), key=lambda value: (abs(value - 50), value))
     rows = agreed[agreed["level"] == level]
     records = rows.to_dict("records")
@@ -187,19 +194,27 @@ def head_agreement(model: str, agreed: pd.DataFrame) -> Figure:
         common[one, two] = common[two, one] = row["common"]
         correlation[one, two] = correlation[two, one] = row["score_correlation"]
     chance = float(rows["chance"].mean())
+    beside = layout.columns > 1
+    first, second = ("Left", "Right") if beside else ("Above", "Below")
     caption = (
-        f"Left: share of the heads gone at {level:g} % in one choice that are gone in the other too; two random choices "
-        f"would have {100 * chance:.0f} % in common. Right: rank correlation of the two scores of the dense model. On the "
-        "diagonal: between iterations of one choice. Off it: the same iteration. Empty: not comparable."
+        f"{first}: share of the heads gone at {level:g} % in one choice that are gone in the other too; two random choices "
+        f"would have {100 * chance:.0f} % in common. {second}: rank correlation of the two scores of the dense model. On "
+        "the diagonal: between iterations of one choice. Off it: the same iteration. Empty: not comparable."
     )
-    side = max(1.7, min(4.0, 0.34 * len(names) + 0.9))
-    longest = max(len(variant) + len(method) for variant, method in names)
-    figure = _new_figure(title, f"{_words(model)} · {level:g} % of heads pruned", caption, side + 0.055 * longest + 0.5,
-                         {}, [])  # fmt: skip
     labels = [f"{_words(variant)}, {_words(method)}" for variant, method in names]
+    size = max(layout.smallest_pt, 5.5, 8.5 - 0.12 * len(names))
+    longest = max(map(len, labels)) - 2
+    side = max(1.7, min(4.0, 0.34 * len(names) + 0.9))
+    wide, high = side, side + 0.055 * longest
+    if not beside:
+        labels = [f"{label}  {number}" for number, label in enumerate(labels, start=1)]
+        wide = min(side, layout.width_in - 0.0085 * size * longest - 0.7)
+        high = max(wide, 0.02 * size * len(names))
+    subtitle = f"{_words(model)} · {level:g} % of heads pruned"
+    figure = _new_figure(title, subtitle, caption, (high + 0.5) * (1 if beside else 2), {}, [], layout=layout)
     for index, (axes, values, heading, norm, colours) in enumerate(
         zip(
-            figure.subplots(1, 2),
+            figure.subplots(1, 2) if beside else figure.subplots(2, 1),
             (common, correlation),
             ("Heads gone in common", "Rank correlation of scores"),
             (Normalize(0, 1), TwoSlopeNorm(0, -1, 1)),
@@ -208,18 +223,32 @@ def head_agreement(model: str, agreed: pd.DataFrame) -> Figure:
         )
     ):
         shades = matplotlib.colormaps[colours]
-        axes.imshow(values, cmap=shades, norm=norm, aspect="equal")
+        axes.imshow(values, cmap=shades, norm=norm, aspect="equal" if beside or high == wide else "auto")
         axes.set_title(heading)
         axes.grid(visible=False)
-        axes.set_xticks(range(len(names)), labels, rotation=90)
-        axes.set_yticks(range(len(names)), labels if index == 0 else [""] * len(names))
-        axes.tick_params(length=0, labelsize=max(5.5, 8.5 - 0.12 * len(names)))
-        for one, two in np.argwhere(np.isfinite(values)) if len(names) <= 14 else ():
+        axes.set_yticks(range(len(names)), labels if index == 0 or not beside else [""] * len(names))
+        if beside:
+            axes.set_xticks(range(len(names)), labels, rotation=90)
+        else:
+            shown = range(0, len(names), math.ceil(0.02 * size * len(names) / wide))
+            axes.set_xticks(shown, [str(at + 1) for at in shown])
+        axes.tick_params(length=0, labelsize=size)
+        told = len(names) <= 14 if beside else wide / len(names) >= 0.3
+        for one, two in np.argwhere(np.isfinite(values)) if told else ():
             value = values[one, two]
             text = f"{100 * value:.0f} %" if index == 0 else f"{value:.2f}".replace("-", "\N{MINUS SIGN}")
             ink = _contrast(shades(norm(value)))
             axes.text(two, one, text, ha="center", va="center", fontsize=7, color=ink)
     return figure
+
+
+def _columns(wanted: int, heads: int, layout: Layout) -> int:
+    """How many maps stand side by side; two in a narrow picture, where squares stay large enough for a letter."""
+    return wanted if layout.columns > 1 else min(wanted, 2 if heads <= _HEADS_OF_HALF_A_COLUMN else 1)
+
+
+def _map_title(layout: Layout, columns: int, method: str | None, what: str) -> str:
+    return _title(layout.title_pt if layout.columns > 1 or columns == 1 else 105, method, what)
 
 
 def _map_grid(
@@ -229,17 +258,15 @@ def _map_grid(
     shape: tuple[int, ...],
     count: int,
     columns: int,
-    *,
-    legend: bool = True,
+    handles: Sequence[Patch],
+    layout: Layout,
 ) -> tuple[Sequence[Axes], Figure, float]:
     """A figure with a grid of maps, its axes, and the height of a map in inches: squares where there is room for them."""
     rows = math.ceil(count / columns)
-    width = (8.5 - 0.4 * columns) / columns
-    height = min(4.5, max(1.1, width * shape[0] / shape[1])) if shape[1] else 1.1
-    room = [Line2D([], [], color="none", label=" ")] if legend else []
-    figure = _new_figure(title, subtitle, caption, rows * (height + 0.62), {}, room)
-    for placeholder in figure.legends:
-        placeholder.remove()
+    width = (layout.width_in - 0.4 * columns) / columns
+    most = 4.5 if layout.columns > 1 else 3.4
+    height = min(most, max(1.1, width * shape[0] / shape[1])) if shape[1] else 1.1
+    figure = _new_figure(title, subtitle, caption, rows * (height + 0.62), {}, handles, layout=layout)
     grid = np.asarray(figure.subplots(rows, columns, squeeze=False)).ravel()
     for axes in grid[count:]:
         axes.set_axis_off()
@@ -288,13 +315,3 @@ def _contrast(colour: Sequence[float]) -> str:
     """Black or white ink, whichever is read better on a colour."""
     red, green, blue = (float(part) for part in colour[:3])
     return "white" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.3 else "#111111"
-
-
-def _legend(figure: Figure, handles: Sequence[Any]) -> None:
-    """A legend at the place that ``_map_grid`` leaves for it."""
-    height = figure.get_size_inches()[1]
-    legend = figure.legend(
-        handles=handles, loc="upper left", bbox_to_anchor=(0.004, 1 - 0.55 / height), ncols=len(handles),
-        handlelength=1.1, handleheight=1.0, columnspacing=1.3, borderaxespad=0.0, fontsize=8.5,
-    )  # fmt: skip
-    legend.set_in_layout(False)

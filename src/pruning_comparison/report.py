@@ -47,7 +47,8 @@ _MAIN_METRICS = (
 )
 
 # The document stays under 3 MB: these parts share it, and each says so when it has to leave something out.
-_CHART_BYTES = 1_200_000
+_CHART_BYTES = 800_000
+_NARROW_CHART_BYTES = 400_000
 _TABLE_BYTES = 600_000
 _HEAD_BYTES = 450_000
 _COMPARED_ROWS = 2_000
@@ -60,13 +61,21 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0
 
 
 @dataclass(frozen=True)
+class _Picture:
+    """A PNG in base 64, and its width and height in pixels of 100 to the inch, which is how wide it is to be shown."""
+
+    data: str
+    width: int
+    height: int
+
+
+@dataclass(frozen=True)
 class _Chart:
     heading: str
     reading: str
     alt: str
-    data: str
-    width: int
-    height: int
+    wide: _Picture
+    narrow: _Picture | None
 
 
 @dataclass(frozen=True)
@@ -143,6 +152,7 @@ def render_report(
     findings: Sequence[Finding],
     pictures: Mapping[str, bytes],
     manifest: Mapping[str, Any],
+    narrow_pictures: Mapping[str, bytes] | None = None,
     texts: pd.DataFrame | None = None,
     heads: Sequence[HeadMap] = (),
     agreed: pd.DataFrame | None = None,
@@ -151,7 +161,9 @@ def render_report(
 
     ``answers``, ``optimal`` and ``equal`` are the tables behind the verdicts (``ANSWER_COLUMNS``, ``OPTIMUM_COLUMNS``,
     ``EQUAL_COLUMNS``); rows of ``answers`` of kind "exploratory" are shown apart. ``pictures`` are the charts as PNG, 150
-    dots per inch, by name. ``texts`` holds the generated texts, where they were kept; of these the report shows, per
+    dots per inch, by name; screens up to 600 pixels wide show those of ``narrow_pictures`` instead.
+
+    ``texts`` holds the generated texts, where they were kept; of these the report shows, per
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
     that tell about a head when it is pointed at, and ``agreed`` (``AGREEMENT_COLUMNS``) says how far they agree.
     """
@@ -159,7 +171,7 @@ def render_report(
     tables, rows_left_out = _method_tables(summary, contrasts)
     samples, samples_left_out = _sample_groups(texts)
     drawn, head_data, maps_left_out = _head_tables(heads)
-    charts = _charts(pictures, name)
+    charts = _charts(pictures, narrow_pictures or {}, name)
     warnings = [str(warning) for warning in _sequence(manifest.get("warnings"))]
     exploratory = answers["kind"] == "exploratory"
     return _rendered(
@@ -366,14 +378,11 @@ _CHART_WORDS = {
 }
 
 
-def _charts(pictures: Mapping[str, bytes], name: str) -> dict[str, _Chart]:
-    scale = 1.0
-    smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
-    while sum(len(png) for png, _ in smaller.values()) > _CHART_BYTES and scale > 0.2:
-        scale *= 0.8
-        smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
+def _charts(pictures: Mapping[str, bytes], narrow: Mapping[str, bytes], name: str) -> dict[str, _Chart]:
+    wide = _fitting(pictures, _CHART_BYTES, least=0.2)
+    small = _fitting(narrow, _NARROW_CHART_BYTES, least=2 / 3)
     charts = {}
-    for key, (png, (width, height)) in smaller.items():
+    for key, picture in wide.items():
         stem = next((known for known in _CHART_WORDS if key.startswith(known)), None)
         heading, reading = _CHART_WORDS[stem] if stem else (key.replace("_", " "), "")
         method = key[len(stem) :].strip("_") if stem else ""
@@ -382,11 +391,29 @@ def _charts(pictures: Mapping[str, bytes], name: str) -> dict[str, _Chart]:
             heading,
             reading,
             f"Chart for {name}: {heading}. {reading} The numbers are in the tables of this report.",
-            base64.b64encode(png).decode(),
-            width,
-            height,
+            picture,
+            small.get(key),
         )
     return charts
+
+
+def _fitting(pictures: Mapping[str, bytes], most_bytes: int, *, least: float) -> dict[str, _Picture]:
+    """The pictures at the largest scale at which they fit together.
+
+    At the scale ``least`` the smallest ones are kept, as many as fit, but none is left out where ``least`` is below 100
+    dots per inch, since there is nothing else to show.
+    """
+    scale = 1.0
+    smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
+    while sum(len(png) for png, _ in smaller.values()) > most_bytes and scale > least:
+        scale = max(least, 0.8 * scale)
+        smaller = {key: _small_png(png, scale) for key, png in pictures.items()}
+    kept, used = {}, 0
+    for key, (png, size) in sorted(smaller.items(), key=lambda item: len(item[1][0])):
+        used += len(png)
+        if used <= most_bytes or least < 2 / 3:
+            kept[key] = _Picture(base64.b64encode(png).decode(), *size)
+    return {key: kept[key] for key in pictures if key in kept}
 
 
 def _small_png(png: bytes, scale: float) -> tuple[bytes, tuple[int, int]]:

@@ -22,6 +22,7 @@ from pruning_comparison.store import RunStore, write_atomically, write_manifest,
 
 REPORT = "report.html"
 CHARTS = "charts"
+NARROW = "narrow"
 COMPARISON = "comparison.csv"
 
 Say = Callable[[str], None]
@@ -71,10 +72,13 @@ def write_results(
     maps = head_maps.head_maps(heads, asked["signals"], asked["replies"])
     rounds = head_maps.round_maps(asked["signals"], asked["replies"])
     agreed = head_maps.agreement(heads)
-    figures = {
-        **charts.draw_all(tables.summary, tables.contrasts),
-        **head_charts.draw_head_charts(run.model, maps, rounds, agreed),
-    }
+    figures, narrow = (
+        {
+            **charts.draw_all(tables.summary, tables.contrasts, layout=layout),
+            **head_charts.draw_head_charts(run.model, maps, rounds, agreed, layout=layout),
+        }
+        for layout in (charts.WIDE, charts.NARROW)
+    )
 
     for name, table in {
         **vars(tables),
@@ -89,6 +93,7 @@ def write_results(
     words = {"verdicts": [vars(verdict) for verdict in told], "findings": [vars(finding) for finding in plain]}
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
     pictures = charts.save_charts(figures, folder / CHARTS)
+    narrow_pictures = charts.save_charts(narrow, folder / CHARTS / NARROW)
     say("writing the report")
     html = report.render_report(
         summary=tables.summary,
@@ -101,6 +106,7 @@ def write_results(
         equal=tables.equal_perplexity,
         findings=plain,
         pictures=pictures,
+        narrow_pictures=narrow_pictures,
         heads=maps,
         agreed=agreed,
         manifest=manifest,
