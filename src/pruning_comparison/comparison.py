@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import subprocess
 import time
@@ -801,6 +802,7 @@ def _write_and_measure(
     tokenizer = inputs.preview.tokenizer
     jobs = [(heat, prompt) for heat in spec.temperatures for prompt in range(len(inputs.prompts))]
     tokens: list[list[int]] = []
+    finite: list[bool] = []
     rows = TEXT_BATCHES * spec.quality_batch_size
     for first in range(0, len(jobs), rows):
         batch = jobs[first : first + rows]
@@ -811,10 +813,13 @@ def _write_and_measure(
             spec.num_tokens,
             temperatures=[heat for heat, _ in batch],
             uniforms=torch.stack(draws),
+            check_finite=True,
         )
         tokens.extend(run.tokens.tolist())
+        finite.extend(cast(Tensor, run.finite).tolist())
     end_of_text = inputs.preview.end_of_text()
-    written = [cut_at_end_of_text(row, end_of_text) for row in tokens]
+    # What is drawn from logits that are no numbers is no text, and any figure of it would be one of nothing.
+    written = [cut_at_end_of_text(row, end_of_text) if fine else [] for row, fine in zip(tokens, finite, strict=True)]
     losses = generation_losses(
         workspace.dense,
         [torch.tensor(inputs.prompt_ids[prompt]) for _, prompt in jobs],
@@ -823,7 +828,7 @@ def _write_and_measure(
     )
     measurements: list[Measurement] = []
     texts: list[GeneratedText] = []
-    for (heat, prompt), row, (nats, count) in zip(jobs, written, losses, strict=True):
+    for (heat, prompt), row, fine, (nats, count) in zip(jobs, written, finite, losses, strict=True):
         text = tokenizer.decode(row)
         texts.append(GeneratedText(heat, prompt, inputs.prompts[prompt], text))
         values = {
@@ -835,7 +840,9 @@ def _write_and_measure(
             "seq_rep_4": seq_rep_n(row, 4),
             "compression_ratio": compression_ratio(text),
         }
-        reason = f"the text has only {len(row)} tokens before its end"
+        reason = f"the text has only {len(row)} tokens before its end" if fine else "the model's logits are not finite"
+        if not math.isfinite(nats):
+            reason = "the unpruned model's loss is not a finite number"
         measurements.extend(
             _measurement(name, value, reason, temperature=heat, prompt=prompt) for name, value in values.items()
         )

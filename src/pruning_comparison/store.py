@@ -347,11 +347,12 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run; StoreError if there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{folder} is not a run folder: its {MANIFEST} cannot be read ({error}).") from error
     spec = manifest.get("spec") if isinstance(manifest, dict) else None
     if not (
-        isinstance(spec, dict)
+        isinstance(manifest, dict)
+        and isinstance(spec, dict)
         and isinstance(spec.get("model_name"), str)
         and isinstance(spec.get("variants"), list)
         and isinstance(spec.get("seed"), int)
