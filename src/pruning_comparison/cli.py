@@ -498,7 +498,10 @@ def _run_in(folder: Path) -> Path:
     """The run that a folder is or holds; InputError where there is none."""
     from pruning_comparison.store import latest_run
 
-    run = latest_run(folder)
+    try:
+        run = latest_run(folder)
+    except (OSError, ValueError):  # A name that no file can have: too long, or with a zero byte.
+        run = None
     if run is None:
         raise InputError(
             f"{str(folder)!r} holds no run. Give a run folder or one with runs, or run a comparison first."

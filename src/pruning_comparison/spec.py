@@ -135,6 +135,8 @@ class ComparisonSpec:
         ):
             value = getattr(self, field)
             _require(value >= least, field, value, f"must be at least {least}", "Give a larger whole number.")
+            most = _MOST.get(field, 2**31 - 1)
+            _require(value <= most, field, value, f"must be at most {most}", "Give a smaller whole number.")
         _require(bool(self.pruning_levels), "pruning_levels", "", "must name at least one level", "Give 0,20,40.")
         for level in self.pruning_levels:
             _require(
@@ -226,6 +228,9 @@ class ComparisonSpec:
         """
         return identity(self.as_dict(), inputs)
 
+
+_MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
+"""Whole numbers that are larger are slips of the keyboard; a list of that many cells alone would fill the memory."""
 
 REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "variants", "iterations"})
 """Settings that say which cells there are, and nothing about how one of them is measured."""

@@ -101,7 +101,7 @@ class RunStore:
         try:
             self._journal = sqlite3.connect(folder / JOURNAL)
             self._journal.executescript(_SCHEMA)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             if self._lock is not None:
                 self._lock.close()
             raise StoreError(f"the journal {folder / JOURNAL} cannot be opened: {error}. Start a new run.") from error
@@ -217,7 +217,7 @@ class RunStore:
         try:
             with closing(self._journal.execute(query, values)) as cursor:
                 return [column[0] for column in cursor.description], cursor.fetchall()
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StoreError(
                 f"the journal {self.folder / JOURNAL} cannot be read: {error}. Nothing can be drawn from it; run the "
                 "comparison again, which starts a new run."
@@ -273,7 +273,7 @@ def journal_damage(folder: Path) -> str | None:
     except sqlite3.OperationalError:
         # Locked or unreachable is not damaged; opening it says which.
         return None
-    except sqlite3.DatabaseError as error:
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
         return str(error)
     return None if found == "ok" else found.splitlines()[-1]
 
