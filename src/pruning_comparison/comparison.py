@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import platform
 import subprocess
 import time
@@ -48,14 +49,16 @@ from pruning_comparison.models import HeadGrid, LoadedModel, ModelPreview, load_
 from pruning_comparison.pruning import converted_copy, mask_heads, masked_copy, remove_heads
 from pruning_comparison.scoring import HeadScores, score_heads
 from pruning_comparison.selection import Scope, expected_heads_pruned, select_heads
-from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.spec import REUSE_AXES, Cell, ComparisonSpec, identity
 from pruning_comparison.store import (
     CellResult,
     GeneratedText,
     Measurement,
     RunStore,
     create_run,
+    journal_damage,
     read_manifest,
+    stored_runs,
     unfinished_run,
     write_manifest,
 )
@@ -79,6 +82,10 @@ NEGOTIATING_VARIANTS = frozenset({"agency", "agency-selection", "agency-always-y
 TEXT_BATCHES = 4
 """Texts are written in batches of so many times ``quality_batch_size``: a step of decoding has one token per row, a
 perplexity window has hundreds, so many more rows take hardly longer."""
+
+TIMED_METRICS = (
+    "tokens_per_second", "first_token_latency_s", "time_per_output_token_s", "end_to_end_s", "cache_bytes",
+)  # fmt: skip
 
 Report = Callable[[str], None]
 
@@ -508,8 +515,9 @@ def run_comparison(
 
     ``save_models`` also keeps every pruned model, in ``model_folder``.
 
-    A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead). Interrupted is
-    raised on Ctrl-C, after what was measured has been kept.
+    A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead); the run then
+    stays unfinished, so that the same command tries it again. Interrupted is raised on Ctrl-C, after what was measured has
+    been kept.
     """
     if save_models and spec.execution != "compact":
         raise InputError(
@@ -521,7 +529,8 @@ def run_comparison(
     def kept(cell: Cell) -> bool:
         return not save_models or cell.level == 0 or model_folder(folder, cell).is_dir()
 
-    with RunStore(folder) as store:
+    with RunStore(folder, lock=True) as store:
+        reuse(spec, inputs, store, report)
         done_cells, done_timings = store.finished_cells(), store.finished_timings()
         groups = [
             (method, iteration, level)
@@ -531,10 +540,11 @@ def run_comparison(
         ]
         total = len(groups) * (len(spec.variants) + 1)
         done = len(done_cells) + len(done_timings)
-        if done < total or not all(kept(cell) for cell in spec.cells()):
-            report(f"loading {spec.model_name}")
-            workspace = load_workspace(spec, inputs)
+        failed = 0
         try:
+            if done < total or not all(kept(cell) for cell in spec.cells()):
+                report(f"loading {spec.model_name}")
+                workspace = load_workspace(spec, inputs)
             for method, iteration, level in groups:
                 cells = [Cell(variant, method, iteration, level) for variant in spec.variants]
                 timed = (method, iteration, level) in done_timings
@@ -553,39 +563,57 @@ def run_comparison(
                         on_measured(cell, result.measurements)
                         done += 1
                         if result.status == "failed":
+                            failed += 1
                             report(f"failed: {cell.variant}, {method}, level {level:g} %: {result.reason}")
                     if pruned is not None and not kept(cell) and not bool(pruned.keep.all()):
                         note_pruning(workspace, pruned, cell)
                         save_pruned(pruned.model, inputs.preview.tokenizer, model_folder(folder, cell))
                 if models and not timed:
                     on_progress(done, total, f"timing, {method}, iteration {iteration + 1}, level {level:g} %")
-                    timings = time_level(workspace, models, iteration)
-                    store.write_timings(method, iteration, level, timings)
+                    rows, problem = _attempt_timing(workspace, models, iteration, raise_failures)
+                    complete = problem is None and len(models) == len(cells)
+                    store.write_timings(method, iteration, level, rows, complete=complete)
                     for cell in cells:
-                        on_measured(cell, [row for variant, row in timings if variant == cell.variant])
+                        on_measured(cell, [row for variant, row in rows if variant == cell.variant])
                     done += 1
+                    if problem is not None:
+                        failed += 1
+                        report(f"failed: timing, {method}, level {level:g} %: {problem}")
         except KeyboardInterrupt:
             raise Interrupted(
                 f"{done} of {total} steps are kept in {folder}. The same command continues.", folder
             ) from None
         on_progress(done, total, "done")
         manifest = read_manifest(folder)
-        write_manifest(folder, {**manifest, "finished": _now()})
+        if not failed:
+            write_manifest(folder, {**manifest, "finished": _now()})
     return folder
 
 
 def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit: str | None, report: Report) -> Path:
     """The run folder to write to: an unfinished one of the same spec, else a new one."""
     spec_hash = spec.content_hash(dict(inputs.digests))
-    folder = unfinished_run(output_dir, spec_hash)
+    folder = unfinished_run(output_dir, spec_hash, report)
     if folder is not None:
         manifest = read_manifest(folder)
         report(f"continuing {folder}")
+        warnings = []
         if manifest.get("commit") != code_commit:
-            warning = f"continued at commit {code_commit} after starting at {manifest.get('commit')}"
+            warnings.append(f"continued at commit {code_commit} after starting at {manifest.get('commit')}")
+        for part, now in (("versions", versions()), ("hardware", hardware(spec))):
+            if manifest.get(part) != now:
+                warnings.append(f"continued with other {part}, so that cells of one run may differ in rounding")
+        for warning in warnings:
             report(f"warning: {warning}")
-            write_manifest(folder, {**manifest, "warnings": [*manifest.get("warnings", []), warning]})
+        known = manifest.get("warnings", [])
+        if set(warnings) - set(known):
+            write_manifest(folder, {**manifest, "warnings": [*known, *(w for w in warnings if w not in known)]})
         return folder
+    for other, manifest in stored_runs(output_dir):
+        if manifest.get("finished") is None and manifest.get("spec_hash") != spec_hash:
+            changed = _changed(manifest, spec, inputs)
+            report(f"{other} is unfinished and stays as it is: {', '.join(changed)} differ. This starts a new run")
+            break
     manifest = {
         "spec": spec.as_dict(),
         "spec_hash": spec_hash,
@@ -599,6 +627,63 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         "warnings": _warnings(spec),
     }
     return create_run(output_dir, manifest)
+
+
+def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, report: Report) -> None:
+    """Takes over what earlier runs beside this one have measured and this one needs.
+
+    Only from runs whose spec differs in nothing but which cells there are (``REUSE_AXES``), made on the same machine with
+    the same versions. A finished run of the very same spec means that it is to be measured anew, so nothing is taken.
+    """
+    here, there = dict(inputs.digests), store.folder.parent
+    whole, part = spec.content_hash(here), identity(spec.as_dict(), here, without=REUSE_AXES)
+    runs = list(stored_runs(there))
+    if any(m.get("spec_hash") == whole and m.get("finished") is not None for _, m in runs):
+        return
+    for folder, manifest in runs:
+        read = manifest.get("inputs")
+        if manifest.get("spec_hash") == whole or not isinstance(read, dict):
+            continue
+        if identity(manifest["spec"], read, without=REUSE_AXES) != part or journal_damage(folder) is not None:
+            continue
+        if manifest.get("versions") != versions() or manifest.get("hardware") != hardware(spec):
+            continue
+        try:
+            earlier = ComparisonSpec.from_dict(manifest["spec"])
+        except (TypeError, ValueError):
+            continue
+        with RunStore(folder) as other:
+            wanted = {cell for cell in spec.cells() if _same_cell(cell, spec, earlier)}
+            cells = (wanted & other.finished_cells()) - store.finished_cells()
+            timings = set()
+            # Variants are timed in turns, so timings of other variants cannot be completed.
+            if set(earlier.variants) == set(spec.variants):
+                for method, iteration, level in other.finished_timings() - store.finished_timings():
+                    if {Cell(variant, method, iteration, level) for variant in spec.variants} <= cells:
+                        timings.add((method, iteration, level))
+            if cells:
+                store.copy_from(other, sorted(cells), sorted(timings))
+                report(f"taken over from {folder}: {len(cells)} cells and {len(timings)} timings")
+                mine = read_manifest(store.folder)
+                taken = {"run": folder.name, "commit": manifest.get("commit"), "cells": len(cells)}
+                write_manifest(store.folder, {**mine, "reused": [*mine.get("reused", []), taken]})
+
+
+def _same_cell(cell: Cell, *specs: ComparisonSpec) -> bool:
+    """Whether a cell is the same in all specs: the direction of entropy is tried at the smallest level there is."""
+    if cell.method != "entropy" or specs[0].entropy_direction != "auto":
+        return True
+    return len({next((level for level in spec.pruning_levels if level > 0), None) for spec in specs}) == 1
+
+
+def _changed(manifest: Mapping[str, Any], spec: ComparisonSpec, inputs: Inputs) -> list[str]:
+    """Names of the settings and of the contents that differ from those of a stored run."""
+    found = []
+    read = manifest.get("inputs")
+    pairs = ((manifest["spec"], spec.as_dict()), (read if isinstance(read, dict) else {}, dict(inputs.digests)))
+    for stored, now in pairs:
+        found += [name for name in now if stored.get(name) != now[name]]
+    return found or ["settings of another version"]
 
 
 def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
@@ -677,8 +762,25 @@ def _attempt(
     except Exception as error:
         if raise_failures:
             raise
-        reason = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
-        return None, CellResult(cell=cell, status="failed", reason=reason)
+        return None, CellResult(cell=cell, status="failed", reason=_reason(error))
+
+
+def _attempt_timing(
+    workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int, raise_failures: bool
+) -> tuple[list[tuple[str, Measurement]], str | None]:
+    """Timings of one level and None; where they fail, missing values that say why, and the reason."""
+    try:
+        return time_level(workspace, models, iteration), None
+    except Exception as error:
+        if raise_failures:
+            raise
+        reason = _reason(error)
+        return [(variant, _measurement(name, None, reason)) for variant in models for name in TIMED_METRICS], reason
+
+
+def _reason(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def _perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
@@ -713,6 +815,7 @@ def _write_and_measure(
     tokenizer = inputs.preview.tokenizer
     jobs = [(heat, prompt) for heat in spec.temperatures for prompt in range(len(inputs.prompts))]
     tokens: list[list[int]] = []
+    finite: list[bool] = []
     rows = TEXT_BATCHES * spec.quality_batch_size
     for first in range(0, len(jobs), rows):
         batch = jobs[first : first + rows]
@@ -723,10 +826,13 @@ def _write_and_measure(
             spec.num_tokens,
             temperatures=[heat for heat, _ in batch],
             uniforms=torch.stack(draws),
+            check_finite=True,
         )
         tokens.extend(run.tokens.tolist())
+        finite.extend(cast(Tensor, run.finite).tolist())
     end_of_text = inputs.preview.end_of_text()
-    written = [cut_at_end_of_text(row, end_of_text) for row in tokens]
+    # What is drawn from logits that are no numbers is no text, and any figure of it would be one of nothing.
+    written = [cut_at_end_of_text(row, end_of_text) if fine else [] for row, fine in zip(tokens, finite, strict=True)]
     losses = generation_losses(
         workspace.dense,
         [torch.tensor(inputs.prompt_ids[prompt]) for _, prompt in jobs],
@@ -735,7 +841,7 @@ def _write_and_measure(
     )
     measurements: list[Measurement] = []
     texts: list[GeneratedText] = []
-    for (heat, prompt), row, (nats, count) in zip(jobs, written, losses, strict=True):
+    for (heat, prompt), row, fine, (nats, count) in zip(jobs, written, finite, losses, strict=True):
         text = tokenizer.decode(row)
         texts.append(GeneratedText(heat, prompt, inputs.prompts[prompt], text))
         values = {
@@ -747,7 +853,9 @@ def _write_and_measure(
             "seq_rep_4": seq_rep_n(row, 4),
             "compression_ratio": compression_ratio(text),
         }
-        reason = f"the text has only {len(row)} tokens before its end"
+        reason = f"the text has only {len(row)} tokens before its end" if fine else "the model's logits are not finite"
+        if not math.isfinite(nats):
+            reason = "the unpruned model's loss is not a finite number"
         measurements.extend(
             _measurement(name, value, reason, temperature=heat, prompt=prompt) for name, value in values.items()
         )

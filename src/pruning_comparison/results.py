@@ -146,9 +146,13 @@ def write_comparison(
 
 
 def margins_of(manifest: Mapping[str, Any], given: Mapping[str, float] | None) -> Margins:
-    """The margins given, else those that a manifest keeps, else the defaults."""
+    """The margins given, else those that a manifest keeps, else the defaults. StoreError where those make no sense."""
     known = {field.name for field in fields(Margins)}
-    kept = {name: value for name, value in manifest.get("margins", {}).items() if name in known}
+    try:
+        kept = {name: value for name, value in manifest.get("margins", {}).items() if name in known}
+        Margins(**kept)
+    except (AttributeError, TypeError, ValueError, OverflowError) as error:
+        raise StoreError(f"the margins in the run's manifest make no sense ({error}). Remove them from it.") from error
     return Margins(**{**kept, **(given or {})})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
@@ -135,6 +135,8 @@ class ComparisonSpec:
         ):
             value = getattr(self, field)
             _require(value >= least, field, value, f"must be at least {least}", "Give a larger whole number.")
+            most = _MOST.get(field, 2**31 - 1)
+            _require(value <= most, field, value, f"must be at most {most}", "Give a smaller whole number.")
         _require(bool(self.pruning_levels), "pruning_levels", "", "must name at least one level", "Give 0,20,40.")
         for level in self.pruning_levels:
             _require(
@@ -224,12 +226,22 @@ class ComparisonSpec:
         File names do not count, their contents do, so that a run is continued after its inputs have moved and not after
         they have changed.
         """
-        settings = {key: value for key, value in self.as_dict().items() if key not in _NAMES_OF_FILES}
-        canonical = json.dumps({"settings": settings, "inputs": inputs}, sort_keys=True)
-        return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+        return identity(self.as_dict(), inputs)
 
 
+_MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
+"""Whole numbers that are larger are slips of the keyboard; a list of that many cells alone would fill the memory."""
+
+REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "variants", "iterations"})
+"""Settings that say which cells there are, and nothing about how one of them is measured."""
 _NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+
+
+def identity(settings: Mapping[str, Any], inputs: Mapping[str, str], *, without: Collection[str] = ()) -> str:
+    """Hash of settings (``as_dict``) and of the contents of what is read, 16 hexadecimal digits."""
+    counted = {key: value for key, value in settings.items() if key not in _NAMES_OF_FILES and key not in without}
+    canonical = json.dumps({"settings": counted, "inputs": dict(inputs)}, sort_keys=True)
+    return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
 def _require(condition: bool, field: str, value: object, problem: str, advice: str) -> None:

@@ -7,8 +7,8 @@ import math
 import os
 import sqlite3
 import time
-from collections.abc import Iterable, Mapping, Sequence
-from contextlib import closing
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pruning_comparison.agency import Hearing
 
 JOURNAL = "journal.sqlite"
+LOCK = "run.lock"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _KEY = "variant TEXT, method TEXT, iteration INTEGER, level REAL"
@@ -88,18 +89,27 @@ class CellResult:
 
 
 class RunStore:
-    """One run folder. Every cell is written in one transaction: it is there whole, or not at all."""
+    """One run folder. Every cell is written in one transaction: it is there whole, or not at all.
 
-    def __init__(self, folder: Path) -> None:
+    ``lock`` keeps every other process from writing to the run until the store is closed or its process ends, however it
+    ends; reading stays possible. StoreError where another process has it, or where the journal cannot be used.
+    """
+
+    def __init__(self, folder: Path, *, lock: bool = False) -> None:
         self.folder = folder
+        self._lock = _locked(folder) if lock else None
         try:
             self._journal = sqlite3.connect(folder / JOURNAL)
             self._journal.executescript(_SCHEMA)
-        except sqlite3.Error as error:
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            if self._lock is not None:
+                self._lock.close()
             raise StoreError(f"the journal {folder / JOURNAL} cannot be opened: {error}. Start a new run.") from error
 
     def close(self) -> None:
         self._journal.close()
+        if self._lock is not None:
+            self._lock.close()
 
     def __enter__(self) -> RunStore:
         return self
@@ -109,12 +119,12 @@ class RunStore:
 
     def finished_cells(self) -> set[Cell]:
         """Cells whose measurements are stored."""
-        rows = self._journal.execute("SELECT variant, method, iteration, level FROM cells WHERE status = 'done'")
+        rows = self._read("SELECT variant, method, iteration, level FROM cells WHERE status = 'done'")[1]
         return {Cell(*row) for row in rows}
 
     def finished_timings(self) -> set[tuple[str, int, float]]:
         """(method, iteration, level) whose timings are stored."""
-        return {(m, i, level) for m, i, level in self._journal.execute("SELECT * FROM timings")}
+        return {(m, i, level) for m, i, level in self._read("SELECT * FROM timings")[1]}
 
     def write_cell(self, result: CellResult, code_commit: str | None) -> None:
         """Stores a cell, in place of an earlier failed attempt."""
@@ -147,8 +157,19 @@ class RunStore:
                 self._insert("replies", [(*key, *row) for row in _reply_rows(hearing)])
             self._insert("texts", [(*key, t.temperature, t.prompt, t.prompt_text, t.text) for t in result.texts])
 
-    def write_timings(self, method: str, iteration: int, level: float, rows: Iterable[tuple[str, Measurement]]) -> None:
-        """Stores the timings of all variants at one level: (variant, measurement) pairs."""
+    def write_timings(
+        self,
+        method: str,
+        iteration: int,
+        level: float,
+        rows: Iterable[tuple[str, Measurement]],
+        *,
+        complete: bool = True,
+    ) -> None:
+        """Stores the timings of all variants at one level: (variant, measurement) pairs.
+
+        Timings that are not ``complete`` are shown, and taken again when the run is continued.
+        """
         with self._transaction():
             self._journal.execute(
                 "DELETE FROM measurements WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'",
@@ -158,7 +179,22 @@ class RunStore:
                 "measurements",
                 [self._row(Cell(variant, method, iteration, level), "timing", row) for variant, row in rows],
             )
-            self._insert("timings", [(method, iteration, level)])
+            if complete:
+                self._insert("timings", [(method, iteration, level)])
+
+    def copy_from(self, other: RunStore, cells: Collection[Cell], timings: Collection[tuple[str, int, float]]) -> None:
+        """Takes over finished cells and timings of another run, all or none of them, with the commit that measured them."""
+        where = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
+        with self._transaction():
+            for cell in cells:
+                for table in ("cells", "heads", "signals", "replies", "texts"):
+                    self._insert(table, other._read(f"SELECT * FROM {table} {where}", tuple(cell))[1])
+                rows = other._read(f"SELECT * FROM measurements {where} AND phase = 'quality'", tuple(cell))[1]
+                self._insert("measurements", rows)
+            for timing in timings:
+                where_timed = "WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'"
+                self._insert("measurements", other._read(f"SELECT * FROM measurements {where_timed}", timing)[1])
+                self._insert("timings", [timing])
 
     def table(self, name: str) -> pd.DataFrame:
         """A journal table (cells, measurements, heads, signals, replies, texts) in a stable order."""
@@ -173,12 +209,30 @@ class RunStore:
         }
         if name not in order:
             raise ValueError(f"unknown table {name!r}; choose one of {', '.join(order)}")
-        with closing(self._journal.execute(f"SELECT * FROM {name} ORDER BY {order[name]}")) as cursor:
-            columns = [column[0] for column in cursor.description]
-            return pd.DataFrame.from_records(cursor.fetchall(), columns=columns)
+        columns, rows = self._read(f"SELECT * FROM {name} ORDER BY {order[name]}")
+        return pd.DataFrame.from_records(rows, columns=columns)
 
-    def _transaction(self) -> sqlite3.Connection:
-        return self._journal
+    def _read(self, query: str, values: tuple[Any, ...] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
+        """Names of columns, and rows."""
+        try:
+            with closing(self._journal.execute(query, values)) as cursor:
+                return [column[0] for column in cursor.description], cursor.fetchall()
+        except (sqlite3.Error, UnicodeDecodeError) as error:
+            raise StoreError(
+                f"the journal {self.folder / JOURNAL} cannot be read: {error}. Nothing can be drawn from it; run the "
+                "comparison again, which starts a new run."
+            ) from error
+
+    @contextmanager
+    def _transaction(self) -> Iterator[None]:
+        try:
+            with self._journal:
+                yield
+        except sqlite3.Error as error:
+            raise StoreError(
+                f"the journal {self.folder / JOURNAL} cannot be written: {error}. What was finished before is kept. Make "
+                "room, or the folder writable; then the same command continues."
+            ) from error
 
     def _insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
         if rows:
@@ -188,6 +242,40 @@ class RunStore:
     def _row(cell: Cell, phase: str, m: Measurement) -> tuple[Any, ...]:
         place = (m.temperature, m.prompt, m.document, m.window, m.repeat)
         return (*cell, phase, *place, m.metric, m.value, m.unit, m.reason)
+
+
+def _locked(folder: Path) -> sqlite3.Connection:
+    """Holds the run until it is closed. SQLite's own lock on an empty file: it works alike on every system, and the system
+    itself frees it when a process is killed."""
+    lock: sqlite3.Connection | None = None
+    try:
+        lock = sqlite3.connect(folder / LOCK, timeout=0, isolation_level=None)
+        lock.execute("BEGIN EXCLUSIVE")
+    except sqlite3.Error as error:
+        if lock is not None:
+            lock.close()
+        if error.sqlite_errorcode == sqlite3.SQLITE_BUSY:
+            raise StoreError(
+                f"another process is writing to {folder}. Wait until it has finished, or give another --output_dir."
+            ) from error
+        raise StoreError(f"{folder} cannot be written: {error}. Make it writable, or give --output_dir.") from error
+    return lock
+
+
+def journal_damage(folder: Path) -> str | None:
+    """What is wrong with the journal of a run; None where it is sound, or not there yet."""
+    path = folder / JOURNAL
+    if not path.exists():
+        return None
+    try:
+        with closing(sqlite3.connect(path)) as journal:
+            found = str(journal.execute("PRAGMA quick_check(1)").fetchone()[0])
+    except sqlite3.OperationalError:
+        # Locked or unreachable is not damaged; opening it says which.
+        return None
+    except (sqlite3.DatabaseError, UnicodeDecodeError) as error:
+        return str(error)
+    return None if found == "ok" else found.splitlines()[-1]
 
 
 def _signal_rows(hearing: Hearing) -> list[tuple[Any, ...]]:
@@ -259,50 +347,86 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     """The manifest of a run; StoreError if there is none that can be read."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{folder} is not a run folder: its {MANIFEST} cannot be read ({error}).") from error
-    if not isinstance(manifest, dict):
-        raise StoreError(f"{folder / MANIFEST} does not hold a manifest.")
+    spec = manifest.get("spec") if isinstance(manifest, dict) else None
+    if not (
+        isinstance(manifest, dict)
+        and isinstance(spec, dict)
+        and isinstance(spec.get("model_name"), str)
+        and isinstance(spec.get("variants"), list)
+        and isinstance(spec.get("seed"), int)
+    ):
+        raise StoreError(f"{folder / MANIFEST} does not hold the manifest of a run. Run the comparison again.")
     return manifest
 
 
 def point_latest(output_dir: Path, folder: Path) -> None:
     """Makes ``latest`` lead to the run: a symbolic link, or a text file with its name where links are not possible."""
     pointer, fresh = output_dir / LATEST, output_dir / f".{LATEST}.{os.getpid()}"
-    fresh.unlink(missing_ok=True)
     try:
-        fresh.symlink_to(folder.name, target_is_directory=True)
-    except OSError:
-        fresh.write_text(folder.name + "\n", "utf-8")
-    fresh.replace(pointer)
+        fresh.unlink(missing_ok=True)
+        try:
+            fresh.symlink_to(folder.name, target_is_directory=True)
+        except OSError:
+            fresh.write_text(folder.name + "\n", "utf-8")
+        fresh.replace(pointer)
+    except OSError as error:
+        raise StoreError(f"{pointer} cannot be made to lead to the run: {error.strerror}. Move it away.") from error
 
 
 def latest_run(output_dir: Path) -> Path | None:
-    """The run that ``latest`` leads to; ``output_dir`` itself if it is a run folder; None if there is none."""
+    """The run that ``latest`` leads to, or the newest one where it leads nowhere; ``output_dir`` itself if it is a run.
+
+    Of what ``latest`` holds only the last name counts, so that it leads to no run of another folder. None if there is none.
+    """
     if (output_dir / MANIFEST).is_file():
         return output_dir
     pointer = output_dir / LATEST
-    folder = output_dir / pointer.read_text("utf-8").strip() if pointer.is_file() else pointer
-    return folder.resolve() if (folder / MANIFEST).is_file() else None
+    try:
+        named = str(pointer.readlink()) if pointer.is_symlink() else pointer.read_text("utf-8").strip()
+        folder = output_dir / (Path(named).name or LATEST)
+        if (folder / MANIFEST).is_file():
+            return folder.resolve()
+    except (OSError, ValueError):
+        pass  # No pointer, or one that nobody can follow: the runs themselves are still there.
+    newest = next(stored_runs(output_dir), None)
+    return None if newest is None else newest[0].resolve()
 
 
-def unfinished_run(output_dir: Path, spec_hash: str) -> Path | None:
-    """The newest run of the same spec that has not finished, if any."""
+def stored_runs(output_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """Every run folder whose manifest can be read, with the manifest, newest first."""
     for manifest_path in sorted(output_dir.glob(f"run_*/{MANIFEST}"), reverse=True):
         try:
-            manifest = read_manifest(manifest_path.parent)
+            yield manifest_path.parent, read_manifest(manifest_path.parent)
         except StoreError:
             continue
+
+
+def unfinished_run(output_dir: Path, spec_hash: str, say: Callable[[str], None] = lambda message: None) -> Path | None:
+    """The newest run of the same spec that has not finished, if any; one with a damaged journal is named and passed by."""
+    for folder, manifest in stored_runs(output_dir):
         if manifest.get("spec_hash") == spec_hash and manifest.get("finished") is None:
-            return manifest_path.parent
+            damage = journal_damage(folder)
+            if damage is None:
+                return folder
+            say(f"warning: the journal of {folder} is damaged ({damage}); it is left as it is and not continued")
     return None
 
 
 def write_atomically(path: Path, text: str) -> None:
-    """Writes text so that a reader sees the old file or the new one, never half of it."""
+    """Writes text so that a reader sees the old file or the new one, never half of it. StoreError where it cannot."""
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
-    temporary.write_text(text, "utf-8", errors="replace", newline="\n")
-    temporary.replace(path)
+    try:
+        temporary.write_text(text, "utf-8", errors="replace", newline="\n")
+        temporary.replace(path)
+    except OSError as error:
+        with suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        raise StoreError(
+            f"{path} cannot be written: {error.strerror}. What was measured is kept in {JOURNAL}. Make room, or the folder "
+            "writable, and run the command again."
+        ) from error
 
 
 def write_table(path: Path, table: pd.DataFrame) -> None:

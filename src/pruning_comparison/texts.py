@@ -6,6 +6,7 @@ import gzip
 import hashlib
 import json
 import re
+import zlib
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,9 @@ from pruning_comparison.errors import InputError
 BUNDLED_TEXTS = ("held_out", "validation", "calibration")
 DEFAULT_EVAL_TEXT = "bundled:held_out"
 DEFAULT_CALIBRATION_TEXT = "bundled:calibration"
+_MOST_TEXT_BYTES = 1 << 30
+"""No text that is read is larger, unpacked: a small .gz file can hold any amount."""
+
 _WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = ?$", re.MULTILINE)
 
 
@@ -122,15 +126,16 @@ def _bundled_documents(name: str, option: str) -> list[Document]:
 
 def _read_text(path: Path, option: str) -> str:
     try:
-        raw = path.read_bytes()
-        if path.suffix == ".gz":
-            raw = gzip.decompress(raw)
+        with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
+            raw = file.read(_MOST_TEXT_BYTES + 1)
+        if len(raw) > _MOST_TEXT_BYTES:
+            raise InputError(f"{option}: {str(path)!r} holds more than {_MOST_TEXT_BYTES:,} bytes. Give a part of it.")
         return raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise InputError(
             f"{option}: {str(path)!r} is not UTF-8 text (byte {error.start}). Convert it to UTF-8."
         ) from error
-    except OSError as error:
+    except (OSError, EOFError, zlib.error) as error:
         raise InputError(f"{option}: {str(path)!r} cannot be read: {error}.") from error
 
 

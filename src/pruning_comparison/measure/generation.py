@@ -22,6 +22,8 @@ from pruning_comparison.measure.memory import PeakMemory, cache_bytes
 class Generation:
     """New tokens, int64 [B, N] on the host, the cache in bytes after the last step, and the two times in seconds.
 
+    ``finite`` [B] says whose logits were finite numbers at every step; what the others hold is no text. None where nobody
+    asked.
     ``first_token_latency_s`` (TTFT) runs from handing over the token ids to the first sampled token on the host;
     ``end_to_end_s`` to the last one.
     """
@@ -30,6 +32,7 @@ class Generation:
     cache_bytes: int
     first_token_latency_s: float
     end_to_end_s: float
+    finite: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +125,13 @@ def generate(
     *,
     temperatures: Sequence[float],
     uniforms: Tensor | None = None,
+    check_finite: bool = False,
 ) -> Generation:
     """Continues B prompts of token ids by exactly ``num_tokens`` tokens each, whatever end-of-text says.
 
     Shorter prompts are padded on the left. ``temperatures`` [B]; ``uniforms`` [B, N] may be None if all are 0. Tokens stay
-    on the device until the last one; only the first is waited for, to take its time.
+    on the device until the last one; only the first is waited for, to take its time. ``check_finite`` looks at all logits,
+    which takes time that nobody should measure.
     """
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
@@ -147,6 +152,7 @@ def generate(
     step_ids, step_positions = ids.to(device), positions.to(device)
     cache: Any = reserved_cache(model, longest + num_tokens - 1)
     tokens: list[Tensor] = []
+    finite = torch.ones(len(prompts), dtype=torch.bool, device=device) if check_finite else None
     first_token_latency = 0.0
     for step in range(num_tokens):
         output = model(
@@ -160,13 +166,16 @@ def generate(
         logits = output.logits[:, -1]
         chosen = logits.argmax(-1) if greedy else sample(logits, heat, draws[:, step])
         tokens.append(chosen)
+        if finite is not None:
+            finite &= logits.isfinite().all(-1)
         if step == 0:
             chosen.tolist()
             first_token_latency = time.perf_counter() - started
         step_ids, step_positions = chosen.unsqueeze(1), step_positions[:, -1:] + 1
     result = torch.stack(tokens, 1).cpu()
     end_to_end = time.perf_counter() - started if num_tokens > 1 else first_token_latency
-    return Generation(result, cache_bytes(cache), first_token_latency, end_to_end)
+    checked = None if finite is None else finite.cpu()
+    return Generation(result, cache_bytes(cache), first_token_latency, end_to_end, checked)
 
 
 def time_generation(

@@ -8,6 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import logging
+import math
 import re
 import struct
 from dataclasses import dataclass
@@ -154,8 +155,12 @@ def preview_model(model_name: str) -> ModelPreview:
             raise _config_error(model_name, error) from error
         try:
             check_supported(config)
+            head_grid(config)
         except UnsupportedModelError as error:
             raise ModelLoadError(str(error)) from error
+        except Exception as error:
+            raise ModelLoadError(f"the config.json of {model_name!r} makes no sense: {_first_line(error)}.") from error
+        _check_sizes(config, model_name, folder if folder.is_dir() else None)
         try:
             tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
         except Exception as error:
@@ -245,10 +250,36 @@ def _check_local_folder(folder: Path, model_name: str) -> None:
         )
 
 
+def _check_sizes(config: Any, model_name: str, folder: Path | None) -> None:
+    """ModelLoadError for sizes that no model has, or that weights in ``folder`` are too few for.
+
+    A config that lies would else cost hours and all memory before its weights are found not to fit.
+    """
+    headers = [] if folder is None else [safetensors_header(path, model_name) for path in folder.glob("*.safetensors")]
+    shapes = [entry["shape"] for header in headers for entry in header.values()]
+    elements = sum(math.prod(shape) for shape in shapes)
+    limits = {
+        "num_hidden_layers": len(shapes),
+        "num_attention_heads": elements,
+        "hidden_size": elements,
+        "vocab_size": elements,
+        "max_position_embeddings": None,
+    }
+    for name, limit in limits.items():
+        value = getattr(config, name, None)
+        if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+            raise ModelLoadError(f"the config.json of {model_name!r} makes no sense: its {name} is {value!r}.")
+        if folder is not None and limit is not None and value > limit:
+            raise ModelLoadError(
+                f"the config.json of {model_name!r} disagrees with its weights: it has {value} for {name}, and the weights "
+                f"have {len(shapes)} tensors of {elements} numbers in all. Download or save the model again."
+            )
+
+
 def _model_type(folder: Path) -> str:
     try:
         return str(json.loads((folder / "config.json").read_text("utf-8")).get("model_type"))
-    except (ValueError, AttributeError):
+    except (ValueError, AttributeError, RecursionError):
         return ""
 
 
@@ -273,8 +304,14 @@ def safetensors_header(path: Path, model_name: str) -> dict[str, Any]:
             header: dict[str, Any] = json.loads(file.read(length))
             header.pop("__metadata__", None)
             end = max(entry["data_offsets"][1] for entry in header.values())
-        except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
+            sound = all(
+                isinstance(entry["dtype"], str) and all(type(size) is int and size >= 0 for size in entry["shape"])
+                for entry in header.values()
+            )
+        except (ValueError, KeyError, TypeError, IndexError, AttributeError, RecursionError) as error:
             raise corrupt("has an unreadable header") from error
+    if not sound:
+        raise corrupt("has an unreadable header")
     if end != size - 8 - length:
         raise corrupt(f"holds {size - 8 - length} bytes of data where its header promises {end}")
     return header
