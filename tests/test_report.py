@@ -46,7 +46,7 @@ NASTY = "<script>alert('x')</script> & \"$quoted$\" \x00 \ud800 \u202eabc שלו
 class Document(HTMLParser):
     """Collects what the tests ask about."""
 
-    VOID = frozenset({"meta", "img", "br", "hr", "link", "input"})
+    VOID = frozenset({"meta", "img", "br", "hr", "link", "input", "source"})
 
     def __init__(self, html: str) -> None:
         super().__init__()
@@ -124,7 +124,7 @@ def small_figure() -> Figure:
 
 def report(
     *, summary=(), contrasts=(), cells=(), missing=(), findings=(), figures=None, manifest=None, texts=None,
-    verdicts=(), answers=(), optimal=(), equal=(), heads=(), agreed=None,
+    verdicts=(), answers=(), optimal=(), equal=(), heads=(), agreed=None, narrow=None,
 ) -> str:  # fmt: skip
     rows = list(summary) or [
         estimate("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
@@ -142,6 +142,7 @@ def report(
         equal=pd.DataFrame(list(equal), columns=list(EQUAL_COLUMNS)),
         findings=list(findings),
         pictures={name: to_png(figure) for name, figure in (figures or {}).items()},
+        narrow_pictures={name: to_png(figure) for name, figure in (narrow or {}).items()},
         manifest=manifest or {},
         texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXTS),
         heads=heads,
@@ -189,9 +190,23 @@ def test_charts_are_inline_pictures_with_words_for_those_who_cannot_see_them():
     assert "Everything on one page: fisher" in [words for _, words in document.headings]
 
 
+def test_phones_get_the_narrow_picture_and_paper_the_wide_one():
+    figures = {"radar": small_figure(), "temperature": small_figure()}
+    document = Document(report(figures=figures, narrow={"radar": Figure(figsize=(4, 5))}))
+    (source,) = document.having("source")
+    assert source["media"] == "screen and (max-width: 600px)"
+    assert str(source["srcset"]).startswith("data:image/png;base64,iVBORw0KGgo")
+    assert (source["width"], source["height"]) == ("400", "500")
+    assert [tag for tag, _ in document.tags].count("picture") == 2
+    shown = [
+        str(attributes["class"]) for attributes in document.having("div") if "picture" in str(attributes.get("class"))
+    ]
+    assert shown == ["picture", "picture scrolls"], "only a chart without a narrow picture scrolls"
+
+
 def test_many_large_charts_and_long_tables_stay_under_three_megabytes():
-    def noise() -> Figure:
-        figure = Figure(figsize=(8.5, 11))
+    def noise(width: float) -> Figure:
+        figure = Figure(figsize=(width, 11))
         axes = figure.add_axes((0, 0, 1, 1))
         axes.imshow(np.random.default_rng(0).random((900, 700)), aspect="auto")
         return figure
@@ -210,7 +225,8 @@ def test_many_large_charts_and_long_tables_stay_under_three_megabytes():
         for prompt in range(9)
         for number in range(4)
     ]
-    html = report(summary=rows, figures={f"radar_{index}": noise() for index in range(2)}, texts=texts)
+    wide, narrow = ({f"radar_{index}": noise(width) for index in range(2)} for width in (8.5, 4.0))
+    html = report(summary=rows, figures=wide, narrow=narrow, texts=texts)
     assert len(html.encode("utf-8")) < 3_000_000
     words = Document(html).words
     assert "rows are left out to keep this file small" in words

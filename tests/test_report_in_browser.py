@@ -11,6 +11,7 @@ import subprocess
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 from test_head_maps import GONE, asked, heads_table
 from test_report import NASTY, estimate, report, text_row
 
@@ -52,6 +53,10 @@ answer.scripted = getComputedStyle(document.querySelector("p.scripted")).display
 answer.fetched = performance.getEntriesByType("resource").map((entry) => entry.name);
 answer.fetched = answer.fetched.filter((name) => !name.startsWith("data:"));
 answer.wider = document.documentElement.scrollWidth - document.documentElement.clientWidth;
+answer.pictures = [...document.images].map((image) => [
+  image.naturalWidth / image.naturalHeight > 1, image.complete && image.naturalWidth > 0,
+  image.getBoundingClientRect().right <= document.documentElement.clientWidth,
+]);
 answer.scripts = document.scripts.length;
 answer.seen = seen;
 document.body.dataset.answer = JSON.stringify(answer);
@@ -85,6 +90,8 @@ def html() -> str:
         texts=[text_row(variant, level, NASTY, NASTY * 3 + "x" * 10_000)
                for variant in ("baseline", "agency") for level in (0, 50)],
         heads=head_maps(table, *asked()),
+        figures={"radar": Figure(figsize=(8.5, 4))},
+        narrow={"radar": Figure(figsize=(4, 9))},
         agreed=agreement(table),
     )  # fmt: skip
     assert len(document.encode()) < 3_000_000
@@ -113,6 +120,7 @@ def test_sorting_hover_and_keyboard_work_and_nothing_is_fetched(html: str, tmp_p
     assert answer["back"] == ["–", "50×", "25", "–"]
     assert answer["scripted"] == "block"
     assert answer["fetched"] == []
+    assert answer["pictures"] == [[width > 600, True, True]], "the narrow picture on a phone, else the wide one"
     assert answer["scripts"] == 4  # the test's two, the report's one, and its data
     assert answer["seen"] == []
     assert answer["wider"] <= 0, "the page scrolls sideways"
