@@ -1142,8 +1142,8 @@ def to_png(figure: Figure, *, dpi: float = 150) -> bytes:
     return buffer.getvalue()
 
 
-def save_charts(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]:
-    """Write each figure as ``<name>.png`` (150 dots per inch) and ``<name>.svg``; same figures, same bytes.
+def save_charts(figures: Mapping[str, Figure], folder: Path, *, svg: bool = True) -> dict[str, bytes]:
+    """Write each figure as ``<name>.png`` (150 dots per inch) and, with ``svg``, ``<name>.svg``; same figures, same bytes.
 
     The PNGs come back by the figures' names.
     """
@@ -1154,6 +1154,7 @@ def save_charts(figures: Mapping[str, Figure], folder: Path) -> dict[str, bytes]
     pictures = {name: to_png(figure) for name, figure in figures.items()}
     for name, figure in figures.items():
         (folder / f"{stems[name]}.png").write_bytes(pictures[name])
-        with _style():
-            figure.savefig(folder / f"{stems[name]}.svg", format="svg", metadata={"Date": None, "Creator": None})
+        if svg:
+            with _style():
+                figure.savefig(folder / f"{stems[name]}.svg", format="svg", metadata={"Date": None, "Creator": None})
     return pictures

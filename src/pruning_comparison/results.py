@@ -93,7 +93,7 @@ def write_results(
     words = {"verdicts": [vars(verdict) for verdict in told], "findings": [vars(finding) for finding in plain]}
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
     pictures = charts.save_charts(figures, folder / CHARTS)
-    narrow_pictures = charts.save_charts(narrow, folder / CHARTS / NARROW)
+    narrow_pictures = charts.save_charts(narrow, folder / CHARTS / NARROW, svg=False)
     say("writing the report")
     html = report.render_report(
         summary=tables.summary,
