@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import re
+import zlib
 from html.parser import HTMLParser
 
 import numpy as np
@@ -39,7 +40,7 @@ CELLS = [
     "reason",
 ]
 MISSING = ["variant", "method", "level", "metric", "reason", "count"]
-TEXTS = ["variant", "method", "iteration", "level", "temperature", "prompt", "text"]
+TEXTS = ["variant", "method", "iteration", "level", "temperature", "prompt", "prompt_text", "text"]
 NASTY = "<script>alert('x')</script> & \"$quoted$\" \x00 \ud800 \u202eabc שלום \x1b[31m"
 
 
@@ -99,7 +100,9 @@ def contrast(metric, level, value, low, high, *, t=NAN, method="entropy", unit="
 
 
 def text_row(variant, level, prompt, text, *, iteration=0, temperature=1.0, method="entropy"):
-    return (variant, method, iteration, float(level), temperature, prompt, text)
+    """As in the journal, where ``prompt`` is a number and the prompt itself stands beside it."""
+    number = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
+    return (variant, method, iteration, float(level), temperature, number, prompt, text)
 
 
 def answer(name, verdict, estimate, low, high, **other):

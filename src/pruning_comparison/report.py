@@ -846,7 +846,8 @@ def _sample_groups(texts: pd.DataFrame | None) -> tuple[list[_SampleGroup], int]
         chosen = chosen[chosen["iteration"] == chosen["iteration"].min()]
         samples = []
         for prompt in chosen["prompt"].unique()[:_PROMPTS_PER_METHOD]:
-            sample = _sample(chosen[chosen["prompt"] == prompt], str(prompt), level)
+            of_prompt = chosen[chosen["prompt"] == prompt]
+            sample = _sample(of_prompt, str(of_prompt["prompt_text"].iloc[0]), level)
             left -= sum(
                 len(escape(_clean(text)).encode()) + 200 for text in (sample.prompt, *dict(sample.versions).values())
             )
