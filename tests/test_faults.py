@@ -225,6 +225,9 @@ def test_a_pointer_to_nowhere_leads_to_the_newest_run(tmp_path, pointer):
 def slow_command(argv, begun):
     """In a process of its own: a run that says when its third cell has begun, and then takes long over it."""
     torch.set_num_threads(1)
+    signal.signal(
+        signal.SIGINT, signal.default_int_handler
+    )  # a shell that starts the tests in the background ignores it
     original, cells = comparison.run_cell, []
 
     def slow(*arguments):
