@@ -31,7 +31,7 @@ __all__ = ["Speeds", "available_bytes", "expected", "expected_words", "measure_s
 ROUND_LEVEL = 10.0
 _PROBE_TOKENS = 256
 _PROBE_STEPS = 6
-_OVERHEAD_S = 15.0
+_OVERHEAD_S = 25.0
 """Loading, statistics, charts and report."""
 
 # Costs in forward passes over the tokens concerned, as processor time of the bundled model had them.
