@@ -16,7 +16,17 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from timing import benchmark_model, emit, emit_machine, paired_ratio, parser, random_ids, seconds, take_turns
+from timing import (
+    benchmark_model,
+    emit,
+    emit_machine,
+    operations,
+    paired_ratio,
+    parser,
+    random_ids,
+    seconds,
+    take_turns,
+)
 
 from pruning_comparison.measure.generation import common_uniforms, generate
 
@@ -70,12 +80,10 @@ def compare(name: str, model: Any, prompts: list[list[int]], tokens: int, temper
 
 def profile(name: str, model: Any, prompts: list[list[int]], tokens: int) -> None:
     """The operations that take most of our loop's time."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-        generate(model, prompts, tokens, temperatures=[0.0] * len(prompts))
-    rows = sorted(seen.key_averages(), key=lambda row: -row.self_cpu_time_total)[:8]
-    total = sum(row.self_cpu_time_total for row in seen.key_averages())
-    shares = {row.key: round(row.self_cpu_time_total / total, 3) for row in rows}
-    emit("decode_loop", model=name, batch=len(prompts), profile=shares, seconds_in_operations=round(total / 1e6, 3))
+    taken = operations(lambda: generate(model, prompts, tokens, temperatures=[0.0] * len(prompts)))
+    total = sum(taken.values())
+    shares = {op: round(taken[op] / total, 3) for op in sorted(taken, key=lambda op: -taken[op])[:8]}
+    emit("decode_loop", model=name, batch=len(prompts), profile=shares, seconds_in_operations=round(total, 3))
 
 
 if __name__ == "__main__":

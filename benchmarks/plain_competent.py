@@ -12,19 +12,17 @@ the others have. Heads are masked by hooks: transformers can no longer remove th
 
 from __future__ import annotations
 
-import json
 import math
 import sys
 from collections import defaultdict
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from pathlib import Path
 from typing import Any
 
 import torch
-from plain_straightforward import cut, lowest_leave, masked, measures, write
+from plain_straightforward import cut, lowest_leave, main, masked, measures, write
 from torch import Tensor
-from transformers import AutoModelForCausalLM, AutoTokenizer, LogitsProcessor
+from transformers import LogitsProcessor
 
 
 def compare(case: dict[str, Any], load: Callable[[], Any], tokenizer: Any) -> dict[str, Any]:
@@ -205,16 +203,5 @@ def judge_all(
     return [measures(tokens, tokenizer, next(nats) if tokens else None) for tokens in written]
 
 
-def main(path: str) -> None:
-    case = json.loads(Path(path).read_text("utf-8"))
-    torch.set_num_threads(case["threads"])
-    results = compare(
-        case,
-        lambda: AutoModelForCausalLM.from_pretrained(case["model"], dtype=torch.float32),
-        AutoTokenizer.from_pretrained(case["model"]),
-    )
-    print(json.dumps(results))
-
-
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], compare)

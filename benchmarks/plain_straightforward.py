@@ -228,7 +228,8 @@ def measures(tokens: list[int], tokenizer: Any, nats: float | None) -> dict[str,
     }
 
 
-def main(path: str) -> None:
+def main(path: str, compare: Callable[..., Any]) -> None:
+    """Prints what ``compare`` makes of the case in a file."""
     case = json.loads(Path(path).read_text("utf-8"))
     torch.set_num_threads(case["threads"])
     results = compare(
@@ -240,4 +241,4 @@ def main(path: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], compare)

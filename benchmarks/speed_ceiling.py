@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from timing import benchmark_model, emit, emit_machine, mean_and_half_width, parser, random_ids, take_turns
-from torch import Tensor, nn
-from transformers.pytorch_utils import Conv1D
+from timing import benchmark_model, emit, emit_machine, mean_and_half_width, operations, parser, random_ids, take_turns
 
+from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import Generation, generate
 from pruning_comparison.measure.memory import decode_bytes
-from pruning_comparison.models.heads import head_grid, input_major_weight, live_heads
+from pruning_comparison.models.heads import head_grid
 from pruning_comparison.pruning import remove_heads
 from pruning_comparison.scoring import score_random
 from pruning_comparison.selection import select_heads
@@ -58,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 models[f"{level:g} % by {unit}"] = remove_heads(dense, keep)
         runs = take_turns({key: lambda model=model: run(model) for key, model in models.items()}, options.repeats)
         steps = options.tokens - 1
-        cost = {key: flops(model, options.context) for key, model in models.items()}
+        cost = {key: prefill_flops(model, options.context) for key, model in models.items()}
         read = {key: decode_bytes(model) + runs[key][0].cache_bytes for key, model in models.items()}
         for key in list(models)[1:]:
             for phase, needed in (("prefill", cost), ("decode", read)):
@@ -93,23 +92,12 @@ def main(argv: Sequence[str] | None = None) -> None:
                 profile(name, key, model, prompt, options.tokens)
 
 
-def flops(model: Any, tokens: int) -> float:
-    """FLOPs of reading ``tokens`` tokens: two per weight and token in every matrix product, the output head for the last
-    token only, and 2 * T * T * D per head for causal attention (two products, half of each)."""
-    head = model.get_output_embeddings()
-    matrices = [m for m in model.modules() if isinstance(m, nn.Linear | Conv1D) and m is not head]
-    weights: Tensor | float = sum(float(input_major_weight(matrix).numel()) for matrix in matrices)
-    attention = sum(live_heads(model)) * 2.0 * tokens * tokens * head_grid(model.config).head_size
-    return 2.0 * float(weights) * tokens + attention + 2.0 * head.weight.numel()
-
-
 def profile(name: str, key: str, model: Any, prompt: list[int], tokens: int) -> None:
     """Milliseconds of self time by operation, for the prefill alone and for the decoding after it."""
     found = {}
     for phase, count in (("prefill", 1), ("both", tokens)):
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
-            generate(model, [prompt], count, temperatures=[0.0])
-        found[phase] = {row.key: row.self_cpu_time_total / 1e3 for row in seen.key_averages()}
+        taken = operations(lambda count=count: generate(model, [prompt], count, temperatures=[0.0]))
+        found[phase] = {op: 1e3 * time for op, time in taken.items()}
     found["decode"] = {op: ms - found["prefill"].get(op, 0.0) for op, ms in found.pop("both").items()}
     for phase, table in found.items():
         top = sorted(table.items(), key=lambda item: -item[1])[:8]

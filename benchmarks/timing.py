@@ -49,6 +49,13 @@ def random_ids(model: Any, *shape: int, seed: int = 0) -> torch.Tensor:
     return torch.randint(1, model.config.vocab_size, shape, generator=torch.Generator().manual_seed(seed))
 
 
+def operations(work: Callable[[], Any]) -> dict[str, float]:
+    """Seconds of self time that a call of ``work`` takes on the CPU, by operation."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as seen:
+        work()
+    return {row.key: row.self_cpu_time_total / 1e6 for row in seen.key_averages()}
+
+
 def take_turns(work: Mapping[str, Callable[[], Any]], repeats: int) -> dict[str, list[Any]]:
     """What each of ``work`` returns, ``repeats`` times, in the order A B .. B A, after one call each to warm up.
 

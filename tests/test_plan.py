@@ -93,7 +93,8 @@ def test_more_data_and_smaller_margins_find_smaller_effects(folder):
             "calibration_text": str(folder / "calibration"), "calibration_tokens": 100, "calibration_window": 64,
             "num_tokens": 5, "prompt_file": str(folder / "prompts.txt"), **changes,
         }  # fmt: skip
-        rows = plan_run(ComparisonSpec(**settings), margins or Margins())["expectations"]
+        spec = ComparisonSpec(**settings)
+        rows = plan_run(spec, margins or Margins(), prepare(spec, identify=False))["expectations"]
         return {row["id"]: abs(row["detectable"]) for row in rows}
 
     few, many, small = (

@@ -427,10 +427,12 @@ def _report(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
+    from pruning_comparison.comparison import prepare
     from pruning_comparison.plan import plan_cost, plan_run, plan_words
     from pruning_comparison.samples import Margins
 
-    plan = {**plan_run(spec, Margins(**margins)), "expected": plan_cost(spec)}
+    inputs = prepare(spec, identify=False)
+    plan = {**plan_run(spec, Margins(**margins), inputs), "expected": plan_cost(spec, inputs)}
     print(json.dumps(plan, indent=1, allow_nan=False) if options.json else plan_words(plan))
     return 0
 

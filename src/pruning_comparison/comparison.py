@@ -145,7 +145,7 @@ class Workspace:
     @property
     def group_size(self) -> int:
         """How many heads leave together."""
-        return self.grid.group_size if self.spec.unit == "kv_group" else 1
+        return heads_leaving_together(self.grid, self.spec.unit)
 
     def generator(self, purpose: str, iteration: int) -> torch.Generator:
         """An independent stream of random numbers for each purpose and iteration."""
@@ -270,6 +270,11 @@ class Workspace:
             gradient_precision=gradient_precision,
             group_size=self.group_size,
         )
+
+
+def heads_leaving_together(grid: HeadGrid, unit: str) -> int:
+    """How many heads leave at once: one, or all that read the same keys and values where ``unit`` is "kv_group"."""
+    return grid.group_size if unit == "kv_group" else 1
 
 
 def negotiation_rules(variant: str) -> str:
@@ -637,6 +642,7 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, report: Report)
     """
     here, there = dict(inputs.digests), store.folder.parent
     whole, part = spec.content_hash(here), identity(spec.as_dict(), here, without=REUSE_AXES)
+    made_with = (versions(), hardware(spec))
     runs = list(stored_runs(there))
     if any(m.get("spec_hash") == whole and m.get("finished") is not None for _, m in runs):
         return
@@ -646,7 +652,7 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, report: Report)
             continue
         if identity(manifest["spec"], read, without=REUSE_AXES) != part or journal_damage(folder) is not None:
             continue
-        if manifest.get("versions") != versions() or manifest.get("hardware") != hardware(spec):
+        if (manifest.get("versions"), manifest.get("hardware")) != made_with:
             continue
         try:
             earlier = ComparisonSpec.from_dict(manifest["spec"])

@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any, cast
 
 from pruning_comparison.answers import CLAIM_LEVEL, QUALITY_LEVEL
-from pruning_comparison.comparison import Inputs, prepare
+from pruning_comparison.comparison import Inputs, heads_leaving_together
 from pruning_comparison.crossed import PLANNING, Components, detectable_effect, smallest_permutation_p
 from pruning_comparison.expected import available_bytes, expected, expected_words, measure_speeds, parameter_count
 from pruning_comparison.findings import listed, per_cent, plain_number
@@ -38,9 +38,8 @@ Those of the bundled model on 2 cores, rounded up: method entropy, three iterati
 """
 
 
-def plan_run(spec: ComparisonSpec, margins: Margins) -> dict[str, Any]:
-    """What a run of ``spec`` would measure and find, as plain values. InputError where the spec cannot work."""
-    inputs = prepare(spec, identify=False)
+def plan_run(spec: ComparisonSpec, margins: Margins, inputs: Inputs) -> dict[str, Any]:
+    """What a run of ``spec``, whose ``inputs`` are prepared, would measure and find, as plain values."""
     grid = inputs.preview.grid
     documents = len({window.document for window in inputs.windows})
     prompts = len(inputs.prompts)
@@ -79,9 +78,8 @@ def plan_run(spec: ComparisonSpec, margins: Margins) -> dict[str, Any]:
     }
 
 
-def plan_cost(spec: ComparisonSpec) -> dict[str, Any]:
+def plan_cost(spec: ComparisonSpec, inputs: Inputs) -> dict[str, Any]:
     """Expected time by phase, memory and disk. Times a random model of the same shape, unless memory is short for it."""
-    inputs = prepare(spec, identify=False)
     parameters = parameter_count(inputs)
     room = available_bytes()
     fits = room is None or 8 * parameters < room
@@ -90,8 +88,8 @@ def plan_cost(spec: ComparisonSpec) -> dict[str, Any]:
 
 
 def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]:
-    group_size = grid.group_size if spec.unit == "kv_group" else 1
-    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, cast(Scope, spec.scope), group_size)
+    together = heads_leaving_together(grid, spec.unit)
+    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, cast(Scope, spec.scope), together)
     return {"level": level, "heads_pruned": gone, "achieved_level": 100 * gone / grid.total}
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -22,7 +23,7 @@ from pruning_comparison.comparison import (
 )
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
-from pruning_comparison.measure.perplexity import measure_perplexity
+from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
 from pruning_comparison.models import ModelPreview
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
 from pruning_comparison.pruning import converted_copy
@@ -115,9 +116,8 @@ def measure_one(workspace: Workspace, pruned: PrunedModel) -> list[BeforeAndAfte
     perplexities = []
     for model in models.values():
         losses = measure_perplexity(model, workspace.inputs.windows, batch_size=spec.quality_batch_size)
-        nats, tokens = sum(loss.nats for loss in losses), sum(loss.tokens for loss in losses)
-        perplexity = float(torch.tensor(nats / tokens, dtype=torch.float64).exp())
-        perplexities.append(perplexity if perplexity < float("inf") else None)
+        perplexity = perplexity_of(losses)
+        perplexities.append(perplexity if math.isfinite(perplexity) else None)
     timings = time_level(workspace, models, 0)
 
     def mean(variant: str, metric: str) -> float | None:

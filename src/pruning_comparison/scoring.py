@@ -144,8 +144,8 @@ def gate_gradients(model: PreTrainedModel, windows: Tensor, *, batch_size: int) 
     squared gradient is its Fisher information. (The mean per token would differ by a factor that all heads share.)
 
     Nothing is kept from one batch to the next, so memory does not grow with N, and batches are at most so large that their
-    logits take ``_MOST_LOGIT_BYTES``. The parameters need no gradients and get
-    none. ValueError for a model that has lost heads physically.
+    logits take ``_MOST_LOGIT_BYTES``. The parameters need no gradients and get none. ValueError for a model that has lost
+    heads physically.
     """
     logit_bytes = 4 * windows.shape[1] * model.config.get_text_config().vocab_size
     for batch in windows.split(max(1, min(batch_size, _MOST_LOGIT_BYTES // logit_bytes))):

@@ -478,20 +478,23 @@ def part_findings(answers: pd.DataFrame) -> list[Finding]:
     A part that makes no difference that matters is said to bring nothing. Contrasts of variants were not asked beforehand,
     so these are hints. Nothing comes of a run without such variants.
     """
-    rows = [row for row in _records(answers[answers["kind"] == "exploratory"]) if row["id"] == "E2"]
+    asked = _ASKED["E2"]
+    rows = [
+        row
+        for row in _records(answers[answers["kind"] == "exploratory"])
+        if row["id"] == "E2" and not pd.isna(row["estimate"])
+    ]
     found = []
     for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
+        by_contrast = {row["contrast"]: row for row in rows if (row["model"], row["method"]) == (model, method)}
         told, figures = [], []
         for variant, (part, instead) in _PARTS.items():
-            contrast = f"agency vs {variant}"
-            here = [r for r in rows if (r["model"], r["method"], r["contrast"]) == (model, method, contrast)]
-            if here and not pd.isna(here[0]["estimate"]):
-                told.append(_part_told(here[0], part, instead))
-                figures.append(
-                    f"{variant}: {shown(here[0], 'estimate')} [{interval_shown(here[0])}], n = {int(here[0]['n'])}"
-                )
+            row = by_contrast.get(f"agency vs {variant}")
+            if row is not None:
+                told.append(_part_told(row, part, instead))
+                figures.append(f"{variant}: {shown(row, 'estimate')} [{interval_shown(row)}], n = {int(row['n'])}")
         if told:
-            place = _capital(_where(rows[0] | {"method": method}, _ASKED["E2"].place))
+            place = _capital(_where(next(iter(by_contrast.values())), asked.place))
             sentence = f"{place}, perplexity tells what each part brings (hints and no verdicts). {' '.join(told)}"
             found.append(Finding(f"{method}: what each part of agency brings", sentence, "; ".join(figures)))
     return found
