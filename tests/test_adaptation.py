@@ -7,6 +7,7 @@ import pytest
 import torch
 from conftest import random_masks, tiny_gpt2, tiny_model
 
+from pruning_comparison.agency import adaptation
 from pruning_comparison.agency.adaptation import adapt, ridge_towards
 from pruning_comparison.agency.streams import DenseStream
 from pruning_comparison.models.heads import attentions, blocks, input_major_weight, output_projections
@@ -312,3 +313,9 @@ def test_coarse_precision_is_refused():
     model = tiny_gpt2().to(torch.bfloat16)
     with pytest.raises(ValueError, match="float32"):
         adapt(DenseStream(model, WINDOWS, batch_size=4), model, steps="refit", ridge=0.1)
+
+
+@pytest.mark.parametrize("features", [1, 192, 193, 500])
+def test_products_in_blocks_are_the_whole_product(features):
+    x = torch.randn(40, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(adaptation._gram(x), x.T @ x)

@@ -103,6 +103,23 @@ def test_agency_adaptation_loses_the_baselines_heads_and_pays_for_adaptation(fol
     assert adapted[0] != adapted[1]
 
 
+def test_variants_that_lack_a_part_of_agency_lack_that_part(folder, monkeypatch):
+    asked = {}
+
+    class Recorded(comparison.NegotiatedTrajectory):
+        def __init__(self, *arguments, **settings):
+            asked[variant] = settings["everyone_consents"], settings["heed_states"]
+            super().__init__(*arguments, **settings)
+
+    monkeypatch.setattr(comparison, "NegotiatedTrajectory", Recorded)
+    spec = small_spec(folder)
+    workspace = load_workspace(spec, prepare(spec, identify=False))
+    for variant in ("agency", "agency-always-yes", "agency-stateless", "agency-selection"):
+        workspace.negotiated(variant, "magnitude", 0)
+    # Selection goes agency's own way, so nothing is asked anew for it.
+    assert asked == {"agency": (False, True), "agency-always-yes": (True, True), "agency-stateless": (False, False)}
+
+
 def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     """Levels 20 and 50 of 8 heads: 2 and 4 leave, in rounds of 10 % that take 1, 1, 0, 1 and 1."""
     spec = small_spec(

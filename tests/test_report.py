@@ -283,6 +283,13 @@ def test_generated_text_keeps_its_direction_to_itself():
     assert all(holder["dir"] == "auto" for holder in holders)
 
 
+def test_sample_texts_stand_under_their_prompt_and_not_under_its_number():
+    rows = [text_row("agency", level, "Fellow citizens", "of the Senate") for level in (0, 50)]
+    words = Document(report(texts=rows)).words
+    assert "Fellow citizens" in words
+    assert str(rows[0][TEXTS.index("prompt")]) not in words
+
+
 def test_a_line_of_ten_thousand_characters_survives():
     line = "x" * 10_000
     assert line in Document(report(texts=[text_row("agency", 50, "prompt", line)])).words
