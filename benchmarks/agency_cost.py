@@ -18,7 +18,7 @@ import time
 import torch
 from scipy import stats
 
-from pruning_comparison.comparison import build, load_workspace, prepare
+from pruning_comparison.cells import build, load_workspace, prepare
 from pruning_comparison.measure.generation import time_generation
 from pruning_comparison.measure.memory import PeakMemory, parameter_bytes
 from pruning_comparison.pruning import remove_heads

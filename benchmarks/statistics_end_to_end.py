@@ -22,7 +22,7 @@ import numpy as np
 import pandas as pd
 
 from pruning_comparison.answers import answers
-from pruning_comparison.comparison import Workspace, build, load_workspace, prepare, run_cell, time_level
+from pruning_comparison.cells import Workspace, build, load_workspace, prepare, run_cell, time_level
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store import RunStore
 

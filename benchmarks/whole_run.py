@@ -35,7 +35,8 @@ import plain_straightforward
 import torch
 from scipy import stats
 
-from pruning_comparison.comparison import Workspace, prepare, run_comparison
+from pruning_comparison.cells import Workspace, prepare
+from pruning_comparison.comparison import run_comparison
 from pruning_comparison.measure.generation import common_uniforms
 from pruning_comparison.models import load_model
 from pruning_comparison.spec import ComparisonSpec

@@ -87,9 +87,9 @@ BAD = [
 
 @pytest.mark.parametrize(("argv", "message"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_bad_input_exits_2_with_a_clear_message(argv, message, tmp_path, capsys, monkeypatch):
-    import pruning_comparison.comparison as comparison
+    import pruning_comparison.cells as cells
 
-    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(cells, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     code = cli.main(["run", "--model_name=bundled", f"--output_dir={tmp_path}", *argv])
     shown = capsys.readouterr()
     assert code == 2

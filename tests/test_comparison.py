@@ -10,8 +10,9 @@ import pytest
 import torch
 from conftest import save_tiny_model, tiny_model, write_short_texts
 
-from pruning_comparison import comparison
-from pruning_comparison.comparison import Workspace, build, load_workspace, prepare, run_comparison
+from pruning_comparison import cells as measuring
+from pruning_comparison.cells import Workspace, build, load_workspace, prepare
+from pruning_comparison.comparison import run_comparison
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.results import write_results
 from pruning_comparison.scoring import mean_attention_entropy
@@ -106,12 +107,12 @@ def test_agency_adaptation_loses_the_baselines_heads_and_pays_for_adaptation(fol
 def test_variants_that_lack_a_part_of_agency_lack_that_part(folder, monkeypatch):
     asked = {}
 
-    class Recorded(comparison.NegotiatedTrajectory):
+    class Recorded(measuring.NegotiatedTrajectory):
         def __init__(self, *arguments, **settings):
             asked[variant] = settings["everyone_consents"], settings["heed_states"]
             super().__init__(*arguments, **settings)
 
-    monkeypatch.setattr(comparison, "NegotiatedTrajectory", Recorded)
+    monkeypatch.setattr(measuring, "NegotiatedTrajectory", Recorded)
     spec = small_spec(folder)
     workspace = load_workspace(spec, prepare(spec, identify=False))
     for variant in ("agency", "agency-always-yes", "agency-stateless", "agency-selection"):
@@ -171,10 +172,10 @@ def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
     """Two methods, two iterations, two levels, two temperatures, two variants of which one adapts."""
     counts = {"streams": 0, "perplexity": 0, "timing": 0, "rankings": []}
     stream, perplexity, timing, scores = (
-        comparison.DenseStream,
-        comparison.measure_perplexity,
-        comparison.time_generation,
-        comparison.score_heads,
+        measuring.DenseStream,
+        measuring.measure_perplexity,
+        measuring.time_generation,
+        measuring.score_heads,
     )
 
     def counted(what, function):
@@ -188,10 +189,10 @@ def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
         counts["rankings"].append(method)
         return scores(method, *arguments, **more)
 
-    monkeypatch.setattr(comparison, "DenseStream", counted("streams", stream))
-    monkeypatch.setattr(comparison, "measure_perplexity", counted("perplexity", perplexity))
-    monkeypatch.setattr(comparison, "time_generation", counted("timing", timing))
-    monkeypatch.setattr(comparison, "score_heads", counted_scores)
+    monkeypatch.setattr(measuring, "DenseStream", counted("streams", stream))
+    monkeypatch.setattr(measuring, "measure_perplexity", counted("perplexity", perplexity))
+    monkeypatch.setattr(measuring, "time_generation", counted("timing", timing))
+    monkeypatch.setattr(measuring, "score_heads", counted_scores)
     spec = small_spec(folder, variants=("baseline", "agency-adaptation"))
     run_comparison(spec, output_dir=tmp_path, raise_failures=True)
     # One dense stream per iteration, whatever the method. Perplexity once for the dense model; at level 50 once for the
@@ -332,7 +333,7 @@ def test_other_seed_other_texts(folder, tmp_path):
 def test_an_interrupted_run_keeps_finished_cells_and_continues(folder, tmp_path, monkeypatch):
     spec, whole = small_spec(folder), tables(run_comparison(small_spec(folder), output_dir=tmp_path / "whole"))
     measured: list[Cell] = []
-    original = comparison.run_cell
+    original = measuring.run_cell
 
     def counting(workspace: Workspace, cell: Cell, pruned: object):
         if len(measured) == 5:
@@ -340,16 +341,16 @@ def test_an_interrupted_run_keeps_finished_cells_and_continues(folder, tmp_path,
         measured.append(cell)
         return original(workspace, cell, pruned)
 
-    monkeypatch.setattr(comparison, "run_cell", counting)
+    monkeypatch.setattr(measuring, "run_cell", counting)
     with pytest.raises(Interrupted, match="same command continues") as stopped:
         run_comparison(spec, output_dir=tmp_path / "cut")
     folder_cut = stopped.value.folder
     assert len(tables(folder_cut)["cells"]) == 5
     assert write_results(folder_cut, save_outputs=False).is_file()
     assert read_manifest(folder_cut)["finished"] is None
-    monkeypatch.setattr(comparison, "run_cell", original)
+    monkeypatch.setattr(measuring, "run_cell", original)
     repeated: list[Cell] = []
-    monkeypatch.setattr(comparison, "run_cell", lambda w, cell, p: (repeated.append(cell), original(w, cell, p))[1])
+    monkeypatch.setattr(measuring, "run_cell", lambda w, cell, p: (repeated.append(cell), original(w, cell, p))[1])
     assert run_comparison(spec, output_dir=tmp_path / "cut") == folder_cut
     assert not set(repeated) & set(measured)
     assert len(repeated) + len(measured) == 16
@@ -361,7 +362,7 @@ def test_an_interrupted_run_keeps_finished_cells_and_continues(folder, tmp_path,
 
 
 def test_a_changed_spec_starts_a_new_run(folder, tmp_path, monkeypatch):
-    monkeypatch.setattr(comparison, "run_cell", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
+    monkeypatch.setattr(measuring, "run_cell", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt()))
     runs = set()
     for changes in ({}, {"seed": 3}):
         with pytest.raises(Interrupted) as stopped:
@@ -371,14 +372,14 @@ def test_a_changed_spec_starts_a_new_run(folder, tmp_path, monkeypatch):
 
 
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(folder, tmp_path, monkeypatch):
-    original = comparison.run_cell
+    original = measuring.run_cell
 
     def failing(workspace, cell, pruned):
         if cell == Cell("agency", "random", 1, 50.0):
             raise torch.OutOfMemoryError("no room")
         return original(workspace, cell, pruned)
 
-    monkeypatch.setattr(comparison, "run_cell", failing)
+    monkeypatch.setattr(measuring, "run_cell", failing)
     run = run_comparison(small_spec(folder), output_dir=tmp_path)
     cells = tables(run)["cells"]
     failed = cells[cells["status"] == "failed"]

@@ -20,6 +20,7 @@ from conftest import save_tiny_model, tiny_gpt2, write_short_texts
 from test_resume import stand_in, stopped, tiny_spec
 from transformers import AutoTokenizer
 
+from pruning_comparison import cells as measuring
 from pruning_comparison import cli, comparison
 from pruning_comparison.comparison import run_comparison
 from pruning_comparison.errors import Interrupted, StoreError
@@ -63,7 +64,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_continues(folder, tmp_pa
         stranger.write_bytes(b"x" * 2_300_000)
         stand_in(monkeypatch)
         measured = []
-        monkeypatch.setattr(comparison, "run_cell", lambda w, cell, p: (measured.append(cell), large(cell))[1])
+        monkeypatch.setattr(measuring, "run_cell", lambda w, cell, p: (measured.append(cell), large(cell))[1])
         spec = tiny_spec(folder)
         with pytest.raises(StoreError, match=r"full.*What was finished before is kept\. Make room"):
             run_comparison(spec, output_dir=mount)
@@ -149,7 +150,7 @@ def test_two_runs_in_one_folder(folder, tmp_path, monkeypatch):
 def cut_short(folder, tmp_path, monkeypatch):
     """An unfinished run of ``tiny_spec`` without a finished cell."""
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "run_cell", stopped)
+        patch.setattr(measuring, "run_cell", stopped)
         with pytest.raises(Interrupted) as cut:
             run_comparison(tiny_spec(folder), output_dir=tmp_path)
     return cut.value.folder
@@ -173,7 +174,7 @@ def overwritten(journal):
 def test_a_damaged_journal_is_left_alone_and_a_new_run_started(folder, tmp_path, monkeypatch, capsys, damage):
     stand_in(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "run_cell", lambda w, cell, p: large(cell, 50_000))
+        patch.setattr(measuring, "run_cell", lambda w, cell, p: large(cell, 50_000))
         run = run_comparison(tiny_spec(folder), output_dir=tmp_path)
     write_manifest(run, {**read_manifest(run), "finished": None})
     damage(run / "journal.sqlite")
@@ -228,7 +229,7 @@ def slow_command(argv, begun):
     signal.signal(
         signal.SIGINT, signal.default_int_handler
     )  # a shell that starts the tests in the background ignores it
-    original, cells = comparison.run_cell, []
+    original, cells = measuring.run_cell, []
 
     def slow(*arguments):
         cells.append(arguments)
@@ -237,7 +238,7 @@ def slow_command(argv, begun):
             time.sleep(300)
         return original(*arguments)
 
-    comparison.run_cell = slow
+    measuring.run_cell = slow
     raise SystemExit(cli.main(argv))
 
 
@@ -268,7 +269,7 @@ def test_a_signal_leaves_a_partial_report_and_exit_code_130(folder, tmp_path, nu
 
 def test_out_of_memory_is_recorded_and_no_batch_gets_smaller(folder, tmp_path, monkeypatch):
     """Once while a cell is measured and once while a level is timed: with a smaller batch, figures would not be pairs."""
-    measure, timed, batches = comparison.measure_perplexity, comparison.time_level, []
+    measure, timed, batches = measuring.measure_perplexity, measuring.time_level, []
 
     def measured(model, windows, *, batch_size):
         batches.append(batch_size)
@@ -282,8 +283,8 @@ def test_out_of_memory_is_recorded_and_no_batch_gets_smaller(folder, tmp_path, m
         return timed(workspace, models, iteration)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "measure_perplexity", measured)
-        patch.setattr(comparison, "time_level", too_large)
+        patch.setattr(measuring, "measure_perplexity", measured)
+        patch.setattr(measuring, "time_level", too_large)
         run = run_comparison(tiny_spec(folder), output_dir=tmp_path)
     assert batches == [8] * 3
     with RunStore(run) as store:

@@ -11,7 +11,7 @@ from scipy import stats
 
 from pruning_comparison import cli
 from pruning_comparison import plan as planning
-from pruning_comparison.comparison import prepare
+from pruning_comparison.cells import prepare
 from pruning_comparison.expected import Speeds, expected, passes
 from pruning_comparison.models import loading
 from pruning_comparison.plan import ASSUMED, assumed_components, plan_run
@@ -108,9 +108,9 @@ def test_more_data_and_smaller_margins_find_smaller_effects(folder):
 
 
 def test_neither_weights_nor_their_digests_are_read(folder, capsys, monkeypatch):
-    import pruning_comparison.comparison as comparison
+    import pruning_comparison.cells as cells
 
-    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
+    monkeypatch.setattr(cells, "load_model", lambda *a, **k: pytest.fail("weights were loaded"))
     monkeypatch.setattr(loading, "_file_digest", lambda path: pytest.fail("weights were read through"))
     plan(folder, capsys)
 

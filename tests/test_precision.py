@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pruning_comparison.comparison import build, load_workspace, prepare
+from pruning_comparison.cells import build, load_workspace, prepare
 from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
 from pruning_comparison.spec import Cell, ComparisonSpec
 

@@ -10,8 +10,9 @@ import torch
 from conftest import save_tiny_model, tiny_model, write_short_texts
 
 from pruning_comparison import cli
+from pruning_comparison.cells import model_folder
 from pruning_comparison.checkpoint import forms_that_hold, load_pruned
-from pruning_comparison.comparison import model_folder, run_comparison
+from pruning_comparison.comparison import run_comparison
 from pruning_comparison.errors import InputError
 from pruning_comparison.models import load_model, preview_model
 from pruning_comparison.models.heads import kept_heads, live_heads
@@ -145,9 +146,9 @@ def test_the_command_writes_models_and_a_card_with_figures(tmp_path, capsys):
     ],
 )
 def test_bad_options_exit_2_and_load_nothing(options, message, tmp_path, capsys, monkeypatch):
-    import pruning_comparison.comparison as comparison
+    import pruning_comparison.cells as cells
 
-    monkeypatch.setattr(comparison, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(cells, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("")
     given = [option.replace("FULL", str(tmp_path / "full")) for option in options]

@@ -7,13 +7,14 @@ import multiprocessing
 import os
 import random
 import signal
+import sqlite3
 import time
 
 import pytest
 import torch
 from conftest import save_tiny_model, write_short_texts
 
-from pruning_comparison import comparison
+from pruning_comparison import cells as measuring
 from pruning_comparison.comparison import run_comparison
 from pruning_comparison.errors import Interrupted
 from pruning_comparison.spec import Cell, ComparisonSpec
@@ -63,8 +64,8 @@ def unmeasured(run):
 
 def counted(monkeypatch, name):
     """The cells, or whatever else is the second argument, with which a function of the comparison is called."""
-    calls, original = [], getattr(comparison, name)
-    monkeypatch.setattr(comparison, name, lambda w, *rest: (calls.append(rest[0]), original(w, *rest))[1])
+    calls, original = [], getattr(measuring, name)
+    monkeypatch.setattr(measuring, name, lambda w, *rest: (calls.append(rest[0]), original(w, *rest))[1])
     return calls
 
 
@@ -78,12 +79,67 @@ def test_added_levels_methods_and_iterations_take_over_what_is_there(folder, tmp
     assert len(timed) == 12 - 2
     assert not {cell for cell in measured if cell[1:3] == ("magnitude", 0) and cell.level != 30}
     assert f"taken over from {small}: 4 cells and 2 timings" in said
-    assert read_manifest(run)["reused"] == [{"run": small.name, "commit": "old", "cells": 4}]
+    assert read_manifest(run)["reused"] == [{"run": small.name, "commit": "old", "cells": 4, "timings": 2}]
     with RunStore(run) as store:
         commits = store.table("cells")["code_commit"].value_counts().to_dict()
     assert commits == {"old": 4, "new": 20}
     whole = run_comparison(grown, output_dir=tmp_path / "whole")
     assert unmeasured(run).replace(b",old\n", b",\n").replace(b",new\n", b",\n") == unmeasured(whole)
+
+
+def test_added_prompts_take_over_heads_and_perplexity_even_when_cut_off(folder, tmp_path, monkeypatch):
+    """Nothing is scored, negotiated or evaluated again; texts and timings are those of a run that starts from nothing."""
+    common = {"variants": ("baseline", "agency", "agency-selection"), "memory_logging": True}
+    small = run_comparison(tiny_spec(folder, **common), output_dir=tmp_path / "grown", code_commit="old")
+    grown = tiny_spec(
+        folder, **common, max_prompts=2, temperatures=(0.7, 1.0), num_tokens=4, pruning_levels=(0, 50, 75)
+    )
+    built, evaluated, said = counted(monkeypatch, "build"), [], []
+    original, rest, left = measuring.measure_perplexity, measuring.run_rest, [2]
+
+    def stops_at_the_third(*arguments):
+        left[0] -= 1
+        if left[0] < 0:
+            raise KeyboardInterrupt
+        return rest(*arguments)
+
+    monkeypatch.setattr(measuring, "measure_perplexity", lambda *a, **k: (evaluated.append(1), original(*a, **k))[1])
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "run_rest", stops_at_the_third)
+        with pytest.raises(Interrupted) as cut:
+            run_comparison(grown, output_dir=tmp_path / "grown", report=said.append, code_commit="new")
+    assert f"taken over from {small}: 6 cells without their texts" in said
+    assert read_manifest(cut.value.folder)["reused"] == [
+        {"run": small.name, "commit": "old", "cells without their texts": 6}
+    ]
+    with RunStore(cut.value.folder) as store:
+        for name in ("cells", "measurements", "heads"):
+            assert len(store.table(name).groupby(["variant", "level"])) == 2, name
+    run = run_comparison(grown, output_dir=tmp_path / "grown", code_commit="new")
+    assert run == cut.value.folder
+    assert {cell.level for cell in built} == {75}
+    with RunStore(run) as store:
+        assert len(evaluated) == store.table("cells").query("level == 75")["fingerprint"].nunique()
+    monkeypatch.undo()
+    torch.set_num_threads(1)
+    whole = run_comparison(grown, output_dir=tmp_path / "whole", code_commit="new")
+    assert unmeasured(run) == unmeasured(whole)
+    with RunStore(run) as store:
+        negotiated = store.table("measurements").query("metric == 'negotiation_s'")
+        assert len(store.finished_timings()) == 3
+    assert len(negotiated) == 4
+
+
+def test_a_part_that_does_not_come_out_as_it_was_measured_fails(folder, tmp_path):
+    small = run_comparison(tiny_spec(folder), output_dir=tmp_path)
+    with sqlite3.connect(small / "journal.sqlite") as journal:
+        journal.execute("UPDATE cells SET fingerprint = 'another' WHERE level = 50 AND variant = 'agency'")
+    said = []
+    run_comparison(tiny_spec(folder, max_prompts=2), output_dir=tmp_path, report=said.append)
+    (failure,) = [line for line in said if line.startswith("failed")]
+    assert failure.startswith(
+        "failed: agency, magnitude, iteration 1, level 50 %: AssertionError: made again, the model is"
+    )
 
 
 def test_added_variants_take_over_cells_and_are_timed_anew(folder, tmp_path, monkeypatch):
@@ -101,8 +157,8 @@ def test_added_variants_take_over_cells_and_are_timed_anew(folder, tmp_path, mon
     ("changes", "taken"),
     [
         ({"iterations": 2, "seed": 1}, 0),
-        ({"iterations": 2, "num_tokens": 4}, 0),
-        ({"iterations": 2, "max_prompts": 2}, 0),
+        ({"iterations": 2, "ridge": 0.2}, 0),
+        ({"iterations": 2, "eval_tokens": 100}, 0),
         ({"pruning_levels": (0, 25, 50)}, 0),
         ({"pruning_levels": (0, 25, 50), "entropy_direction": "low"}, 0),
         ({"pruning_levels": (0, 50, 75)}, 2),
@@ -116,7 +172,7 @@ def test_only_what_would_come_out_the_same_is_taken_over(folder, tmp_path, monke
     common = {"pruning_methods": ("entropy",), "variants": ("baseline",)}
     run_comparison(tiny_spec(folder, **common), output_dir=tmp_path)
     run = run_comparison(tiny_spec(folder, **{**common, **changes}), output_dir=tmp_path)
-    assert sum(reused["cells"] for reused in read_manifest(run).get("reused", [])) == taken
+    assert sum(reused.get("cells", 1) for reused in read_manifest(run).get("reused", [])) == taken
 
 
 @pytest.mark.parametrize("part", ["versions", "hardware"])
@@ -130,7 +186,7 @@ def test_nothing_is_taken_over_from_other_versions_or_machines(folder, tmp_path,
 def test_a_changed_spec_says_what_differs_and_leaves_the_unfinished_run_alone(folder, tmp_path, monkeypatch):
     stand_in(monkeypatch)
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "run_cell", stopped)
+        patch.setattr(measuring, "run_cell", stopped)
         with pytest.raises(Interrupted) as cut:
             run_comparison(tiny_spec(folder), output_dir=tmp_path)
     before, said = (cut.value.folder / "manifest.json").read_bytes(), []
@@ -144,7 +200,7 @@ def test_a_changed_spec_says_what_differs_and_leaves_the_unfinished_run_alone(fo
 
 def test_another_commit_and_other_versions_are_warned_of_and_kept_per_cell(folder, tmp_path, monkeypatch):
     stand_in(monkeypatch)
-    original, left = comparison.run_cell, [2]
+    original, left = measuring.run_cell, [2]
 
     def two_cells(*arguments):
         if not left[0]:
@@ -153,7 +209,7 @@ def test_another_commit_and_other_versions_are_warned_of_and_kept_per_cell(folde
         return original(*arguments)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "run_cell", two_cells)
+        patch.setattr(measuring, "run_cell", two_cells)
         with pytest.raises(Interrupted) as cut:
             run_comparison(tiny_spec(folder), output_dir=tmp_path, code_commit="one")
     manifest = read_manifest(cut.value.folder)
@@ -172,7 +228,7 @@ def test_another_commit_and_other_versions_are_warned_of_and_kept_per_cell(folde
 
 
 def test_a_failed_cell_is_tried_again_by_the_same_command_and_then_timed(folder, tmp_path, monkeypatch):
-    original = comparison.run_cell
+    original = measuring.run_cell
 
     def failing(workspace, cell, pruned):
         if cell == Cell("agency", "magnitude", 0, 50.0):
@@ -180,7 +236,7 @@ def test_a_failed_cell_is_tried_again_by_the_same_command_and_then_timed(folder,
         return original(workspace, cell, pruned)
 
     with monkeypatch.context() as patch:
-        patch.setattr(comparison, "run_cell", failing)
+        patch.setattr(measuring, "run_cell", failing)
         run = run_comparison(tiny_spec(folder), output_dir=tmp_path)
     assert read_manifest(run)["finished"] is None
     measured = counted(monkeypatch, "run_cell")
@@ -199,20 +255,20 @@ def stopped(*arguments):
 
 def stand_in(monkeypatch):
     """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
-    monkeypatch.setattr(comparison, "load_workspace", lambda spec, inputs: None)
+    monkeypatch.setattr("pruning_comparison.launchers.serial.load_workspace", lambda spec, inputs: None)
     monkeypatch.setattr(
-        comparison,
+        measuring,
         "build",
-        lambda workspace, cell: comparison.PrunedModel(None, torch.ones(1, 1, dtype=torch.bool), None, "dense", None),
+        lambda workspace, cell: measuring.PrunedModel(None, torch.ones(1, 1, dtype=torch.bool), "dense"),
     )
-    monkeypatch.setattr(comparison, "run_cell", lambda w, cell, p: comparison.CellResult(cell, "done", fingerprint="x"))
-    monkeypatch.setattr(comparison, "time_level", lambda *arguments: [])
+    monkeypatch.setattr(measuring, "run_cell", lambda w, cell, p: measuring.CellResult(cell, "done", fingerprint="x"))
+    monkeypatch.setattr(measuring, "time_level", lambda *arguments: [])
 
 
 def run_and_log(spec, output_dir, log):
     """In a process of its own: the comparison, with a line in ``log`` for every cell that is begun."""
     torch.set_num_threads(1)
-    original = comparison.run_cell
+    original = measuring.run_cell
 
     def logged(workspace, cell, pruned):
         descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
@@ -220,7 +276,7 @@ def run_and_log(spec, output_dir, log):
         os.close(descriptor)
         return original(workspace, cell, pruned)
 
-    comparison.run_cell = logged
+    measuring.run_cell = logged
     run_comparison(spec, output_dir=output_dir)
 
 

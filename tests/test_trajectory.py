@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory, adapt
 from pruning_comparison.agency.consent import Thresholds
-from pruning_comparison.comparison import build, load_workspace, prepare
+from pruning_comparison.cells import build, load_workspace, prepare
 from pruning_comparison.pruning import mask_heads
 from pruning_comparison.scoring import HeadScores, score_fisher
 from pruning_comparison.selection import heads_to_prune, select_heads

@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruning_comparison import __version__
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
@@ -29,7 +29,11 @@ from pruning_comparison.spec import (
     ComparisonSpec,
 )
 
+if TYPE_CHECKING:
+    from pruning_comparison.launchers import Launcher
+
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
+LAUNCHERS = ("serial", "ray")
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
     "margin_speed": ("speed", 100, "per cent of speed that matter (2, if not given)"),
@@ -189,7 +193,8 @@ class _Parser(argparse.ArgumentParser):
 _NOT_FOR_ONE_MODEL = frozenset(
     {
         "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
-        "save_outputs", "save_models", "memory_logging", "visualize_only", "no_update", "margins",
+        "save_outputs", "save_models", "memory_logging", "visualize_only", "no_update", "margins", "launcher",
+        "ray_address", "workers",
     }
 )  # fmt: skip
 
@@ -260,6 +265,9 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("seed", type=_whole_number, help="seed of everything random")
     add("threads", type=_whole_number, default=None, help="CPU threads; all cores, if not given")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
+    add("launcher", default="serial", help=f"{' or '.join(LAUNCHERS)}: one process, or workers on a Ray cluster")
+    add("ray_address", help="of an existing cluster: auto, or host:port; a local one is started, if not given")
+    add("workers", type=_whole_number, help="with ray: at most so many; as many as there is room for, if not given")
     flag("visualize_only", "measure nothing; draw the latest run again")
     flag("no_update", "for the scripts: do not fetch the latest code first")
     if "margins" not in without:
@@ -351,6 +359,23 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     return ComparisonSpec(**{**unresolved.as_dict_of_tuples(), "device": device, "precision": precision})
 
 
+def _launcher_of(options: argparse.Namespace) -> Launcher:
+    """Who measures. InputError for options that cannot work, or where what they need is not installed."""
+    if options.launcher not in LAUNCHERS:
+        raise InputError(f"--launcher: {options.launcher!r} is unknown. Choose from {', '.join(LAUNCHERS)}.")
+    if options.launcher == "serial":
+        for name in ("ray_address", "workers"):
+            if (value := getattr(options, name)) is not None:
+                raise InputError(f"--{name}: {value!r} needs --launcher=ray. Leave it out, or give that as well.")
+    if options.workers is not None and options.workers < 1:
+        raise InputError(
+            f"--workers: {options.workers} must be at least 1. Leave it out for as many as there is room for."
+        )
+    from pruning_comparison.launchers import RayLauncher, launch_serially
+
+    return launch_serially if options.launcher == "serial" else RayLauncher(options.ray_address, options.workers)
+
+
 def _cores() -> int:
     """Cores that this process may use."""
     if hasattr(os, "sched_getaffinity"):
@@ -364,13 +389,15 @@ def _run(options: argparse.Namespace) -> int:
         return _visualize(output_dir, options)
     spec = _spec_of(options)
     margins = _margins_of(options)
+    launcher = _launcher_of(options)
     from pruning_comparison.store import RunStore, check_writable
 
     check_writable(output_dir)
     live = Live(quiet=options.quiet, steps=steps_of(spec))
     with live:
         live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
-        from pruning_comparison.comparison import commit_of, run_comparison
+        from pruning_comparison.comparison import run_comparison
+        from pruning_comparison.provenance import commit_of
         from pruning_comparison.results import write_results
 
         try:
@@ -383,6 +410,7 @@ def _run(options: argparse.Namespace) -> int:
                 code_commit=commit_of(CHECKOUT),
                 raise_failures=options.debug_traceback,
                 save_models=options.save_models,
+                launcher=launcher,
             )
         except Interrupted as stopped:
             if stopped.folder is not None:
@@ -427,7 +455,7 @@ def _report(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
-    from pruning_comparison.comparison import prepare
+    from pruning_comparison.cells import prepare
     from pruning_comparison.plan import plan_cost, plan_run, plan_words
     from pruning_comparison.samples import Margins
 
@@ -461,8 +489,8 @@ def _prune(options: argparse.Namespace) -> int:
     check_writable(folder.absolute().parent)
     with Live(quiet=options.quiet) as live:
         live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
+        from pruning_comparison.cells import load_workspace, prepare
         from pruning_comparison.checkpoint import save_pruned
-        from pruning_comparison.comparison import load_workspace, prepare
         from pruning_comparison.prune import build_one, measure_one
 
         workspace = load_workspace(spec, prepare(spec, identify=False))

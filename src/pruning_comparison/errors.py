@@ -25,6 +25,10 @@ class StoreError(PruningComparisonError):
     """A run folder that cannot be read or written."""
 
 
+class ClusterError(PruningComparisonError):
+    """A cluster that cannot be joined, was lost, or would not measure the same. What was measured is kept."""
+
+
 class Interrupted(PruningComparisonError):
     """The user stopped the run (Ctrl-C). Command-line exit code 130; the same command continues it in ``folder``."""
 

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
-from pruning_comparison.comparison import (
+from pruning_comparison.cells import (
     ADAPTING_VARIANTS,
     NEGOTIATING_VARIANTS,
     TEXT_BATCHES,

@@ -171,8 +171,7 @@ class Live:
         elif found:
             words = {"perplexity": "perplexity {:.4g}", "tokens_per_second": "{:.4g} token/s"}
             told = ", ".join(words[metric].format(value) for metric, value in found.items())
-            place = f"{cell.variant}, {cell.method}, iteration {cell.iteration + 1}, level {cell.level:g} %"
-            print(f"  {place}: {told}", file=sys.stderr, flush=True)
+            print(f"  {cell.words()}: {told}", file=sys.stderr, flush=True)
 
     def _table(self) -> Table:
         from rich.table import Table

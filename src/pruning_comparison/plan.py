@@ -11,7 +11,7 @@ from dataclasses import asdict, replace
 from typing import Any, cast
 
 from pruning_comparison.answers import CLAIM_LEVEL, QUALITY_LEVEL
-from pruning_comparison.comparison import Inputs, heads_leaving_together
+from pruning_comparison.cells import Inputs, heads_leaving_together
 from pruning_comparison.crossed import PLANNING, Components, detectable_effect, smallest_permutation_p
 from pruning_comparison.expected import available_bytes, expected, expected_words, measure_speeds, parameter_count
 from pruning_comparison.findings import listed, per_cent, plain_number

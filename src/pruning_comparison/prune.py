@@ -12,20 +12,13 @@ import torch
 from transformers import PreTrainedModel
 
 from pruning_comparison.cards import BeforeAndAfter
-from pruning_comparison.comparison import (
-    Inputs,
-    PrunedModel,
-    Workspace,
-    build,
-    hardware,
-    note_pruning,
-    time_level,
-)
+from pruning_comparison.cells import Inputs, PrunedModel, Workspace, build, note_pruning, time_level
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
 from pruning_comparison.models import ModelPreview
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
+from pruning_comparison.provenance import hardware
 from pruning_comparison.pruning import converted_copy
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.texts import Document, check_enough, load_documents, whole_windows

@@ -56,6 +56,10 @@ class Cell(NamedTuple):
     iteration: int
     level: float
 
+    def words(self) -> str:
+        """As people say it; iterations are counted from 1."""
+        return f"{self.variant}, {self.method}, iteration {self.iteration + 1}, level {self.level:g} %"
+
 
 @dataclass(frozen=True)
 class ComparisonSpec:
@@ -189,11 +193,16 @@ class ComparisonSpec:
 
         What adaptation aims at depends on the iteration alone, and is large: so each iteration is finished with all methods.
         """
+        for method, iteration, level in self.levels():
+            for variant in self.variants:
+                yield Cell(variant, method, iteration, level)
+
+    def levels(self) -> Iterator[tuple[str, int, float]]:
+        """(method, iteration, level), at which all variants are timed together, in the order of ``cells``."""
         for iteration in range(self.iterations):
             for method in self.pruning_methods:
                 for level in self.pruning_levels:
-                    for variant in self.variants:
-                        yield Cell(variant, method, iteration, level)
+                    yield method, iteration, level
 
     def trajectories(self) -> Iterator[Trajectory]:
         """Every trajectory once."""
@@ -234,6 +243,8 @@ _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
 
 REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "variants", "iterations"})
 """Settings that say which cells there are, and nothing about how one of them is measured."""
+TEXT_AXES = frozenset({"max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging"})
+"""Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 _NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
 
 

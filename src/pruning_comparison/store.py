@@ -26,6 +26,9 @@ LOCK = "run.lock"
 MANIFEST = "manifest.json"
 LATEST = "latest"
 _KEY = "variant TEXT, method TEXT, iteration INTEGER, level REAL"
+_KEY_NAMES = "variant, method, iteration, level"
+_OF_CELL = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
+_CELL_TABLES = ("cells", "heads", "signals", "replies", "texts")
 _SCHEMA = f"""
 CREATE TABLE IF NOT EXISTS cells (
     {_KEY}, status TEXT, reason TEXT, achieved_level REAL, heads_pruned INTEGER, heads_total INTEGER,
@@ -72,7 +75,10 @@ class GeneratedText:
 
 @dataclass(frozen=True)
 class CellResult:
-    """All that is known of a cell, apart from its timings. ``status`` is "done" or, with a reason, "failed"."""
+    """All that is known of a cell, apart from its timings. ``status`` is "done" or, with a reason, "failed".
+
+    ``rest``: only what was missing of a cell whose heads and perplexity another run has measured.
+    """
 
     cell: Cell
     status: str
@@ -86,6 +92,7 @@ class CellResult:
     heads: Sequence[tuple[int, int, float, bool]] = ()
     texts: Sequence[GeneratedText] = ()
     hearings: Sequence[Hearing] = ()
+    rest: bool = False
 
 
 class RunStore:
@@ -122,18 +129,40 @@ class RunStore:
         rows = self._read("SELECT variant, method, iteration, level FROM cells WHERE status = 'done'")[1]
         return {Cell(*row) for row in rows}
 
+    def parts(self) -> set[Cell]:
+        """Cells whose heads and perplexity were taken over from another run, and whose texts are missing."""
+        rows = self._read("SELECT variant, method, iteration, level FROM cells WHERE status = 'part'")[1]
+        return {Cell(*row) for row in rows}
+
     def finished_timings(self) -> set[tuple[str, int, float]]:
         """(method, iteration, level) whose timings are stored."""
         return {(m, i, level) for m, i, level in self._read("SELECT * FROM timings")[1]}
 
+    def known(self, cell: Cell) -> tuple[list[list[bool]], str] | None:
+        """Heads [n_layers, n_heads] that a measured cell has kept, and its model's fingerprint; None if not measured."""
+        found = self._read(f"SELECT fingerprint FROM cells {_OF_CELL} AND status IN ('done', 'part')", tuple(cell))[1]
+        rows = self._read(f"SELECT layer, kept FROM heads {_OF_CELL} ORDER BY layer, head", tuple(cell))[1]
+        if not found:
+            return None
+        keep: dict[int, list[bool]] = {}
+        for layer, kept in rows:
+            keep.setdefault(layer, []).append(bool(kept))
+        return list(keep.values()), str(found[0][0])
+
     def write_cell(self, result: CellResult, code_commit: str | None) -> None:
-        """Stores a cell, in place of an earlier failed attempt."""
+        """Stores a cell, in place of an earlier failed attempt; the rest of a part is added to it."""
         key = tuple(result.cell)
-        where = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
         with self._transaction():
-            for table in ("cells", "heads", "signals", "replies", "texts"):
-                self._journal.execute(f"DELETE FROM {table} {where}", key)
-            self._journal.execute(f"DELETE FROM measurements {where} AND phase = 'quality'", key)
+            if result.rest:
+                self._journal.execute(
+                    f"UPDATE cells SET status = ?, code_commit = ? {_OF_CELL}", (result.status, code_commit, *key)
+                )
+                self._insert("measurements", [self._row(result.cell, "quality", row) for row in result.measurements])
+                self._insert("texts", [(*key, t.temperature, t.prompt, t.prompt_text, t.text) for t in result.texts])
+                return
+            for table in _CELL_TABLES:
+                self._journal.execute(f"DELETE FROM {table} {_OF_CELL}", key)
+            self._journal.execute(f"DELETE FROM measurements {_OF_CELL} AND phase = 'quality'", key)
             self._insert(
                 "cells",
                 [
@@ -184,20 +213,34 @@ class RunStore:
 
     def copy_from(self, other: RunStore, cells: Collection[Cell], timings: Collection[tuple[str, int, float]]) -> None:
         """Takes over finished cells and timings of another run, all or none of them, with the commit that measured them."""
-        where = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
         with self._transaction():
             for cell in cells:
-                for table in ("cells", "heads", "signals", "replies", "texts"):
-                    self._insert(table, other._read(f"SELECT * FROM {table} {where}", tuple(cell))[1])
-                rows = other._read(f"SELECT * FROM measurements {where} AND phase = 'quality'", tuple(cell))[1]
+                for table in _CELL_TABLES:
+                    self._journal.execute(f"DELETE FROM {table} {_OF_CELL}", tuple(cell))
+                    self._insert(table, other._read(f"SELECT * FROM {table} {_OF_CELL}", tuple(cell))[1])
+                self._journal.execute(f"DELETE FROM measurements {_OF_CELL} AND phase = 'quality'", tuple(cell))
+                rows = other._read(f"SELECT * FROM measurements {_OF_CELL} AND phase = 'quality'", tuple(cell))[1]
                 self._insert("measurements", rows)
             for timing in timings:
                 where_timed = "WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'"
                 self._insert("measurements", other._read(f"SELECT * FROM measurements {where_timed}", timing)[1])
                 self._insert("timings", [timing])
 
+    def copy_parts_from(self, other: RunStore, cells: Collection[Cell]) -> None:
+        """Takes over heads, negotiation and perplexity of cells that another run has measured with other prompts."""
+        keep = "phase = 'quality' AND (\"window\" IS NOT NULL OR metric = 'negotiation_s')"
+        with self._transaction():
+            for cell in cells:
+                for table in ("cells", "heads", "signals", "replies"):
+                    self._journal.execute(f"DELETE FROM {table} {_OF_CELL}", tuple(cell))
+                    self._insert(table, other._read(f"SELECT * FROM {table} {_OF_CELL}", tuple(cell))[1])
+                self._journal.execute(f"UPDATE cells SET status = 'part' {_OF_CELL}", tuple(cell))
+                self._journal.execute(f"DELETE FROM measurements {_OF_CELL} AND phase = 'quality'", tuple(cell))
+                rows = other._read(f"SELECT * FROM measurements {_OF_CELL} AND {keep}", tuple(cell))[1]
+                self._insert("measurements", rows)
+
     def table(self, name: str) -> pd.DataFrame:
-        """A journal table (cells, measurements, heads, signals, replies, texts) in a stable order."""
+        """A journal table (cells, measurements, heads, signals, replies, texts) in a stable order, without parts."""
         order = {
             "cells": "method, iteration, level, variant",
             "measurements": "method, iteration, level, variant, phase, "
@@ -209,7 +252,8 @@ class RunStore:
         }
         if name not in order:
             raise ValueError(f"unknown table {name!r}; choose one of {', '.join(order)}")
-        columns, rows = self._read(f"SELECT * FROM {name} ORDER BY {order[name]}")
+        whole = f"({_KEY_NAMES}) NOT IN (SELECT {_KEY_NAMES} FROM cells WHERE status = 'part')"
+        columns, rows = self._read(f"SELECT * FROM {name} WHERE {whole} ORDER BY {order[name]}")
         return pd.DataFrame.from_records(rows, columns=columns)
 
     def _read(self, query: str, values: tuple[Any, ...] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:

@@ -1,0 +1,48 @@
+"""All work in this process, level by level, so that models are timed as soon as they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from pruning_comparison.cells import attempt, attempt_timing, load_workspace, reason_of, rebuild, save_model
+from pruning_comparison.launchers.work import Begun, Event, Timed, Trouble, Work
+from pruning_comparison.spec import Cell
+
+
+def launch_serially(work: Work) -> Iterator[Event]:
+    """Measures the cells in the order of ``ComparisonSpec.cells``."""
+    spec = work.spec
+    if not work.cells and not work.timings and not work.models:
+        return
+    work.say(f"loading {spec.model_name}")
+    workspace = load_workspace(spec, work.inputs)
+    for method, iteration, level in spec.levels():
+        to_time = (method, iteration, level) in work.timings
+        models: dict[str, PreTrainedModel] = {}
+        for variant in spec.variants:
+            cell = Cell(variant, method, iteration, level)
+            if not (to_time or cell in work.cells or cell in work.models):
+                continue
+            yield Begun(cell.words())
+            known = work.known(cell)
+            if known is None or cell in work.cells:
+                pruned, result = attempt(workspace, cell, known, raise_failures=work.raise_failures)
+                yield result
+            else:
+                try:
+                    pruned = rebuild(workspace, cell, *known)
+                except Exception as error:
+                    if work.raise_failures:
+                        raise
+                    pruned = None
+                    yield Trouble(cell.words(), reason_of(error))
+            if pruned is not None:
+                models[variant] = pruned.model
+                if cell in work.models:
+                    save_model(workspace, pruned, cell, work.folder)
+        if to_time and models:
+            yield Begun(f"timing, {method}, iteration {iteration + 1}, level {level:g} %")
+            rows, reason = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
+            yield Timed((method, iteration, level), rows, reason is None and len(models) == len(spec.variants), reason)

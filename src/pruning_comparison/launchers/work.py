@@ -1,0 +1,69 @@
+"""What is handed out, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pruning_comparison.cells import Inputs, Known
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.store import CellResult, Measurement
+
+Level = tuple[str, int, float]
+"""(method, iteration, level): what all variants are timed at together."""
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run still lacks: ``cells`` to measure, ``timings`` to take, and ``models`` to save in the run's ``folder``.
+
+    Of the cells in ``parts`` heads and perplexity are there, and texts are missing. ``known`` reads, from the journal,
+    heads and fingerprint of a cell that has been measured, or of a part; None of any other.
+    """
+
+    spec: ComparisonSpec
+    inputs: Inputs
+    folder: Path
+    cells: frozenset[Cell]
+    parts: frozenset[Cell]
+    timings: frozenset[Level]
+    models: frozenset[Cell]
+    known: Callable[[Cell], Known | None]
+    say: Callable[[str], None]
+    raise_failures: bool = False
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Something is under way; its first word names the phase, a variant or "timing"."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Timings of all variants at one level. Those that are not ``complete`` are taken again by the same command."""
+
+    level: Level
+    rows: Sequence[tuple[str, Measurement]]
+    complete: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A model that has been measured could not be made again."""
+
+    what: str
+    reason: str
+
+
+Event = Begun | CellResult | Timed | Trouble
+
+
+class Launcher(Protocol):
+    """Does the work, and gives every result as soon as it is there. It writes nothing but ``models``."""
+
+    def __call__(self, work: Work) -> Iterator[Event]: ...
