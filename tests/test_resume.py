@@ -343,7 +343,9 @@ def test_killed_at_a_few_random_moments_nothing_is_lost_or_repeated(folder, tmp_
 @pytest.mark.slow
 def test_killed_at_a_hundred_random_moments_nothing_is_lost_or_repeated(folder, tmp_path):
     kills = int(os.environ.get("PRUNING_COMPARISON_KILLS", "100"))
-    whole, finished = kill_at_random_moments(folder, tmp_path, kills=kills, seed=time.time_ns())
+    seed = int(os.environ.get("PRUNING_COMPARISON_SEED", time.time_ns()))
+    print(f"PRUNING_COMPARISON_SEED={seed}")
+    whole, finished = kill_at_random_moments(folder, tmp_path, kills=kills, seed=seed)
     for run in finished:
         assert unmeasured(run) == unmeasured(whole)
 

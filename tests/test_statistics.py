@@ -193,6 +193,19 @@ def test_a_document_with_a_loss_that_is_not_finite_is_left_out_whole():
     assert row["n"] == 1
 
 
+def test_the_ratio_to_the_dense_model_is_paired_by_document_and_weighted_by_tokens():
+    """By hand: per token a goes from 2.0 to 2.5 and b from 1.0 to 1.2, with 10 and 30 tokens. c has no dense loss."""
+    rows = losses("agency", 0, 0, {"a": (20.0, 10), "b": (30.0, 30)})
+    rows += losses("agency", 0, 50, {"a": (25.0, 10), "b": (36.0, 30), "c": (90.0, 10)})
+    cells = cells_of([("agency", 0, 0, "dense"), ("agency", 0, 50, "x")])
+    summary = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS))
+    (row,) = summary[summary["metric"] == "perplexity_ratio"].to_dict("records")
+    assert row["level"] == 50
+    assert row["estimate"] == pytest.approx(math.exp((10 * 0.5 + 30 * 0.2) / 40))
+    assert row["ci_low"] < row["estimate"] < row["ci_high"]
+    assert row["n"] == 2
+
+
 def test_word_perplexity_is_weighted_by_words_and_missing_where_none_were_counted():
     rows = losses("baseline", 0, 0, {"a": (20.0, 10), "b": (30.0, 30), "c": (7.0, 7)})
     cells = cells_of([("baseline", 0, 0, "dense")])

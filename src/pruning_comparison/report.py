@@ -35,6 +35,7 @@ AGENCY_VS_BASELINE = "agency vs baseline"
 _VARIANT_ORDER = ("baseline", "agency")
 _MAIN_METRICS = (
     "perplexity",
+    "perplexity_ratio",
     "tokens_per_second",
     "first_token_latency_s",
     "generation_perplexity",

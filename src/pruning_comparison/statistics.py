@@ -39,7 +39,8 @@ _CELL = ["variant", "method", "level"]
 def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
     """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
     rows = []
-    for _, data in [*observations(cells, measurements), *_word_perplexity(cells, measurements)]:
+    shown_alone = [*_perplexity_ratio(cells, measurements), *_word_perplexity(cells, measurements)]
+    for _, data in [*observations(cells, measurements), *shown_alone]:
         metric = METRICS[data.metric]
         for key, estimate in data.estimates():
             variant, method, level, temperature = key
@@ -186,6 +187,16 @@ def _perplexity_observations(known: pd.DataFrame) -> list[Observations]:
         Observations("perplexity", per_token, True, "window_tokens"),
         Observations("bits_per_byte", per_byte, False, "window_bytes"),
     ]
+
+
+def _perplexity_ratio(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, Observations]]:
+    """Perplexity over the same variant's at level 0, paired by document: for the summary alone, as it is no contrast."""
+    table = _document_losses(_known(cells, measurements))
+    keys = ["variant", "method", "iteration", "unit"]
+    dense = table.loc[table["level"] == 0, [*keys, "window_nats", "window_tokens"]]
+    both = table[table["level"] > 0].merge(dense, on=keys, suffixes=("", "_dense"))
+    change = both["window_nats"] / both["window_tokens"] - both["window_nats_dense"] / both["window_tokens_dense"]
+    return [("perplexity_ratio", Observations("perplexity_ratio", both.assign(x=change), True, "window_tokens"))]
 
 
 def _word_perplexity(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, Observations]]:

@@ -25,6 +25,7 @@ class Metric:
 
 _ALL = (
     Metric("perplexity", "1", "lower", "Perplexity", log_scale=True),
+    Metric("perplexity_ratio", "1", "lower", "Perplexity, times the dense model's", log_scale=True),
     Metric("word_perplexity", "1", "lower", "Perplexity per word", log_scale=True),
     Metric("bits_per_byte", "bit/byte", "lower", "Bits per byte"),
     Metric("generation_perplexity", "1", "none", "Generation perplexity (under the dense model)", log_scale=True),
