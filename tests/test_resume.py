@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import sqlite3
+import sys
 import time
 
 import pytest
@@ -344,7 +345,7 @@ def test_killed_at_a_few_random_moments_nothing_is_lost_or_repeated(folder, tmp_
 def test_killed_at_a_hundred_random_moments_nothing_is_lost_or_repeated(folder, tmp_path):
     kills = int(os.environ.get("PRUNING_COMPARISON_KILLS", "100"))
     seed = int(os.environ.get("PRUNING_COMPARISON_SEED", time.time_ns()))
-    print(f"PRUNING_COMPARISON_SEED={seed}")
+    sys.stderr.write(f"PRUNING_COMPARISON_SEED={seed}\n")
     whole, finished = kill_at_random_moments(folder, tmp_path, kills=kills, seed=seed)
     for run in finished:
         assert unmeasured(run) == unmeasured(whole)
