@@ -115,24 +115,24 @@ def test_variants_that_lack_a_part_of_agency_lack_that_part(folder, monkeypatch)
     monkeypatch.setattr(measuring, "NegotiatedTrajectory", Recorded)
     spec = small_spec(folder)
     workspace = load_workspace(spec, prepare(spec, identify=False))
-    for variant in ("agency", "agency-always-yes", "agency-stateless", "agency-selection"):
+    for variant in ("agency", "agency-always-yes", "agency-heeds-states", "agency-selection"):
         workspace.negotiated(variant, "magnitude", 0)
     # Selection goes agency's own way, so nothing is asked anew for it.
-    assert asked == {"agency": (False, True), "agency-always-yes": (True, True), "agency-stateless": (False, False)}
+    assert asked == {"agency": (False, False), "agency-always-yes": (True, False), "agency-heeds-states": (False, True)}
 
 
 def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     """Levels 20 and 50 of 8 heads: 2 and 4 leave, in rounds of 10 % that take 1, 1, 0, 1 and 1."""
     spec = small_spec(
         folder,
-        variants=("agency", "agency-always-yes", "agency-stateless", "agency-selection", "baseline-progressive"),
+        variants=("agency", "agency-always-yes", "agency-heeds-states", "agency-selection", "baseline-progressive"),
         pruning_levels=(0, 20, 50),
         pruning_methods=("magnitude",),
         iterations=1,
     )
     stored = tables(run_comparison(spec, output_dir=tmp_path, raise_failures=True))
     replies, signals, cells = stored["replies"], stored["signals"], stored["cells"]
-    assert set(replies["variant"]) == {"agency", "agency-always-yes", "agency-stateless", "agency-selection"}
+    assert set(replies["variant"]) == {"agency", "agency-always-yes", "agency-heeds-states", "agency-selection"}
     at_50 = replies[(replies["variant"] == "agency") & (replies["level"] == 50)]
     gone = at_50[at_50["left_rank"].notna()]
     lost = stored["heads"].query("variant == 'agency' and level == 50 and kept == 0")
@@ -158,7 +158,7 @@ def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     assert set(rows.loc[rows["metric"] == "adaptation_s", "variant"]) == {
         "agency",
         "agency-always-yes",
-        "agency-stateless",
+        "agency-heeds-states",
     }
     assert set(rows.loc[rows["metric"] == "negotiation_s", "variant"]) == set(replies["variant"])
     prints = cells.query("level == 50").set_index("variant")["fingerprint"]

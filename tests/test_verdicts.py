@@ -333,7 +333,7 @@ def test_each_part_of_agency_is_told_by_the_variant_that_lacks_it():
 
     rows = [
         against("agency-always-yes", "supported", LOG(0.8), LOG(0.75), LOG(0.85)),
-        against("agency-stateless", "refuted", LOG(0.99), LOG(0.98), LOG(1.0), reason="no difference"),
+        against("agency-heeds-states", "refuted", LOG(0.99), LOG(0.98), LOG(1.0), reason="no difference"),
         against("agency-adaptation", "refuted", LOG(1.2), LOG(1.1), LOG(1.3)),
         against("agency-selection", "inconclusive", LOG(0.9), LOG(0.7), LOG(1.2)),
         answer("E2", "supported", LOG(0.5), LOG(0.4), LOG(0.6)),
@@ -343,14 +343,15 @@ def test_each_part_of_agency_is_told_by_the_variant_that_lacks_it():
     assert found.sentence == (
         "With 40 % of the heads or more pruned by entropy, perplexity tells what each part brings (hints and no verdicts). "
         "Consent helps: agency's perplexity is 20 % lower than where nobody may refuse (95 % interval: 15 to 25 % lower). "
-        "The heads' states bring nothing that matters: agency's perplexity is 1 % lower than where states change no answer "
-        "(95 % interval: 0 to 2 % lower), and less than ±5 % does not count. "
+        "Leaving the heads' states out of their answers brings nothing that matters: agency's perplexity is 1 % lower than "
+        "where misaligned heads are asked first and overloaded ones refuse sooner (95 % interval: 0 to 2 % lower), and less "
+        "than ±5 % does not count. "
         "Choosing heads anew in rounds does harm: agency's perplexity is 20 % higher than where the baseline's heads leave "
         "and the survivors adapt all the same (95 % interval: 10 to 30 % higher). "
         "Adapted weights: the data do not decide; in this sample agency's perplexity is 10 % lower than where the same "
         "heads leave and the weights stay as they were."
     )
-    assert "agency-stateless: −1 % [−2 % to 0 %], n = 15" in found.evidence
+    assert "agency-heeds-states: −1 % [−2 % to 0 %], n = 15" in found.evidence
     assert part_findings(pd.DataFrame(rows[-1:])) == []
 
 

@@ -62,10 +62,10 @@ from pruning_comparison.texts import (
     whole_windows,
 )
 
-ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation", "agency-always-yes", "agency-stateless"})
+ADAPTING_VARIANTS = frozenset({"agency", "agency-adaptation", "agency-always-yes", "agency-heeds-states"})
 """Variants that are measured with adapted weights."""
 
-NEGOTIATING_VARIANTS = frozenset({"agency", "agency-selection", "agency-always-yes", "agency-stateless"})
+NEGOTIATING_VARIANTS = frozenset({"agency", "agency-selection", "agency-always-yes", "agency-heeds-states"})
 """Variants whose heads are asked, in rounds between which the survivors adapt."""
 
 TEXT_BATCHES = 4
@@ -225,7 +225,7 @@ class Workspace:
                 scope=cast(Scope, self.spec.scope),
                 ridge=self.spec.ridge,
                 everyone_consents=rules == "agency-always-yes",
-                heed_states=rules != "agency-stateless",
+                heed_states=rules == "agency-heeds-states",
                 group_size=self.group_size,
             )
         return self._negotiated[key]
@@ -270,7 +270,7 @@ def heads_leaving_together(grid: HeadGrid, unit: str) -> int:
 
 def negotiation_rules(variant: str) -> str:
     """The variant by whose rules the heads of a negotiating one are asked: those that ask alike share one path."""
-    return variant if variant in ("agency-always-yes", "agency-stateless") else "agency"
+    return variant if variant in ("agency-always-yes", "agency-heeds-states") else "agency"
 
 
 def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:

@@ -104,7 +104,7 @@ _VARIANTS: dict[str, _Look] = {
     "agency-adaptation": _Look("#56B4E9", "D", (0, (1, 1.2))),
     "agency-selection": _Look("#009E73", "v", (0, (6, 1.5, 1, 1.5))),
     "agency-always-yes": _Look("#CC79A7", "P", (0, (2, 1))),
-    "agency-stateless": _Look("#000000", "*", (0, (3, 1, 1, 1, 1, 1))),
+    "agency-heeds-states": _Look("#000000", "*", (0, (3, 1, 1, 1, 1, 1))),
 }
 _UNKNOWN_VARIANT = _Look("#777777", "X", ":")
 _METHOD_MARKERS = ("s", "o", "^", "D", "v", "P")

@@ -35,7 +35,7 @@ AGREEMENT_COLUMNS = (
 )  # fmt: skip
 VARIANT_ORDER = (
     "baseline", "agency", "baseline-progressive", "agency-adaptation", "agency-selection", "agency-always-yes",
-    "agency-stateless",
+    "agency-heeds-states",
 )  # fmt: skip
 Mask = np.ndarray[Any, np.dtype[np.bool_]]
 _TRAJECTORY = ["variant", "method", "iteration"]

@@ -30,7 +30,7 @@ VARIANTS = (
     "agency-adaptation",
     "agency-selection",
     "agency-always-yes",
-    "agency-stateless",
+    "agency-heeds-states",
 )
 PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")

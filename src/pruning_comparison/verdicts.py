@@ -461,7 +461,10 @@ def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
 
 _PARTS = {
     "agency-always-yes": ("Consent", "nobody may refuse"),
-    "agency-stateless": ("The heads' states", "states change no answer"),
+    "agency-heeds-states": (
+        "Leaving the heads' states out of their answers",
+        "misaligned heads are asked first and overloaded ones refuse sooner",
+    ),
     "agency-adaptation": (
         "Choosing heads anew in rounds",
         "the baseline's heads leave and the survivors adapt all the same",
@@ -469,7 +472,7 @@ _PARTS = {
     "baseline-progressive": ("Consent and adaptation together", "heads leave in the same rounds and nothing adapts"),
     "agency-selection": ("Adapted weights", "the same heads leave and the weights stay as they were"),
 }
-"""Variants that lack a part of agency: what they lack, and what they do instead."""
+"""Variants that lack a part of agency, or do otherwise: the part, and what they do instead."""
 
 
 def part_findings(answers: pd.DataFrame) -> list[Finding]:
@@ -505,7 +508,7 @@ def _part_told(row: Mapping[str, Any], part: str, instead: str) -> str:
     size = f"agency's perplexity is {_size(row, float(row['estimate']), asked)} than where {instead}"
     if row["verdict"] == INCONCLUSIVE:
         return f"{part}: the data do not decide; in this sample {size}."
-    interval, plural = f"(95 % interval: {_range(row, asked)})", part in ("The heads' states", "Adapted weights")
+    interval, plural = f"(95 % interval: {_range(row, asked)})", part == "Adapted weights"
     if row["verdict"] == SUPPORTED:
         return f"{part} {'help' if plural else 'helps'}: {size} {interval}."
     if row["reason"] == "no difference":

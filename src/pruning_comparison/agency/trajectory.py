@@ -124,7 +124,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         thresholds: Thresholds | None = None,
         ridge: float = 0.1,
         everyone_consents: bool = False,
-        heed_states: bool = True,
+        heed_states: bool = False,
         group_size: int = 1,
     ) -> None:
         """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
