@@ -22,7 +22,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_resume import stand_in, tiny_spec
 
-from pruning_comparison import cells, cli, texts
+from pruning_comparison import cli, texts
 from pruning_comparison.checkpoint import load_pruned
 from pruning_comparison.comparison import run_comparison
 from pruning_comparison.errors import InputError, ModelLoadError, StoreError
@@ -123,7 +123,7 @@ def test_options(model_folder, tmp_path, capsys, monkeypatch, count):
         argv += [f"--{name}={getattr(base, name)}" for name in fixed]
         argv += [f"--{name}={value}" for name, value in chosen.items()]
         with monkeypatch.context() as patch:
-            patch.setattr(cells, "load_workspace", ended)
+            patch.setattr("pruning_comparison.launchers.serial.load_workspace", ended)
             code = cli.main(argv)
         shown = capsys.readouterr()
         assert code in (2, 130), (argv, shown)
