@@ -212,7 +212,8 @@ class RayLauncher:
             self._ray.init(**options)
         except (ConnectionError, RuntimeError, ValueError, TimeoutError, self._ray.exceptions.RayError) as error:
             raise ClusterError(
-                f"{_NO_CLUSTER.format(self._address)}: {reason_of(error)}. Start one with ray start --head."
+                f"{_NO_CLUSTER.format(self._address)}: {reason_of(error)}. Start one with ray start "
+                "--head; if there is one, both sides may need RAY_AUTH_MODE=token, and the same token."
                 if self._address is not None
                 else f"the Ray cluster cannot be started: {reason_of(error)}. --launcher=serial needs none."
             ) from error
