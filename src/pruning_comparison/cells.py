@@ -46,11 +46,7 @@ from pruning_comparison.pruning import converted_copy, mask_heads, masked_copy, 
 from pruning_comparison.scoring import HeadScores, score_heads
 from pruning_comparison.selection import Scope, expected_heads_pruned, select_heads
 from pruning_comparison.spec import Cell, ComparisonSpec
-from pruning_comparison.store import (
-    CellResult,
-    GeneratedText,
-    Measurement,
-)
+from pruning_comparison.store import CellResult, GeneratedText, Measurement
 from pruning_comparison.texts import (
     Document,
     check_enough,
@@ -560,6 +556,18 @@ def attempt(
         if raise_failures:
             raise
         return None, CellResult(cell=cell, status="failed", reason=reason_of(error))
+
+
+def attempt_rebuild(
+    workspace: Workspace, cell: Cell, known: Known, *, raise_failures: bool
+) -> tuple[PrunedModel | None, str | None]:
+    """The model of a measured cell made again, and None; where that fails, None and the reason."""
+    try:
+        return rebuild(workspace, cell, *known), None
+    except Exception as error:
+        if raise_failures:
+            raise
+        return None, reason_of(error)
 
 
 def attempt_timing(

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import json
 import math
-import os
 import signal
 import sys
 import traceback
@@ -27,6 +26,7 @@ from pruning_comparison.spec import (
     UNITS,
     VARIANTS,
     ComparisonSpec,
+    available_cores,
 )
 
 if TYPE_CHECKING:
@@ -350,7 +350,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _names(options.pruning_method)
     values["variants"] = _names(options.variants)
-    values["threads"] = options.threads if options.threads is not None else _cores()
+    values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
     from pruning_comparison.devices import resolve_device, resolve_precision
 
@@ -374,13 +374,6 @@ def _launcher_of(options: argparse.Namespace) -> Launcher:
     from pruning_comparison.launchers import RayLauncher, launch_serially
 
     return launch_serially if options.launcher == "serial" else RayLauncher(options.ray_address, options.workers)
-
-
-def _cores() -> int:
-    """Cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def _run(options: argparse.Namespace) -> int:

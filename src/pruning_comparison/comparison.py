@@ -11,7 +11,7 @@ import torch
 
 from pruning_comparison.cells import Inputs, Known, content_hashes, model_folder, prepare
 from pruning_comparison.errors import InputError, Interrupted
-from pruning_comparison.launchers import Begun, Launcher, Timed, Work, launch_serially
+from pruning_comparison.launchers import Begun, Launcher, Timed, Work, launch_serially, timing_words
 from pruning_comparison.models import preview_model
 from pruning_comparison.provenance import hardware, versions
 from pruning_comparison.spec import REUSE_AXES, TEXT_AXES, Cell, ComparisonSpec, identity
@@ -84,9 +84,7 @@ def run_comparison(
                     done += 1
                     if event.reason is not None:
                         failed += 1
-                        report(
-                            f"failed: timing, {method}, iteration {iteration + 1}, level {level:g} %: {event.reason}"
-                        )
+                        report(f"failed: {timing_words(event.level)}: {event.reason}")
                 else:
                     failed += 1
                     report(f"failed: {event.what}: {event.reason}")
@@ -183,11 +181,11 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, report: Report)
     for texts_alike in (True, False):
         for folder, manifest in runs:
             read = manifest.get("inputs")
-            if manifest.get("spec_hash") == whole or not isinstance(read, dict) or journal_damage(folder) is not None:
+            if manifest.get("spec_hash") == whole or not isinstance(read, dict):
                 continue
             if _measured_alike(manifest["spec"], read, texts_alike) != _measured_alike(settings, here, texts_alike):
                 continue
-            if (manifest.get("versions"), manifest.get("hardware")) != made_with:
+            if (manifest.get("versions"), manifest.get("hardware")) != made_with or journal_damage(folder) is not None:
                 continue
             try:
                 earlier = ComparisonSpec.from_dict(manifest["spec"])

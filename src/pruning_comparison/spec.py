@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import math
+import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
@@ -253,6 +254,13 @@ def identity(settings: Mapping[str, Any], inputs: Mapping[str, str], *, without:
     counted = {key: value for key, value in settings.items() if key not in _NAMES_OF_FILES and key not in without}
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs)}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def available_cores() -> int:
+    """Cores that this process may use."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _require(condition: bool, field: str, value: object, problem: str, advice: str) -> None:

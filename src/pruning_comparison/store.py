@@ -141,9 +141,9 @@ class RunStore:
     def known(self, cell: Cell) -> tuple[list[list[bool]], str] | None:
         """Heads [n_layers, n_heads] that a measured cell has kept, and its model's fingerprint; None if not measured."""
         found = self._read(f"SELECT fingerprint FROM cells {_OF_CELL} AND status IN ('done', 'part')", tuple(cell))[1]
-        rows = self._read(f"SELECT layer, kept FROM heads {_OF_CELL} ORDER BY layer, head", tuple(cell))[1]
         if not found:
             return None
+        rows = self._read(f"SELECT layer, kept FROM heads {_OF_CELL} ORDER BY layer, head", tuple(cell))[1]
         keep: dict[int, list[bool]] = {}
         for layer, kept in rows:
             keep.setdefault(layer, []).append(bool(kept))

@@ -10,9 +10,8 @@ import os
 import signal
 import socket
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from functools import partial
 from typing import Any
 
 from pruning_comparison.cells import (
@@ -23,20 +22,20 @@ from pruning_comparison.cells import (
     PrunedModel,
     Workspace,
     attempt,
+    attempt_rebuild,
     attempt_timing,
     load_workspace,
     model_folder,
     negotiation_rules,
     reason_of,
-    rebuild,
     save_model,
     untimed,
 )
 from pruning_comparison.errors import ClusterError, InputError
-from pruning_comparison.launchers.work import Begun, Event, Level, Timed, Trouble, Work
+from pruning_comparison.launchers.work import Begun, Event, Level, Timed, Trouble, Work, timing_words
 from pruning_comparison.models import preview_model
 from pruning_comparison.provenance import hardware, versions
-from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.spec import Cell, ComparisonSpec, available_cores
 from pruning_comparison.store import MANIFEST, CellResult
 
 MOST_DEATHS = 3
@@ -92,11 +91,12 @@ class Worker:
             pruned, result = attempt(self._loaded(), cell, part, raise_failures=self._work["raise_failures"])
             yield result
             if pruned is not None and cell in self._work["models"]:
-                yield from self._save(partial(_itself, pruned), cell)
+                yield from self._save(pruned, cell)
 
     def save(self, cell: Cell, known: Known) -> Sequence[Trouble]:
         """Makes a model again that has been measured, and saves it."""
-        return list(self._save(lambda: rebuild(self._loaded(), cell, *known), cell))
+        pruned, reason = self._rebuilt(cell, known)
+        return list(self._save(pruned, cell)) if pruned is not None else [Trouble(cell.words(), str(reason))]
 
     def time(self, level: Level, known: Mapping[str, Known]) -> tuple[Timed, Sequence[Trouble]]:
         """Makes the models of all variants at one level again, as they were measured, and times them in turns."""
@@ -104,12 +104,11 @@ class Worker:
         models, trouble = {}, []
         for variant, kept in known.items():
             cell = Cell(variant, method, iteration, at)
-            try:
-                models[variant] = rebuild(self._loaded(), cell, *kept).model
-            except Exception as error:
-                if self._work["raise_failures"]:
-                    raise
-                trouble.append(Trouble(cell.words(), reason_of(error)))
+            pruned, reason = self._rebuilt(cell, kept)
+            if pruned is not None:
+                models[variant] = pruned.model
+            else:
+                trouble.append(Trouble(cell.words(), str(reason)))
         if not models:
             return Timed(level, (), complete=False), trouble
         rows, reason = attempt_timing(self._loaded(), models, iteration, raise_failures=self._work["raise_failures"])
@@ -121,12 +120,15 @@ class Worker:
             raise RuntimeError("a worker is used before it has started")
         return self._workspace
 
-    def _save(self, make: Callable[[], PrunedModel], cell: Cell) -> Iterator[Trouble]:
+    def _rebuilt(self, cell: Cell, known: Known) -> tuple[PrunedModel | None, str | None]:
+        return attempt_rebuild(self._loaded(), cell, known, raise_failures=self._work["raise_failures"])
+
+    def _save(self, pruned: PrunedModel, cell: Cell) -> Iterator[Trouble]:
         folder = self._work["folder"]
         try:
             if not (folder / MANIFEST).is_file():
                 raise FileNotFoundError(f"{folder} is not on node {_node_address()}; models need a shared folder")
-            save_model(self._loaded(), make(), cell, folder)
+            save_model(self._loaded(), pruned, cell, folder)
         except Exception as error:
             if self._work["raise_failures"]:
                 raise
@@ -137,7 +139,7 @@ class RayLauncher:
     """Hands trajectories to workers of ``spec.threads`` cores, or one GPU, each.
 
     ``address`` is that of an existing cluster ("auto", or host:port of its head); without one a cluster is started on this
-    machine, reachable from it alone, and stopped at the end. ``workers`` limits how many there are; else as many as there
+    machine, and stopped at the end. ``workers`` limits how many there are; else as many as there
     is room for and work for. InputError where Ray is not installed.
     """
 
@@ -160,7 +162,7 @@ class RayLauncher:
         self._node_timeout_s = node_timeout_s
 
     def __call__(self, work: Work) -> Iterator[Event]:
-        if not work.cells and not work.timings and not work.models:
+        if not work:
             return
         if work.spec.device not in ("cpu", "cuda", "cuda:0"):
             raise InputError(
@@ -190,12 +192,13 @@ class RayLauncher:
     def _connect(self, work: Work) -> None:
         """Starts or joins a cluster. Ray's handler of SIGTERM is put aside for the one there was."""
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+        # Workers without a GPU keep the visible devices as they are, as later versions of Ray will do: else it warns.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray's own default of 15 would let anything else on the machine disturb what is timed.
         os.environ.setdefault("RAY_worker_niceness", "0")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
         if self._address is None:
-            cores = _cores()
+            cores = available_cores()
             if work.spec.threads > cores:
                 raise InputError(
                     f"--threads: {work.spec.threads} is more than the {cores} cores there are. Give fewer."
@@ -286,6 +289,7 @@ class _Session:
         count = min(len(waiting), self._room(), self._most_workers or len(waiting))
         self._work.say(f"{len(waiting)} trajectories for {count} worker{'s' if count > 1 else ''}")
         deaths: Counter[Path] = Counter()
+        dead_at_start = 0
         idle: list[Any] = []
         starting: dict[Any, Any] = {}
         running: dict[Any, _Running] = {}
@@ -306,8 +310,8 @@ class _Session:
                 try:
                     self._ray.get(ready)
                 except self._deaths() as error:
-                    deaths[_STARTING] += 1
-                    if deaths[_STARTING] >= MOST_DEATHS:
+                    dead_at_start += 1
+                    if dead_at_start >= MOST_DEATHS:
                         raise ClusterError(f"workers die while they load the model: {reason_of(error)}") from error
                 else:
                     idle.append(worker)
@@ -388,7 +392,7 @@ class _Session:
                 if queues[owner]:
                     level = queues[owner].pop(0)
                     idle.remove(owner)
-                    yield Begun(f"timing, {level[0]}, iteration {level[1] + 1}, level {level[2]:g} %")
+                    yield Begun(timing_words(level))
                     running[owner.time.remote(level, known[level])] = (owner, level)
             ready = self._first(list(running))
             owner, level = running.pop(ready)
@@ -476,10 +480,6 @@ class _Session:
         return (errors.RayActorError, errors.OutOfMemoryError, errors.WorkerCrashedError, errors.NodeDiedError)
 
 
-_STARTING: Path = ("", "", -1)
-"""Under which deaths of workers are counted that have no trajectory yet."""
-
-
 def tasks_of(spec: ComparisonSpec, cells: Collection[Cell]) -> list[Task]:
     """Cells as tasks, the longest first, so that no worker is left with a long one at the end; else in their order."""
     tasks: dict[Path, list[Cell]] = {}
@@ -517,15 +517,7 @@ def _without(work: Work, event: Event) -> Work:
     return work
 
 
-def _itself(pruned: PrunedModel) -> PrunedModel:
-    return pruned
-
-
 def _node_address() -> str:
     import ray
 
     return str(ray.util.get_node_ip_address())
-
-
-def _cores() -> int:
-    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1

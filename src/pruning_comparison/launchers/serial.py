@@ -6,20 +6,21 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from pruning_comparison.cells import attempt, attempt_timing, load_workspace, reason_of, rebuild, save_model
-from pruning_comparison.launchers.work import Begun, Event, Timed, Trouble, Work
+from pruning_comparison.cells import attempt, attempt_rebuild, attempt_timing, load_workspace, save_model
+from pruning_comparison.launchers.work import Begun, Event, Timed, Trouble, Work, timing_words
 from pruning_comparison.spec import Cell
 
 
 def launch_serially(work: Work) -> Iterator[Event]:
     """Measures the cells in the order of ``ComparisonSpec.cells``."""
     spec = work.spec
-    if not work.cells and not work.timings and not work.models:
+    if not work:
         return
     work.say(f"loading {spec.model_name}")
     workspace = load_workspace(spec, work.inputs)
-    for method, iteration, level in spec.levels():
-        to_time = (method, iteration, level) in work.timings
+    for place in spec.levels():
+        method, iteration, level = place
+        to_time = place in work.timings
         models: dict[str, PreTrainedModel] = {}
         for variant in spec.variants:
             cell = Cell(variant, method, iteration, level)
@@ -31,18 +32,14 @@ def launch_serially(work: Work) -> Iterator[Event]:
                 pruned, result = attempt(workspace, cell, known, raise_failures=work.raise_failures)
                 yield result
             else:
-                try:
-                    pruned = rebuild(workspace, cell, *known)
-                except Exception as error:
-                    if work.raise_failures:
-                        raise
-                    pruned = None
-                    yield Trouble(cell.words(), reason_of(error))
+                pruned, reason = attempt_rebuild(workspace, cell, known, raise_failures=work.raise_failures)
+                if reason is not None:
+                    yield Trouble(cell.words(), reason)
             if pruned is not None:
                 models[variant] = pruned.model
                 if cell in work.models:
                     save_model(workspace, pruned, cell, work.folder)
         if to_time and models:
-            yield Begun(f"timing, {method}, iteration {iteration + 1}, level {level:g} %")
+            yield Begun(timing_words(place))
             rows, reason = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
-            yield Timed((method, iteration, level), rows, reason is None and len(models) == len(spec.variants), reason)
+            yield Timed(place, rows, reason is None and len(models) == len(spec.variants), reason)

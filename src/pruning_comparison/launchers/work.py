@@ -15,12 +15,18 @@ Level = tuple[str, int, float]
 """(method, iteration, level): what all variants are timed at together."""
 
 
+def timing_words(level: Level) -> str:
+    """What is under way, as people say it; iterations are counted from 1."""
+    method, iteration, at = level
+    return f"timing, {method}, iteration {iteration + 1}, level {at:g} %"
+
+
 @dataclass(frozen=True)
 class Work:
     """What a run still lacks: ``cells`` to measure, ``timings`` to take, and ``models`` to save in the run's ``folder``.
 
     Of the cells in ``parts`` heads and perplexity are there, and texts are missing. ``known`` reads, from the journal,
-    heads and fingerprint of a cell that has been measured, or of a part; None of any other.
+    heads and fingerprint of a cell that has been measured, or of a part; None of any other. False where nothing is lacking.
     """
 
     spec: ComparisonSpec
@@ -33,6 +39,9 @@ class Work:
     known: Callable[[Cell], Known | None]
     say: Callable[[str], None]
     raise_failures: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.cells or self.timings or self.models)
 
 
 @dataclass(frozen=True)
