@@ -16,7 +16,8 @@ Target: share_of_allowed at least 0.8, and the interval of ``saved`` above 0.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,6 +27,7 @@ from timing import benchmark_model, emit, emit_machine, mean_and_half_width, ope
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import Generation, generate
 from pruning_comparison.measure.memory import decode_bytes
+from pruning_comparison.models.decoding import decode_steps
 from pruning_comparison.models.heads import head_grid
 from pruning_comparison.pruning import remove_heads
 from pruning_comparison.scoring import score_random
@@ -47,15 +49,19 @@ def main(argv: Sequence[str] | None = None) -> None:
         scores = score_random(grid.n_layers, grid.n_heads, torch.Generator().manual_seed(0))
         prompt = random_ids(dense, options.context).tolist()
 
-        def run(model: Any, prompt: list[int] = prompt) -> Generation:
-            return generate(model, [prompt], options.tokens, temperatures=[0.0])
-
         models = {"dense": dense}
         for level in (float(level) for level in options.levels.split(",")):
             for unit, size in [("head", 1), *([("kv_group", grid.group_size)] if grid.group_size > 1 else [])]:
                 keep = select_heads(scores, level, group_size=size)
                 models[f"{level:g} % by {unit}"] = remove_heads(dense, keep)
-        runs = take_turns({key: lambda model=model: run(model) for key, model in models.items()}, options.repeats)
+        step_of = decode_steps(models)
+
+        def run(
+            key: str, tokens: int, models: Any = models, prompt: Any = prompt, step_of: Any = step_of
+        ) -> Generation:
+            return generate(models[key], [prompt], tokens, temperatures=[0.0], step=step_of[key])
+
+        runs = take_turns({key: partial(run, key, options.tokens) for key in models}, options.repeats)
         steps = options.tokens - 1
         cost = {key: prefill_flops(model, options.context) for key, model in models.items()}
         read = {key: decode_bytes(model) + runs[key][0].cache_bytes for key, model in models.items()}
@@ -88,15 +94,15 @@ def main(argv: Sequence[str] | None = None) -> None:
                     n=options.repeats,
                 )
         if options.profile:
-            for key, model in models.items():
-                profile(name, key, model, prompt, options.tokens)
+            for key in models:
+                profile(name, key, partial(run, key), options.tokens)
 
 
-def profile(name: str, key: str, model: Any, prompt: list[int], tokens: int) -> None:
+def profile(name: str, key: str, run: Callable[[int], Any], tokens: int) -> None:
     """Milliseconds of self time by operation, for the prefill alone and for the decoding after it."""
     found = {}
     for phase, count in (("prefill", 1), ("both", tokens)):
-        taken = operations(lambda count=count: generate(model, [prompt], count, temperatures=[0.0]))
+        taken = operations(partial(run, count))
         found[phase] = {op: 1e3 * time for op, time in taken.items()}
     found["decode"] = {op: ms - found["prefill"].get(op, 0.0) for op, ms in found.pop("both").items()}
     for phase, table in found.items():

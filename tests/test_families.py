@@ -189,8 +189,8 @@ def test_a_decoding_step_over_uneven_groups_copies_no_keys(monkeypatch):
 
     monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", watched)
     run = generate(compact, [[1, 2, 3, 4]], 3, temperatures=[0.0])
-    # Queries [K, largest group], K key heads, in a cache reserved for 4 + 3 - 1 tokens of 8 features.
-    assert shapes[LAYERS + 1] == (torch.Size([3, 3]), 3, 3 * 6 * 8)
+    # Queries [K, largest group], K key heads, in a cache reserved for keys and values of 4 + 3 - 1 tokens of 8 features.
+    assert shapes[LAYERS + 1] == (torch.Size([3, 3]), 3, 2 * 3 * 6 * 8)
     with mask_heads(model, keep):
         expected = model.generate(torch.tensor([[1, 2, 3, 4]]), max_new_tokens=3, do_sample=False, eos_token_id=None)
     assert run.tokens.tolist() == expected[:, 4:].tolist()

@@ -8,17 +8,13 @@ import zlib
 import pytest
 import torch
 from conftest import tiny_gpt2
-from transformers import DynamicCache
 
 from pruning_comparison.measure.generation import (
-    ReservedCacheLayer,
     common_uniforms,
     generate,
-    reserved_cache,
     sample,
     time_generation,
 )
-from pruning_comparison.measure.memory import cache_bytes
 from pruning_comparison.measure.perplexity import (
     EvaluationWindow,
     WindowLoss,
@@ -175,35 +171,6 @@ def test_left_padding_changes_nothing(model):
     for row, (prompt, temperature) in enumerate(zip(prompts, [0.7, 0.0, 1.3], strict=True)):
         alone = generate(model, [prompt], 12, temperatures=[temperature], uniforms=draws[row : row + 1]).tokens
         assert together[row].tolist() == alone[0].tolist()
-
-
-def test_the_reserved_cache_holds_what_transformers_holds(model):
-    """Layers with different numbers of heads, filled in steps of 3, 1 and 2 tokens."""
-    generator = torch.Generator().manual_seed(0)
-    ours, stock = reserved_cache(model, 6), DynamicCache(config=model.config)
-    for tokens in (3, 1, 2):
-        for layer, heads in enumerate((4, 1, 2)):
-            keys, values = torch.rand(2, 2, heads, tokens, 8, generator=generator)
-            for mine, theirs in zip(ours.update(keys, values, layer), stock.update(keys, values, layer), strict=True):
-                assert torch.equal(mine, theirs)
-        assert ours.get_seq_length() == stock.get_seq_length()
-        assert cache_bytes(ours) == cache_bytes(stock)
-    with pytest.raises(ValueError, match="7 tokens do not fit"):
-        ours.update(*torch.rand(2, 2, 4, 1, 8), 0)
-
-
-def test_decoding_copies_no_cache_and_reserves_it_once(model, monkeypatch):
-    rooms = set()
-    update = ReservedCacheLayer.update
-
-    def watched(layer, *arguments, **more):
-        keys, values = update(layer, *arguments, **more)
-        rooms.add(keys.untyped_storage().data_ptr())
-        return keys, values
-
-    monkeypatch.setattr(ReservedCacheLayer, "update", watched)
-    generate(model, [[1, 2, 3]], 9, temperatures=[0.0])
-    assert len(rooms) == 3
 
 
 def test_sampling_follows_the_distribution():

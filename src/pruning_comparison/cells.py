@@ -41,6 +41,7 @@ from pruning_comparison.measure.text_quality import (
     seq_rep_n,
 )
 from pruning_comparison.models import HeadGrid, LoadedModel, ModelPreview, load_model, preview_model
+from pruning_comparison.models.decoding import decode_step, decode_steps
 from pruning_comparison.provenance import versions
 from pruning_comparison.pruning import converted_copy, mask_heads, masked_copy, remove_heads
 from pruning_comparison.scoring import HeadScores, score_heads
@@ -496,6 +497,7 @@ def time_level(
     """Times all variants of one level on every batch of prompts, interleaved: (variant, measurement) pairs."""
     spec, prompts = workspace.spec, workspace.inputs.prompt_ids
     rows: list[tuple[str, Measurement]] = []
+    steps = decode_steps(models)
     for first in range(0, len(prompts), spec.batch_size):
         batch = prompts[first : first + spec.batch_size]
         uniforms = torch.stack(
@@ -508,6 +510,7 @@ def time_level(
             temperature=spec.temperatures[0],
             uniforms=uniforms,
             measure_peak=spec.memory_logging,
+            steps=steps,
         ):
             values: dict[str, float | None] = {
                 "tokens_per_second": timing.tokens_per_second,
@@ -628,6 +631,7 @@ def _write_and_measure(
     tokens: list[list[int]] = []
     finite: list[bool] = []
     rows = TEXT_BATCHES * spec.quality_batch_size
+    step = decode_step(model)
     for first in range(0, len(jobs), rows):
         batch = jobs[first : first + rows]
         draws = [common_uniforms(spec.seed, iteration, prompt, spec.num_tokens) for _, prompt in batch]
@@ -638,6 +642,7 @@ def _write_and_measure(
             temperatures=[heat for heat, _ in batch],
             uniforms=torch.stack(draws),
             check_finite=True,
+            step=step,
         )
         tokens.extend(run.tokens.tolist())
         finite.extend(cast(Tensor, run.finite).tolist())

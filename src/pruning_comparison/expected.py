@@ -24,6 +24,7 @@ from pruning_comparison.cells import (
 from pruning_comparison.live import duration_words
 from pruning_comparison.measure.generation import generate
 from pruning_comparison.measure.memory import parameter_bytes
+from pruning_comparison.models.decoding import decode_step
 from pruning_comparison.spec import ComparisonSpec
 
 __all__ = ["Speeds", "available_bytes", "expected", "expected_words", "measure_speeds", "parameter_count", "passes"]
@@ -160,8 +161,9 @@ def _forward(model: PreTrainedModel, ids: torch.Tensor) -> None:
 def _step_s(model: PreTrainedModel, prompts: list[Any], spec: ComparisonSpec) -> float:
     steps = min(_PROBE_STEPS, spec.num_tokens)
     times = []
+    step = decode_step(model)
     for _ in range(3):
-        run = generate(model, prompts, steps, temperatures=[0.0] * len(prompts))
+        run = generate(model, prompts, steps, temperatures=[0.0] * len(prompts), step=step)
         times.append(run.end_to_end_s / steps)
     return min(times[1:])
 

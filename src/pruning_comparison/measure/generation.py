@@ -12,10 +12,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import Cache, DynamicLayer
+from transformers import PreTrainedModel
 
 from pruning_comparison.measure.memory import PeakMemory, cache_bytes
+from pruning_comparison.models.decoding import DecodeStep, decode_steps, reserved_cache
 
 
 @dataclass(frozen=True)
@@ -70,51 +70,13 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
     ids, so that equal draws meet equal tokens as long as the distributions agree.
     """
     logits = logits.float()
-    greedy = logits.argmax(-1)
     scaled = logits / temperatures.where(temperatures > 0, 1.0).unsqueeze(1).to(logits)
     cumulative = scaled.double().softmax(-1).cumsum(-1)
     drawn = torch.searchsorted(cumulative, (uniforms.to(cumulative) * cumulative[:, -1]).unsqueeze(1), right=True)
-    return torch.where(temperatures.to(greedy.device) > 0, drawn.squeeze(1).clamp(max=logits.shape[1] - 1), greedy)
-
-
-class ReservedCacheLayer(DynamicLayer):
-    """The cache of one layer with room for ``capacity`` tokens, reserved when its first keys show how many heads it has.
-
-    transformers' own layer grows by copying all it holds at every step. ``keys`` and ``values`` are views of what is filled,
-    [B, K, T, D], so that layers of one cache may differ in K.
-    """
-
-    def __init__(self, capacity: int) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]
-        self.capacity = capacity
-        self.seen = 0
-
-    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Adds new keys and values and returns all so far. ValueError where they exceed the capacity."""
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            self._room = tuple(
-                new.new_empty(*new.shape[:2], self.capacity, new.shape[-1]) for new in (key_states, value_states)
-            )
-        start, self.seen = self.seen, self.seen + key_states.shape[-2]
-        if self.seen > self.capacity:
-            raise ValueError(f"{self.seen} tokens do not fit a cache that was reserved for {self.capacity}")
-        filled = []
-        for room, new in zip(self._room, (key_states, value_states), strict=True):
-            room[:, :, start : self.seen] = new
-            filled.append(room[:, :, : self.seen])
-        self.keys, self.values = filled
-        return self.keys, self.values
-
-    def get_seq_length(self) -> int:
-        return self.seen
-
-
-def reserved_cache(model: PreTrainedModel, capacity: int) -> Cache:
-    """The cache that the model would make itself, with room for ``capacity`` tokens in every layer that keeps them all."""
-    cache = DynamicCache(config=model.config)
-    cache.layers = [ReservedCacheLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
-    return cache
+    drawn = drawn.squeeze(1).clamp(max=logits.shape[1] - 1)
+    if bool((temperatures > 0).all()):
+        return drawn
+    return torch.where(temperatures.to(drawn.device) > 0, drawn, logits.argmax(-1))
 
 
 @torch.inference_mode()
@@ -126,12 +88,16 @@ def generate(
     temperatures: Sequence[float],
     uniforms: Tensor | None = None,
     check_finite: bool = False,
+    step: DecodeStep | None = None,
 ) -> Generation:
     """Continues B prompts of token ids by exactly ``num_tokens`` tokens each, whatever end-of-text says.
 
     Shorter prompts are padded on the left. ``temperatures`` [B]; ``uniforms`` [B, N] may be None if all are 0. Tokens stay
     on the device until the last one; only the first is waited for, to take its time. ``check_finite`` looks at all logits,
     which takes time that nobody should measure.
+
+    The prompts are read by the model's own forward; all further tokens come from ``step``, made of this model by
+    ``decode_step``, or from its forward where that is None.
     """
     device = model.device
     longest = max(len(prompt) for prompt in prompts)
@@ -141,34 +107,45 @@ def generate(
     draws = torch.zeros(len(prompts), num_tokens, dtype=torch.float64) if uniforms is None else uniforms
     draws = draws.to(device)
     greedy = not any(temperatures)
+    capacity = longest + num_tokens - 1
     visible: Tensor | None = None
+    added: Tensor | None = None
     positions = torch.arange(longest).expand(len(prompts), -1)
     if any(padding):
         pads = torch.tensor(padding).unsqueeze(1)
         visible = (torch.arange(longest + num_tokens) >= pads).long().to(device)
+        added = torch.zeros(visible.shape, dtype=model.dtype, device=device).masked_fill(visible == 0, -torch.inf)
+        added = added[:, None, None]
         positions = (positions - pads).clamp(min=0)
+    if step is not None:
+        step.reserve(capacity)
     _synchronize(device)
     started = time.perf_counter()
     step_ids, step_positions = ids.to(device), positions.to(device)
-    cache: Any = reserved_cache(model, longest + num_tokens - 1)
+    cache: Any = reserved_cache(model, capacity)
     tokens: list[Tensor] = []
     finite = torch.ones(len(prompts), dtype=torch.bool, device=device) if check_finite else None
     first_token_latency = 0.0
-    for step in range(num_tokens):
-        output = model(
-            input_ids=step_ids,
-            attention_mask=None if visible is None else visible[:, : longest + step],
-            position_ids=step_positions,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-        )
-        logits = output.logits[:, -1]
-        chosen = logits.argmax(-1) if greedy else sample(logits, heat, draws[:, step])
+    for number in range(num_tokens):
+        seen = longest + number
+        if number == 0 or step is None:
+            output = model(
+                input_ids=step_ids,
+                attention_mask=None if visible is None else visible[:, :seen],
+                position_ids=step_positions,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+            logits = output.logits[:, -1]
+        else:
+            mask = None if added is None else added[..., :seen]
+            logits = step(step_ids[:, 0], step_positions[:, 0], cache, mask)
+        chosen = logits.argmax(-1) if greedy else sample(logits, heat, draws[:, number])
         tokens.append(chosen)
         if finite is not None:
             finite &= logits.isfinite().all(-1)
-        if step == 0:
+        if number == 0:
             chosen.tolist()
             first_token_latency = time.perf_counter() - started
         step_ids, step_positions = chosen.unsqueeze(1), step_positions[:, -1:] + 1
@@ -187,29 +164,36 @@ def time_generation(
     uniforms: Tensor,
     measure_peak: bool,
     warm_up_tokens: int = 4,
+    steps: Mapping[str, DecodeStep | None] | None = None,
 ) -> list[Timing]:
     """Times every variant on the same prompts, in the order A B .. B A, so that a noisy machine hits all alike.
 
-    Each variant is first warmed up on the same prompts. Two timings per variant come back (``repeat`` 0 and 1).
+    Each variant is first warmed up on the same prompts. Two timings per variant come back (``repeat`` 0 and 1). ``steps``
+    are those of the models, made by ``decode_steps`` here if they are not given: all decode alike.
     """
     temperatures = [temperature] * len(prompts)
-    for model in models.values():
-        generate(model, prompts, min(warm_up_tokens, num_tokens), temperatures=temperatures, uniforms=uniforms)
+    steps = decode_steps(models) if steps is None else steps
+
+    def run(name: str, count: int) -> Generation:
+        return generate(models[name], prompts, count, temperatures=temperatures, uniforms=uniforms, step=steps[name])
+
+    for name in models:
+        run(name, min(warm_up_tokens, num_tokens))
     order = [*((name, 0) for name in models), *((name, 1) for name in reversed(list(models)))]
     timings = []
     for name, repeat in order:
         with PeakMemory(models[name].device, enabled=measure_peak) as peak:
-            run = generate(models[name], prompts, num_tokens, temperatures=temperatures, uniforms=uniforms)
-        per_token = (run.end_to_end_s - run.first_token_latency_s) / (num_tokens - 1) if num_tokens > 1 else None
+            timed = run(name, num_tokens)
+        per_token = (timed.end_to_end_s - timed.first_token_latency_s) / (num_tokens - 1) if num_tokens > 1 else None
         timings.append(
             Timing(
                 name,
                 repeat,
-                len(prompts) * num_tokens / run.end_to_end_s,
-                run.first_token_latency_s,
+                len(prompts) * num_tokens / timed.end_to_end_s,
+                timed.first_token_latency_s,
                 per_token,
-                run.end_to_end_s,
-                run.cache_bytes,
+                timed.end_to_end_s,
+                timed.cache_bytes,
                 peak.bytes,
                 peak.reason,
             )

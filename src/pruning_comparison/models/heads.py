@@ -546,7 +546,7 @@ def _attend_packed(
     zeros, whose answers nobody reads.
     """
     batch, _, _, size = query.shape
-    slots, largest = _query_slots(module)
+    slots, largest = query_slots(module)
     packed = query.new_zeros(batch, key.shape[1] * largest, size)
     packed[:, slots] = query[:, :, 0]
     attended = nn.functional.scaled_dot_product_attention(
@@ -555,7 +555,7 @@ def _attend_packed(
     return attended.reshape(batch, -1, value.shape[-1])[:, slots].unsqueeze(1)
 
 
-def _query_slots(module: Any) -> tuple[Tensor, int]:
+def query_slots(module: Any) -> tuple[Tensor, int]:
     """Where each query head stands when every group has room for the largest, int64 [H], and how many that one has.
 
     Worked out at the first decoding step, from ``kv_index``, and kept: the copying of a model copies it too.

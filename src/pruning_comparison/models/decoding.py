@@ -1,0 +1,422 @@
+"""One decoding step of a model, with its own weights and without what transformers does around them.
+
+At batch 1 a step of a small model is mostly Python: module calls, masks made anew, wrappers. That time is the same whatever
+has been pruned, so it hides what pruning saves. ``decode_step`` computes what the model's own forward computes for one new
+token per row, from the same weights and the same cache, by as few operations as possible.
+
+Dimension letters: B batch, E embedding, H query heads, K key-value heads, D head size, G query heads per key-value head,
+R rotary features, T time, V vocabulary.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from types import MappingProxyType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicLayer
+
+from pruning_comparison.models.heads import (
+    LAYOUTS,
+    EmptiedAttention,
+    Layout,
+    blocks,
+    family_of,
+    head_grid,
+    input_major_weight,
+    query_slots,
+)
+
+MOST_REORDERED_BYTES = 2**30
+"""Models up to this size get a second copy of those weights that are read faster in another order, while they decode."""
+
+_CLOSE = 1e-3
+_ROTARY_POSITIONS = 256
+
+
+@dataclass(frozen=True)
+class StepLayout:
+    """What a family computes around its attention, for ``decode_step``. Paths lead from the model or, below, from a block.
+
+    ``positions`` is a learned table, in which position 0 has row ``first_position``; ``rotary`` a module that makes cosines
+    and sines; None where the family has none. ``mlp`` names the projections that read the MLP's input, the second of which
+    is gated by the first where there are two. ``final_norm`` may be None in the model. ``key_norms`` names the norms of
+    queries and keys by head.
+    """
+
+    embedding: str
+    final_norm: str
+    norms: tuple[str, str]
+    mlp: tuple[str, ...]
+    activation: str
+    positions: str | None = None
+    first_position: int = 0
+    rotary: str | None = None
+    key_norms: tuple[str, str] | None = None
+
+
+_LLAMA = StepLayout(
+    embedding="model.embed_tokens",
+    final_norm="model.norm",
+    norms=("input_layernorm", "post_attention_layernorm"),
+    mlp=("mlp.gate_proj", "mlp.up_proj"),
+    activation="mlp.act_fn",
+    rotary="model.rotary_emb",
+)
+
+STEP_LAYOUTS: Mapping[str, StepLayout] = MappingProxyType(
+    {
+        "gpt2": StepLayout(
+            embedding="transformer.wte",
+            positions="transformer.wpe",
+            final_norm="transformer.ln_f",
+            norms=("ln_1", "ln_2"),
+            mlp=("mlp.c_fc",),
+            activation="mlp.act",
+        ),
+        "gpt_neox": StepLayout(
+            embedding="gpt_neox.embed_in",
+            final_norm="gpt_neox.final_layer_norm",
+            norms=("input_layernorm", "post_attention_layernorm"),
+            mlp=("mlp.dense_h_to_4h",),
+            activation="mlp.act",
+            rotary="gpt_neox.rotary_emb",
+        ),
+        "llama": _LLAMA,
+        "mistral": _LLAMA,
+        "opt": StepLayout(
+            embedding="model.decoder.embed_tokens",
+            positions="model.decoder.embed_positions",
+            first_position=2,
+            final_norm="model.decoder.final_layer_norm",
+            norms=("self_attn_layer_norm", "final_layer_norm"),
+            mlp=("fc1",),
+            activation="activation_fn",
+        ),
+        "qwen2": _LLAMA,
+        "qwen3": StepLayout(**{**vars(_LLAMA), "key_norms": ("q_norm", "k_norm")}),
+    }
+)
+"""By ``model_type``, as ``LAYOUTS``. A family that is missing here decodes by its own forward."""
+
+
+class ReservedCacheLayer(DynamicLayer):
+    """The cache of one layer with room for ``capacity`` tokens, reserved when its first keys show how many heads it has.
+
+    transformers' own layer grows by copying all it holds at every step. ``room`` [B, 2, K, capacity, D] holds keys, then
+    values; ``keys`` and ``values`` are views of what is filled, [B, K, T, D], so that layers of one cache may differ in K.
+    """
+
+    room: Tensor
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.capacity = capacity
+        self.seen = 0
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds new keys and values [B, K, T, D] and returns all so far. ValueError where they exceed the capacity."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+            batch, heads, _, size = key_states.shape
+            self.room = key_states.new_empty(batch, 2, heads, self.capacity, size)
+        start, self.seen = self.seen, self.seen + key_states.shape[-2]
+        if self.seen > self.capacity:
+            raise ValueError(f"{self.seen} tokens do not fit a cache that was reserved for {self.capacity}")
+        self.room[:, 0, :, start : self.seen] = key_states
+        self.room[:, 1, :, start : self.seen] = value_states
+        self.keys, self.values = self.room[:, 0, :, : self.seen], self.room[:, 1, :, : self.seen]
+        return self.keys, self.values
+
+    def append(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """``update`` for one token: keys and values together, [B, 2, K, D]."""
+        self.room[:, :, :, self.seen] = pair
+        self.seen += 1
+        self.keys, self.values = self.room[:, 0, :, : self.seen], self.room[:, 1, :, : self.seen]
+        return self.keys, self.values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+
+def reserved_cache(model: PreTrainedModel, capacity: int) -> Cache:
+    """The cache that the model would make itself, with room for ``capacity`` tokens in every layer that keeps them all."""
+    cache = DynamicCache(config=model.config)
+    cache.layers = [ReservedCacheLayer(capacity) if type(layer) is DynamicLayer else layer for layer in cache.layers]
+    return cache
+
+
+def decode_step(model: PreTrainedModel, reordered: dict[int, Tensor] | None = None) -> DecodeStep | None:
+    """What makes the next token's logits of this model, or None where only its own forward can be trusted to.
+
+    That is on a CPU in float32, for a family in ``STEP_LAYOUTS``, without hooks, in layers whose cache keeps all tokens. Its
+    logits are compared with the model's own on a few tokens before it is handed out. ``reordered`` holds weights that were
+    put in another order, by the identity of the parameter: models that share parameters share those as well.
+
+    It works on the weights as they are now: make a new one after changing them.
+    """
+    layout = STEP_LAYOUTS.get(str(family_of(model.config)))
+    if layout is None or not _can_be_taken_apart(model, layout):
+        return None
+    try:
+        step = DecodeStep(model, layout, {} if reordered is None else reordered)
+    except (AttributeError, TypeError):
+        return None  # a part that this version of the family has not
+    return step if _agrees(step, model) else None
+
+
+def decode_steps(models: Mapping[str, PreTrainedModel]) -> dict[str, DecodeStep | None]:
+    """``decode_step`` for models that are compared: of all, or of none."""
+    reordered: dict[int, Tensor] = {}
+    steps: dict[str, DecodeStep | None] = {}
+    for name, model in models.items():
+        steps[name] = decode_step(model, reordered)
+        if steps[name] is None:
+            return dict.fromkeys(models)
+    return steps
+
+
+class DecodeStep:
+    """Logits of the next token of every row, from the model's weights; see ``decode_step``."""
+
+    def __init__(self, model: PreTrainedModel, layout: StepLayout, reordered: dict[int, Tensor]) -> None:
+        size = sum(p.numel() * p.element_size() for p in model.parameters())
+        weights = _Weights(reordered, size <= MOST_REORDERED_BYTES)
+        self.embedding = model.get_parameter(f"{layout.embedding}.weight")
+        table = None if layout.positions is None else model.get_parameter(f"{layout.positions}.weight")
+        self.positions = None if table is None else table[layout.first_position :]
+        self.rotary: Any = None if layout.rotary is None else model.get_submodule(layout.rotary)
+        self.rotations: tuple[Tensor, Tensor] | None = None
+        self.layers = [_Layer(model, number, layout, weights) for number in range(len(blocks(model)))]
+        final: Any = model
+        for name in layout.final_norm.split("."):
+            final = getattr(final, name)
+        self.final_norm = _norm(final)
+        self.head = _project(weights, model.get_output_embeddings())
+
+    def reserve(self, capacity: int) -> None:
+        """Makes ready for ``capacity`` positions, so that no step has to."""
+        if self.rotary is None or (self.rotations is not None and len(self.rotations[0]) >= capacity):
+            return
+        count = -(-capacity // _ROTARY_POSITIONS) * _ROTARY_POSITIONS
+        cosines, sines = self.rotary(self.embedding, torch.arange(count, device=self.embedding.device)[None])
+        size, turned = self.layers[0].head_size, cosines.shape[-1]
+        # Features that are not turned have cosine 1 and sine 0; the first half of the others takes the second's negative.
+        whole = cosines.new_ones(count, size), cosines.new_zeros(count, size)
+        whole[0][:, :turned], whole[1][:, :turned] = cosines[0], sines[0]
+        whole[1][:, : turned // 2] *= -1
+        self.rotations = whole
+        half = torch.arange(turned, device=cosines.device).roll(turned // 2)
+        self.partner = torch.cat([half, torch.arange(turned, size, device=cosines.device)])
+
+    def __call__(self, tokens: Tensor, positions: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
+        """Logits [B, V] after ``tokens`` [B] at ``positions`` [B], which are added to the cache.
+
+        ``mask`` [B, 1, 1, T] is added to the scores of attention, T counting the new token; None where all is visible.
+        """
+        hidden = nn.functional.embedding(tokens, self.embedding)
+        if self.positions is not None:
+            hidden = hidden + nn.functional.embedding(positions, self.positions)
+        turn: tuple[Tensor, Tensor, Tensor] | None = None
+        if self.rotations is not None:
+            cosines, sines = (table[positions].unsqueeze(1) for table in self.rotations)
+            turn = cosines, sines, self.partner
+        for layer, kept in zip(self.layers, cache.layers, strict=True):
+            hidden = layer(hidden, turn, kept, mask)
+        return self.head(self.final_norm(hidden))
+
+
+Function = Callable[[Tensor], Tensor]
+
+
+class _Weights:
+    """Weights as [inputs, outputs], in the order in which a product with one row reads them fastest.
+
+    The longer side lies together: on CPUs the other order took up to twice as long in products with a single row
+    (``docs/performance.md``).
+    """
+
+    def __init__(self, reordered: dict[int, Tensor], allowed: bool) -> None:
+        self.reordered, self.allowed = reordered, allowed
+
+    def of(self, weight: Tensor, parameter: Tensor | None) -> Tensor:
+        """``weight`` [inputs, outputs]; ``parameter`` is what it is a view of, None for a copy."""
+        inputs, outputs = weight.shape
+        target = weight if outputs > inputs else weight.T
+        if inputs == outputs or target.is_contiguous() or not self.allowed:
+            return weight
+        key = None if parameter is None else id(parameter)
+        if key is None or key not in self.reordered:
+            made = target.contiguous() if outputs > inputs else target.contiguous().T
+            if key is None:
+                return made
+            self.reordered[key] = made
+        return self.reordered[key]
+
+
+def _project(weights: _Weights, module: Any) -> Function:
+    """What a projection module computes, for [B, inputs]."""
+    matrix = weights.of(input_major_weight(module), module.weight)
+    return _product(matrix, getattr(module, "bias", None))
+
+
+def _product(matrix: Tensor, bias: Tensor | None) -> Function:
+    if bias is None:
+        return lambda rows: torch.mm(rows, matrix)
+    return lambda rows: torch.addmm(bias, rows, matrix)
+
+
+def _norm(module: Any) -> Function:
+    """What a norm module computes; TypeError for one of an unknown kind."""
+    if module is None or isinstance(module, nn.Identity):
+        return lambda rows: rows
+    if isinstance(module, nn.LayerNorm):
+        shape, weight, bias, eps = module.normalized_shape, module.weight, module.bias, module.eps
+        return lambda rows: nn.functional.layer_norm(rows, shape, weight, bias, eps)
+    if type(module).__name__.endswith("RMSNorm"):
+        size, scale, floor = module.weight.shape, module.weight, module.variance_epsilon
+        return lambda rows: nn.functional.rms_norm(rows, size, scale, floor)
+    raise TypeError(f"a norm of the class {type(module).__name__} is not known")
+
+
+_ACTIVATIONS: Mapping[str, Function] = MappingProxyType(
+    {
+        "NewGELUActivation": partial(nn.functional.gelu, approximate="tanh"),
+        "SiLUActivation": nn.functional.silu,
+        "SiLU": nn.functional.silu,
+    }
+)
+"""By the name of the class, where one operation does what the module needs several for."""
+
+
+class _Layer:
+    """One block."""
+
+    def __init__(self, model: PreTrainedModel, number: int, step: StepLayout, weights: _Weights) -> None:
+        layout, grid = LAYOUTS[str(family_of(model.config))], head_grid(model.config)
+        block = blocks(model)[number]
+        attention: Any = block.get_submodule(layout.attention)
+        self.head_size = grid.head_size
+        self.first_norm, self.second_norm = (_norm(block.get_submodule(name)) for name in step.norms)
+        self.parallel = layout.parallel is not None and bool(getattr(model.config, layout.parallel))
+        self.norm_after = layout.norm_after is not None and not getattr(model.config, layout.norm_after)
+        self.inner = [_project(weights, block.get_submodule(name)) for name in step.mlp]
+        act = block.get_submodule(step.activation)
+        self.activation: Function = _ACTIVATIONS.get(type(act).__name__, act)
+        self.outer = _project(weights, block.get_submodule(layout.mlp_output))
+        self.emptied = isinstance(attention, EmptiedAttention)
+        if self.emptied:
+            self.left: Tensor | None = attention.bias
+            return
+        self.scaling = attention.scaling
+        matrix, bias, parameter = _mixed(attention, layout)
+        self.mixed = _product(weights.of(matrix, parameter), bias)
+        self.output = _project(weights, attention.get_submodule(layout.output))
+        self.heads = input_major_weight(attention.get_submodule(layout.output)).shape[0] // grid.head_size
+        self.kv_heads = (matrix.shape[1] // grid.head_size - self.heads) // 2
+        self.slots: tuple[Tensor, int] | None = query_slots(attention) if hasattr(attention, "kv_index") else None
+        self.key_scale: Tensor | None = None
+        if step.key_norms is not None:
+            query, key = (attention.get_submodule(name) for name in step.key_norms)
+            self.key_eps = query.variance_epsilon
+            self.key_scale = torch.cat(
+                [query.weight.expand(self.heads, -1), key.weight.expand(self.kv_heads, -1)]
+            )  # [H + K, D]
+
+    def __call__(self, hidden: Tensor, turn: Any, kept: Any, mask: Tensor | None) -> Tensor:
+        """The residual stream [B, E] after the block; the token is added to ``kept``, the layer's cache."""
+        if self.norm_after:
+            after = self.first_norm(hidden + self.attend(hidden, turn, kept, mask))
+            return self.second_norm(after + self.mlp(after))
+        written = self.attend(self.first_norm(hidden), turn, kept, mask)
+        if self.parallel:
+            return self.mlp(self.second_norm(hidden)) + written + hidden
+        hidden = hidden + written
+        return hidden + self.mlp(self.second_norm(hidden))
+
+    def mlp(self, rows: Tensor) -> Tensor:
+        inner = self.activation(self.inner[0](rows))
+        if len(self.inner) == 2:
+            inner = inner * self.inner[1](rows)
+        return self.outer(inner)
+
+    def attend(self, rows: Tensor, turn: Any, kept: Any, mask: Tensor | None) -> Tensor:
+        """What attention writes, [B, E], or what can be added to that."""
+        if self.emptied:
+            kept.seen += 1
+            return rows.new_zeros(()) if self.left is None else self.left
+        batch, heads, kv_heads, size = len(rows), self.heads, self.kv_heads, self.head_size
+        mixed = self.mixed(rows).view(batch, heads + 2 * kv_heads, size)
+        if turn is None:
+            queries, pair = mixed[:, :heads], mixed[:, heads:]
+        else:
+            turned = mixed[:, : heads + kv_heads]
+            if self.key_scale is not None:
+                turned = nn.functional.rms_norm(turned, (size,), None, self.key_eps) * self.key_scale
+            cosines, sines, partner = turn
+            turned = torch.addcmul(turned * cosines, turned.index_select(-1, partner), sines)
+            queries = turned[:, :heads]
+            pair = torch.cat([turned[:, heads:], mixed[:, heads + kv_heads :]], 1)
+        keys, values = kept.append(pair.view(batch, 2, kv_heads, size))
+        if self.slots is None:
+            stacked = queries.view(batch, kv_heads, heads // kv_heads, size)
+        else:
+            slots, largest = self.slots
+            stacked = queries.new_zeros(batch, kv_heads * largest, size)
+            stacked[:, slots] = queries
+            stacked = stacked.view(batch, kv_heads, largest, size)
+        seen = nn.functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self.scaling)
+        if self.slots is None:
+            return self.output(seen.reshape(batch, -1))
+        return self.output(seen.reshape(batch, -1, size)[:, self.slots[0]].view(batch, -1))
+
+
+def _mixed(attention: Any, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """Queries, keys and values as one projection, all queries first: matrix [E, (H + 2 K) D] and bias.
+
+    Last the parameter that the matrix is a view of, None where it is a copy.
+    """
+    if layout.fused is None:
+        parts = [attention.get_submodule(name) for name in (layout.query, layout.key, layout.value)]
+        matrix = torch.cat([input_major_weight(part) for part in parts], 1)
+        return matrix, None if parts[0].bias is None else torch.cat([part.bias for part in parts]), None
+    fused = attention.get_submodule(layout.query)
+    matrix, bias = input_major_weight(fused), fused.bias
+    if layout.fused == "parts":
+        return matrix, bias, fused.weight
+    size = attention.head_size
+    order = torch.arange(matrix.shape[1], device=matrix.device).view(-1, 3, size).transpose(0, 1).flatten()
+    return matrix[:, order], None if bias is None else bias[order], None
+
+
+def _can_be_taken_apart(model: PreTrainedModel, layout: StepLayout) -> bool:
+    """Whether nothing but weights decides what the model computes, where and how ``DecodeStep`` can compute it."""
+    if model.device.type != "cpu" or model.training or {p.dtype for p in model.parameters()} != {torch.float32}:
+        return False
+    if model.get_parameter(f"{layout.embedding}.weight").shape[1] != model.config.hidden_size:
+        return False  # tokens are embedded narrowly, and projected
+    rotary = getattr(model.config, "rope_parameters", None)
+    if layout.rotary is not None and (rotary or {}).get("rope_type", "default") not in ("default", "linear", "llama3"):
+        return False  # others change with the length of the text
+    if any(module._forward_hooks or module._forward_pre_hooks for module in model.modules()):
+        return False
+    return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
+
+
+@torch.inference_mode()
+def _agrees(step: DecodeStep, model: PreTrainedModel) -> bool:
+    """Whether a few tokens, one by one and of two rows, get the logits that the model gives them at once."""
+    vocabulary = model.config.get_text_config().vocab_size
+    ids = torch.randint(vocabulary, (2, 4), generator=torch.Generator().manual_seed(0))
+    expected = model(input_ids=ids, use_cache=False).logits
+    cache: Any = reserved_cache(model, 4)
+    first = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits[:, -1]
+    step.reserve(4)
+    found = [first, *(step(ids[:, at], torch.full((2,), at), cache, None) for at in range(1, 4))]
+    close = torch.allclose(torch.stack(found, 1), expected, rtol=_CLOSE, atol=_CLOSE * float(expected.abs().max()))
+    return close and all(layer.get_seq_length() == 4 for layer in cache.layers)
