@@ -2,7 +2,7 @@
 
     python benchmarks/whole_run.py --model_name=bundled --small          (a minute or two)
     python benchmarks/whole_run.py --model_name=bundled                  (the default comparison's shape)
-    python benchmarks/whole_run.py --model_name=smollm2-135m
+    python benchmarks/whole_run.py --model_name=smollm2-135m --medium    (otherwise hours)
 
 A is ``plain_straightforward.py``, B is ``plain_competent.py``, C is this package. They run in one process in the order
 A B C A B C, with as many timed tokens per level. What can be had without this package is compared: the variants ``baseline``
@@ -52,6 +52,16 @@ SMALL = {
 }
 """A run of a minute, to see that everything works: its ratios say little."""
 
+MEDIUM = {
+    "pruning_levels": (0, 40, 80),
+    "iterations": 1,
+    "max_prompts": 2,
+    "num_tokens": 32,
+    "eval_tokens": 2048,
+    "calibration_tokens": 4096,
+}
+"""A quarter of the default comparison's prompts, tokens and texts, in about the default's proportions."""
+
 MOST_UNEQUAL_TEXTS = 0.05
 """As a share of all texts; one is always allowed. Rounding differs between full-size and smaller matrices, and may move a
 draw from one token to the next."""
@@ -63,10 +73,11 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=2, help="how often A B C is repeated")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--small", action="store_true", help="a run of a minute or two that shows that it works")
+    parser.add_argument("--medium", action="store_true", help="smaller in all that is measured, for larger models")
     parser.add_argument("--iterations", type=int, default=None)
     parser.add_argument("--write_case", type=Path, help="write the case as JSON for the plain scripts, and stop")
     options = parser.parse_args(argv)
-    settings: dict[str, Any] = {**SMALL} if options.small else {}
+    settings: dict[str, Any] = {**(SMALL if options.small else MEDIUM if options.medium else {})}
     if options.iterations is not None:
         settings["iterations"] = options.iterations
     spec = ComparisonSpec(
