@@ -36,6 +36,9 @@ from pruning_comparison.spec import METHODS
 LEAST_RANK_AGREEMENT = 0.99
 """Spearman correlation over all heads from which on scores from bfloat16 gradients may stand in for float32 ones."""
 
+SCORED_ON_PRUNED = frozenset({"entropy"})
+"""Methods that score a physically pruned model, too: they need neither gates nor the weights of heads that have left."""
+
 _MOST_LOGIT_BYTES = 256 * 2**20
 """Of a batch that is differentiated, in float32: a backward pass holds several times as much."""
 
