@@ -6,15 +6,17 @@ import itertools
 
 import pytest
 import torch
-from conftest import save_tiny_model, tiny_gpt2, write_short_texts
+from conftest import save_tiny_model, tiny_gpt2, tiny_model, write_short_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pruning_comparison import cells
 from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory, adapt
 from pruning_comparison.agency.consent import Thresholds
 from pruning_comparison.cells import build, load_workspace, prepare
+from pruning_comparison.models.heads import head_grid, live_heads
 from pruning_comparison.pruning import mask_heads
-from pruning_comparison.scoring import HeadScores, score_fisher
+from pruning_comparison.scoring import HeadScores, mean_attention_entropy, score_fisher, score_heads
 from pruning_comparison.selection import heads_to_prune, select_heads
 from pruning_comparison.spec import Cell, ComparisonSpec
 
@@ -44,6 +46,31 @@ def test_heads_leave_in_rounds_and_are_scored_anew_on_what_is_left(level):
     with mask_heads(model, keep):
         expected = model(WINDOWS).logits
     torch.testing.assert_close(reached.model(WINDOWS).logits, expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama", "qwen3 with windows", "opt with norms after"])
+@pytest.mark.parametrize("sign", [1, -1])
+def test_entropy_chooses_the_same_heads_on_the_pruned_model_as_on_the_masked_one(family, sign):
+    model = tiny_model(family, layers=LAYERS)
+    seen = []
+
+    def score(scored):
+        seen.append(sum(live_heads(scored)))
+        return HeadScores(sign * mean_attention_entropy(scored, WINDOWS, batch_size=3), {})
+
+    every = head_grid(model.config).all_heads()
+    masked, pruned = (
+        ProgressiveTrajectory(model, score=score, all_heads=every, scope="model", scores_pruned=scores_pruned)
+        for scores_pruned in (False, True)
+    )
+    for level in (10, 30, 45, 60, 90):
+        one, other = masked.at(level), pruned.at(level)
+        assert torch.equal(one.keep, other.keep)
+        live = one.scores.scores[one.keep]
+        torch.testing.assert_close(other.scores.scores[other.keep], live, rtol=1e-5, atol=1e-6)
+    assert len(seen) == 2 * 11  # 10 to 90, and 45
+    assert set(seen[1:]) - {every.numel()} == {every.numel() - heads_to_prune(level, 18) for level in range(10, 90, 10)}
+    assert seen.count(every.numel()) == 13  # all 11 of one; of the other those before anything has left: 2
 
 
 def test_scoring_anew_matters():
@@ -153,6 +180,41 @@ def test_the_variant_is_the_baseline_where_scores_do_not_change(tmp_path):
             if same or level == 0:
                 assert torch.equal(plain.keep, rounds.keep)
                 assert plain.fingerprint == rounds.fingerprint
+
+
+def test_only_methods_that_can_score_a_pruned_model_do(tmp_path, monkeypatch):
+    """Both on the path of the progressive baseline and where heads are asked; what they cost the loss needs all heads."""
+    spec = ComparisonSpec(
+        model_name=str(save_tiny_model(tmp_path)),
+        variants=("baseline-progressive", "agency"),
+        pruning_levels=(0, 35),
+        pruning_methods=("entropy", "fisher"),
+        max_prompts=1,
+        num_tokens=4,
+        eval_tokens=500,
+        calibration_tokens=256,
+        calibration_window=64,
+        **write_short_texts(tmp_path / "texts"),
+    )
+    workspace = load_workspace(spec, prepare(spec))
+    heads: dict[tuple[str, str], set[int]] = {}
+
+    def watch(method, model, *arguments, **settings):
+        heads.setdefault((variant, method), set()).add(sum(live_heads(model)))
+        return score_heads(method, model, *arguments, **settings)
+
+    monkeypatch.setattr(cells, "score_heads", watch)
+    for variant in spec.variants:
+        workspace._rankings.clear()
+        for method in spec.pruning_methods:
+            build(workspace, Cell(variant, method, 0, 35.0))
+    left = {8, 7, 6}  # of 2 layers of 4, before the rounds to 10, 20, 30 and 35 per cent: 8, 7, 6, 6
+    assert heads == {
+        ("baseline-progressive", "entropy"): left,
+        ("baseline-progressive", "fisher"): {8},
+        ("agency", "entropy"): left,
+        ("agency", "fisher"): {8},
+    }
 
 
 @pytest.mark.parametrize("heed_states", [True, False])

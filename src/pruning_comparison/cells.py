@@ -44,7 +44,7 @@ from pruning_comparison.models import HeadGrid, LoadedModel, ModelPreview, load_
 from pruning_comparison.models.decoding import decode_step, decode_steps
 from pruning_comparison.provenance import versions
 from pruning_comparison.pruning import converted_copy, mask_heads, masked_copy, remove_heads
-from pruning_comparison.scoring import HeadScores, score_heads
+from pruning_comparison.scoring import SCORED_ON_PRUNED, HeadScores, score_heads
 from pruning_comparison.selection import Scope, expected_heads_pruned, select_heads
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store import CellResult, GeneratedText, Measurement
@@ -183,6 +183,7 @@ class Workspace:
                 all_heads=self.grid.all_heads(),
                 scope=cast(Scope, self.spec.scope),
                 group_size=self.group_size,
+                scores_pruned=method in SCORED_ON_PRUNED,
             )
         return self._progressive[key]
 
@@ -224,6 +225,7 @@ class Workspace:
                 everyone_consents=rules == "agency-always-yes",
                 heed_states=rules == "agency-heeds-states",
                 group_size=self.group_size,
+                scores_pruned=method in SCORED_ON_PRUNED,
             )
         return self._negotiated[key]
 

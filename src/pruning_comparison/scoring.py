@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.devices import gains_from_bfloat16
+from pruning_comparison.entropy_attention import entropies_in_place_of_maps
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.models.heads import (
     attentions,
@@ -24,6 +25,7 @@ from pruning_comparison.models.heads import (
     head_grid,
     head_parameters,
     input_major_weight,
+    kept_heads,
     live_heads,
     output_projections,
 )
@@ -33,6 +35,9 @@ from pruning_comparison.spec import METHODS
 
 LEAST_RANK_AGREEMENT = 0.99
 """Spearman correlation over all heads from which on scores from bfloat16 gradients may stand in for float32 ones."""
+
+SCORED_ON_PRUNED = frozenset({"entropy"})
+"""Methods that score a physically pruned model, too: they need neither gates nor the weights of heads that have left."""
 
 _MOST_LOGIT_BYTES = 256 * 2**20
 """Of a batch that is differentiated, in float32: a backward pass holds several times as much."""
@@ -68,33 +73,42 @@ def score_magnitude(model: PreTrainedModel) -> Tensor:
     return torch.stack(rows)
 
 
+class _NothingMoreWanted(Exception):
+    """Ends a forward pass from within."""
+
+
 @torch.inference_mode()
 def mean_attention_entropy(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
     """Mean entropy of each head's attention in [0, 1], [L, H], over ``windows`` [N, T] of token ids.
 
-    At each position the entropy is divided by the log of the number of visible positions, so that 1 is uniform attention;
-    the first position, where log 1 = 0, is left out. Maps are reduced as they appear: at no time does more than one layer's
-    [batch, H, T, T] exist. Follows the attention entropy of Ghader and Monz (2017, "What does attention in neural machine
-    translation pay attention to?"), normalised.
+    At each position the entropy is divided by the log of the number of positions up to it, so that 1 is uniform attention;
+    the first position, where log 1 = 0, is left out. Maps are made block by block and reduced at once: no [batch, H, T, T]
+    exists, see ``entropy_attention``, and a pass ends with the last attention. Heads that a pruned model has lost get 0.
+    Follows the attention entropy of Ghader and Monz (2017, "What does attention in neural machine translation pay attention
+    to?"), normalised.
     """
-    grid = head_grid(model.config)
-    total = torch.zeros(grid.n_layers, grid.n_heads, dtype=torch.float64)
-    visible = torch.arange(2, windows.shape[1] + 1, device=model.device, dtype=torch.float32).log()
+    keep = kept_heads(model.config)
+    last = max((layer for layer, kept in enumerate(keep) if kept.any()), default=-1)
+    total = torch.zeros(keep.shape, dtype=torch.float64)
+    positions = torch.arange(2, windows.shape[1] + 1, device=model.device, dtype=torch.float32).log()
 
-    def reduce_maps(layer: int) -> Any:
+    def add(layer: int) -> Any:
         def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> Any:
-            maps = outputs[1]
-            entropy = torch.special.entr(maps.float()).sum(-1)[..., 1:] / visible
-            total[layer] += entropy.double().mean(-1).sum(0).cpu()
+            entropies = outputs[1]
+            if entropies is not None:
+                total[layer, keep[layer]] += (entropies[..., 1:] / positions).double().mean(-1).sum(0).cpu()
+            if layer == last:
+                raise _NothingMoreWanted
             return (outputs[0], None, *outputs[2:])
 
         return hook
 
-    with _eager_attention(model):
-        handles = [a.register_forward_hook(reduce_maps(layer)) for layer, a in enumerate(attentions(model))]
+    with entropies_in_place_of_maps(model):
+        handles = [a.register_forward_hook(add(layer)) for layer, a in enumerate(attentions(model))]
         try:
             for batch in windows.split(batch_size):
-                model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+                with suppress(_NothingMoreWanted):
+                    model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
         finally:
             for handle in handles:
                 handle.remove()
@@ -531,14 +545,3 @@ def score_heads(
     if method == "ablation":
         return HeadScores(score_ablation(model, windows, batch_size=batch_size), {})
     raise ValueError(f"unknown method {method!r}; choose one of {', '.join(METHODS)}")
-
-
-@contextmanager
-def _eager_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Only the eager implementation hands out attention maps."""
-    before = model.config._attn_implementation
-    model.set_attn_implementation("eager")
-    try:
-        yield
-    finally:
-        model.set_attn_implementation(before)

@@ -67,15 +67,18 @@ class ProgressiveTrajectory:
         all_heads: Tensor,
         scope: Scope,
         group_size: int = 1,
+        scores_pruned: bool = False,
     ) -> None:
         """``score`` ranks the heads of a full-size model, in which those that have left are masked; ``all_heads`` [L, H].
 
-        Heads leave in groups of ``group_size``.
+        With ``scores_pruned`` it is handed the physically pruned model instead, which is faster; its scores keep their
+        shape, and those of heads that have left count for nothing. Heads leave in groups of ``group_size``.
         """
         self._dense = dense
         self._score = score
         self._scope: Scope = scope
         self._group_size = group_size
+        self._scores_pruned = scores_pruned
         self._start = Round(0.0, all_heads, score(dense), dense)
         self._reached = self._start
 
@@ -89,9 +92,13 @@ class ProgressiveTrajectory:
         return self._reached if self._reached.level == level else self._next(self._reached, level)
 
     def _next(self, reached: Round, level: float) -> Round:
-        scores = self._of_full_size(reached, self._score)
+        scores = self._scores_on(reached)
         keep = select_heads(scores.scores, level, self._scope, gone=~reached.keep, group_size=self._group_size)
         return Round(level, keep, scores, remove_heads(self._dense, keep))
+
+    def _scores_on(self, reached: Round) -> HeadScores:
+        """The scores of the heads that a round has left."""
+        return self._score(reached.model) if self._scores_pruned else self._of_full_size(reached, self._score)
 
     def _of_full_size(self, reached: Round, measure: Callable[[PreTrainedModel], _T]) -> _T:
         """``measure`` of the full-size model in which the lost heads are masked: scores keep their shape."""
@@ -126,6 +133,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         everyone_consents: bool = False,
         heed_states: bool = False,
         group_size: int = 1,
+        scores_pruned: bool = False,
     ) -> None:
         """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
         they are the method's own scores.
@@ -133,7 +141,9 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
         ``everyone_consents`` and ``heed_states`` are those of ``consent.negotiate``.
         """
-        super().__init__(dense, score=score, all_heads=all_heads, scope=scope, group_size=group_size)
+        super().__init__(
+            dense, score=score, all_heads=all_heads, scope=scope, group_size=group_size, scores_pruned=scores_pruned
+        )
         self._importance = importance
         self._adapt = adapt
         self._windows = windows
@@ -146,7 +156,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
 
     def _next(self, reached: Round, level: float) -> Round:
         started = time.perf_counter()
-        scores = self._of_full_size(reached, self._score)
+        scores = self._scores_on(reached)
         importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
         with fast_products(reached.model):
             seen = observe(reached.model, self._windows, keep=reached.keep, batch_size=self._batch_size)
