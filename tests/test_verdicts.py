@@ -110,6 +110,11 @@ def test_inconclusive_claims_nothing_and_says_how_much_would_settle_it():
     )
 
 
+def test_no_difference_at_all_is_no_range():
+    found = one(answer("E3", "inconclusive", 0.0, 0.0, 0.0))
+    assert "agency and the baseline do not differ at all in this sample, which would be clear if" in found.sentence
+
+
 def test_what_no_number_of_one_kind_would_settle_is_said():
     found = one(answer("E2", "inconclusive", LOG(0.97), LOG(0.88), LOG(1.07)))
     assert found.sentence.endswith(

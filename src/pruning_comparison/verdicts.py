@@ -222,6 +222,9 @@ def _open_statement(row: Mapping[str, Any], asked: _Asked) -> str:
         return "this was not measured"
     if not _has_interval(row):
         return f"{_claim(row, asked)} in this sample, but there is too little data for an interval"
+    if not any(_amount(row, float(row[column])) for column in ("estimate", "ci_low", "ci_high")):
+        names = _names(row)
+        return f"{names['variant']} and {names['reference']} do not differ at all in this sample{_why_open(row)}"
     return f"{_claim(row, asked)} in this sample, but anything from {_range(row, asked)} fits the data{_why_open(row)}"
 
 
