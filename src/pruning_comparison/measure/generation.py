@@ -6,7 +6,7 @@ Dimension letters: B batch, T time (prompt), N new tokens, V vocabulary.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -69,14 +69,25 @@ def sample(logits: Tensor, temperatures: Tensor, uniforms: Tensor) -> Tensor:
     ``logits`` [B, V], ``temperatures`` [B] (0 = greedy), ``uniforms`` [B] in [0, 1). Tokens are taken in order of their
     ids, so that equal draws meet equal tokens as long as the distributions agree.
     """
-    logits = logits.float()
-    scaled = logits / temperatures.where(temperatures > 0, 1.0).unsqueeze(1).to(logits)
-    cumulative = scaled.double().softmax(-1).cumsum(-1)
-    drawn = torch.searchsorted(cumulative, (uniforms.to(cumulative) * cumulative[:, -1]).unsqueeze(1), right=True)
-    drawn = drawn.squeeze(1).clamp(max=logits.shape[1] - 1)
-    if bool((temperatures > 0).all()):
-        return drawn
-    return torch.where(temperatures.to(drawn.device) > 0, drawn, logits.argmax(-1))
+    return sampler(temperatures)(logits, uniforms)
+
+
+def sampler(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
+    """``sample`` with what depends on the temperatures alone worked out once."""
+    drawing = temperatures > 0
+    all_draw, none_draws = bool(drawing.all()), not bool(drawing.any())
+    divisors = temperatures.where(drawing, 1.0).unsqueeze(1)
+
+    def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
+        if none_draws:
+            return logits.argmax(-1)
+        logits = logits.float()
+        cumulative = (logits / divisors.to(logits)).double().softmax(-1).cumsum(-1)
+        aims = (uniforms.to(cumulative) * cumulative[:, -1]).unsqueeze(1)
+        drawn = torch.searchsorted(cumulative, aims, right=True).squeeze(1).clamp(max=logits.shape[1] - 1)
+        return drawn if all_draw else torch.where(drawing.to(drawn.device), drawn, logits.argmax(-1))
+
+    return draw
 
 
 @torch.inference_mode()
@@ -106,7 +117,7 @@ def generate(
     heat = torch.tensor(list(temperatures), dtype=torch.float64, device=device)
     draws = torch.zeros(len(prompts), num_tokens, dtype=torch.float64) if uniforms is None else uniforms
     draws = draws.to(device)
-    greedy = not any(temperatures)
+    choose = sampler(heat)
     capacity = longest + num_tokens - 1
     visible: Tensor | None = None
     added: Tensor | None = None
@@ -141,7 +152,7 @@ def generate(
         else:
             mask = None if added is None else added[..., :seen]
             logits = step(step_ids[:, 0], step_positions[:, 0], cache, mask)
-        chosen = logits.argmax(-1) if greedy else sample(logits, heat, draws[:, number])
+        chosen = choose(logits, draws[:, number])
         tokens.append(chosen)
         if finite is not None:
             finite &= logits.isfinite().all(-1)
