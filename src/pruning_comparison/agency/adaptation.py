@@ -149,15 +149,19 @@ class _Moments:
 
     def add(self, x: Tensor, targets: Tensor) -> None:
         """Adds samples of ``x`` [.., F] and ``targets`` [.., E]."""
-        x, targets = x.flatten(0, -2).to(targets.dtype), targets.flatten(0, -2)
+        x, targets = x.flatten(0, -2), targets.flatten(0, -2)
         if self.shifts is None:
-            self.shifts = x.mean(0), targets.mean(0)
+            self.shifts = x.to(targets.dtype).mean(0), targets.mean(0)
             self.sums = self.shifts[0].double() * 0, self.shifts[1].double() * 0
             self.gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
             self.cross = x.new_zeros(x.shape[1], targets.shape[1], dtype=torch.float64)
+        # In float32 or better, whatever x is in: the shifts are. Each further copy of x would cost as much as a product.
         x, targets = x - self.shifts[0], targets - self.shifts[1]
         self.samples += len(x)
-        self.sums = self.sums[0] + x.double().sum(0), self.sums[1] + targets.double().sum(0)
+        self.sums = (
+            self.sums[0] + x.sum(0, dtype=torch.float64),
+            self.sums[1] + targets.sum(0, dtype=torch.float64),
+        )
         self.gram += _gram(x).double()
         self.cross += (x.T @ targets).double()
 
