@@ -141,6 +141,11 @@ def test_a_layout_that_is_wrong_is_found_out(model, monkeypatch):
     assert decode_step(model) is None
 
 
+def test_logits_that_are_no_numbers_agree_with_nothing(model):
+    model.transformer.ln_f.weight.data[0] = torch.nan
+    assert decode_step(model) is None
+
+
 def test_models_that_are_compared_decode_alike(model):
     other = tiny_gpt2(seed=1)
     assert None not in decode_steps({"a": model, "b": other}).values()

@@ -39,6 +39,7 @@ CREATE TABLE IF NOT EXISTS measurements (
     metric TEXT, value REAL, unit TEXT, reason TEXT);
 CREATE INDEX IF NOT EXISTS measurements_by_cell ON measurements (method, iteration, level, variant, phase);
 CREATE TABLE IF NOT EXISTS heads ({_KEY}, layer INTEGER, head INTEGER, score REAL, kept INTEGER);
+CREATE INDEX IF NOT EXISTS heads_by_cell ON heads (method, iteration, level, variant);
 CREATE TABLE IF NOT EXISTS signals ({_KEY}, round_level REAL, layer INTEGER, head INTEGER, state TEXT, utilisation REAL,
     contribution REAL, alignment REAL, redundancy REAL, importance REAL, withdrawal_cost REAL);
 CREATE TABLE IF NOT EXISTS replies ({_KEY}, round_level REAL, layer INTEGER, head INTEGER, answer TEXT, state TEXT,
