@@ -44,7 +44,8 @@ bench: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-
 	$(BIN)/python benchmarks/speed_ceiling.py --models=gpt2-small-random$(if $(MODEL),$(comma)$(MODEL))
 	$(BIN)/python benchmarks/score_cost.py --models=$(BENCH_MODELS)
 	$(BIN)/python benchmarks/noise.py --models=$(BENCH_MODELS) --runs=5
-	$(BIN)/python benchmarks/whole_run.py --model_name=$(or $(MODEL),bundled) --iterations=1
+	$(BIN)/python benchmarks/agency_cost.py --model=bundled --calibration_tokens=16384 --window=256 --threads=1
+	$(BIN)/python benchmarks/whole_run.py --model_name=$(or $(MODEL),bundled) $(if $(MODEL),--medium,--iterations=1)
 
 notebook: $(VENV)/installed-test
 	$(BIN)/jupytext --to ipynb --update --output $(NOTEBOOK) $(COLAB)

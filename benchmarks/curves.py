@@ -27,7 +27,7 @@ LOOKS = {
     "agency-always-yes": ("#CC79A7", "P", (0, (2, 1))),
     "agency": ("#0072B2", "s", "-"),
 }
-TICKS = (1, 1.2, 1.5, 2, 3, 5, 10, 20, 50, 100)
+TICKS, COARSE_TICKS = (1, 1.2, 1.5, 2, 3, 5), (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
 def main() -> None:
@@ -78,7 +78,7 @@ def draw(axes: Axes, run: Path) -> None:
     top = max(axes.get_ylim()[1], 1.5)
     axes.set_ylim(0.97, top)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_yticks([tick for tick in TICKS if tick <= top])
+    axes.set_yticks([tick for tick in (COARSE_TICKS if top > TICKS[-1] else TICKS) if tick <= top])
     axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xticks(sorted({0.0, *rows["level"]}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
