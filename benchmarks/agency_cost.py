@@ -37,10 +37,14 @@ def main() -> None:
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--method", default="fisher")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument(
+        "--levels", default=",".join(map(str, LEVELS)), help="comma-separated, for a part of the trajectory"
+    )
     args = parser.parse_args()
+    levels = [float(level) for level in args.levels.split(",")]
     spec = ComparisonSpec(
         model_name=args.model,
-        pruning_levels=(0, *LEVELS),
+        pruning_levels=(0, *levels),
         pruning_methods=(args.method,),
         calibration_text=args.calibration_text,
         calibration_tokens=args.calibration_tokens,
@@ -53,7 +57,7 @@ def main() -> None:
     workspace = load_workspace(spec, prepare(spec, identify=False))
     started, seconds = time.perf_counter(), {}
     with PeakMemory(workspace.reference.device) as peak:
-        for level in LEVELS:
+        for level in levels:
             adapted = build(workspace, Cell("agency", args.method, 0, level))
             seconds[level] = round(time.perf_counter() - started, 1)
     dense = parameter_bytes(workspace.reference)
@@ -80,7 +84,7 @@ def main() -> None:
         "threads": args.threads,
         "calibration_tokens": args.calibration_tokens,
         "score_tokens": args.score_tokens,
-        "seconds": seconds[LEVELS[-1]],
+        "seconds": seconds[levels[-1]],
         "seconds_up_to_level": seconds,
         "negotiation_seconds": adapted.negotiation_s,
         "peak_memory_bytes": peak.bytes,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+
 import pytest
 import torch
 from conftest import FAMILIES, tiny_gpt2, tiny_model
@@ -188,6 +190,22 @@ def test_timing_takes_the_step_for_all_or_for_none(model, monkeypatch):
     with mask_heads(twin, MASKS_OF_GPT2):
         time_generation({"a": model, "b": twin}, [[1, 2]], 5, **settings)
     assert set(taken) == {None}
+
+
+def test_nothing_is_collected_while_time_is_taken(model, monkeypatch):
+    seen = []
+    whole = generation.generate
+
+    def watched(*arguments, **more):
+        seen.append(gc.isenabled())
+        return whole(*arguments, **more)
+
+    monkeypatch.setattr(generation, "generate", watched)
+    settings = {"temperature": 0.7, "uniforms": torch.rand(1, 5), "measure_peak": False}
+    assert gc.isenabled()
+    time_generation({"a": model}, [[1, 2]], 5, **settings)
+    assert seen == [True, False, False]  # the first one warms up
+    assert gc.isenabled()
 
 
 def test_the_reserved_cache_holds_what_transformers_holds(model):

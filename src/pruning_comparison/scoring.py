@@ -39,8 +39,8 @@ LEAST_RANK_AGREEMENT = 0.99
 SCORED_ON_PRUNED = frozenset({"entropy"})
 """Methods that score a physically pruned model, too: they need neither gates nor the weights of heads that have left."""
 
-_MOST_LOGIT_BYTES = 256 * 2**20
-"""Of a batch that is differentiated, in float32: a backward pass holds several times as much."""
+_MOST_LOGIT_BYTES = 64 * 2**20
+"""Of a batch that is differentiated, in float32: a backward pass holds many times as much. One window is always taken."""
 
 _AGREEMENT_WINDOWS = 8
 _GREEDY_STEPS = 50

@@ -5,8 +5,10 @@ Dimension letters: B batch, T time (prompt), N new tokens, V vocabulary.
 
 from __future__ import annotations
 
+import gc
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -180,7 +182,8 @@ def time_generation(
     """Times every variant on the same prompts, in the order A B .. B A, so that a noisy machine hits all alike.
 
     Each variant is first warmed up on the same prompts. Two timings per variant come back (``repeat`` 0 and 1). ``steps``
-    are those of the models, made by ``decode_steps`` here if they are not given: all decode alike.
+    are those of the models, made by ``decode_steps`` here if they are not given: all decode alike. Python collects no
+    garbage meanwhile: one collection takes as long as many steps of a small model.
     """
     temperatures = [temperature] * len(prompts)
     steps = decode_steps(models) if steps is None else steps
@@ -193,7 +196,7 @@ def time_generation(
     order = [*((name, 0) for name in models), *((name, 1) for name in reversed(list(models)))]
     timings = []
     for name, repeat in order:
-        with PeakMemory(models[name].device, enabled=measure_peak) as peak:
+        with PeakMemory(models[name].device, enabled=measure_peak) as peak, _no_collection():
             timed = run(name, num_tokens)
         per_token = (timed.end_to_end_s - timed.first_token_latency_s) / (num_tokens - 1) if num_tokens > 1 else None
         timings.append(
@@ -210,6 +213,18 @@ def time_generation(
             )
         )
     return timings
+
+
+@contextmanager
+def _no_collection() -> Iterator[None]:
+    """Within it, Python's garbage collector rests."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 def _synchronize(device: torch.device) -> None:
