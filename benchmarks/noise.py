@@ -2,8 +2,8 @@
 
     python benchmarks/noise.py [--models=bundled] [--runs=20]
 
-Two variants that are the same model are timed as a comparison times its variants, while other processes keep the machine
-busy: they work for random stretches and pause for random stretches. Each run has 3 iterations of 5 prompts, as a comparison
+Two variants that are the same model are timed as a comparison times its variants, while another process keeps the machine
+busy: it works for random stretches and pauses for random stretches. Each run has 3 iterations of 5 prompts, as a comparison
 by default. Its ratio is the geometric mean of end-to-end times, A over B, over pairs of the same iteration, prompt and
 repeat; its 95 % interval is that of the mean logarithm over iterations and prompts (t distribution).
 
@@ -33,8 +33,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     made = parser(__doc__, models="bundled", repeats=3)
     made.add_argument("--runs", type=int, default=20)
     made.add_argument("--prompts", type=int, default=5)
-    made.add_argument("--tokens", type=int, default=32)
-    made.add_argument("--load", type=int, default=2, help="processes that keep the machine busy")
+    made.add_argument("--tokens", type=int, default=100, help="new tokens, as a comparison has by default")
+    made.add_argument("--load", type=int, default=1, help="processes that keep the machine busy")
     options = made.parse_args(argv)
     torch.set_num_threads(options.threads)
     emit_machine("noise", options.threads)
