@@ -25,6 +25,7 @@ from pruning_comparison.models.heads import (
     LAYOUTS,
     EmptiedAttention,
     Layout,
+    attend_packed,
     blocks,
     family_of,
     head_grid,
@@ -363,17 +364,12 @@ class _Layer:
             queries = turned[:, :heads]
             pair = torch.cat([turned[:, heads:], mixed[:, heads + kv_heads :]], 1)
         keys, values = kept.append(pair.view(batch, 2, kv_heads, size))
-        if self.slots is None:
-            stacked = queries.view(batch, kv_heads, heads // kv_heads, size)
+        if self.slots is not None:
+            seen = attend_packed(queries, keys, values, mask, self.scaling, self.slots)
         else:
-            slots, largest = self.slots
-            stacked = queries.new_zeros(batch, kv_heads * largest, size)
-            stacked[:, slots] = queries
-            stacked = stacked.view(batch, kv_heads, largest, size)
-        seen = nn.functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self.scaling)
-        if self.slots is None:
-            return self.output(seen.reshape(batch, -1))
-        return self.output(seen.reshape(batch, -1, size)[:, self.slots[0]].view(batch, -1))
+            stacked = queries.view(batch, kv_heads, heads // kv_heads, size)
+            seen = nn.functional.scaled_dot_product_attention(stacked, keys, values, attn_mask=mask, scale=self.scaling)
+        return self.output(seen.reshape(batch, -1))
 
 
 def _mixed(attention: Any, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:

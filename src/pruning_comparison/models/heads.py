@@ -526,33 +526,35 @@ def _attend_in_uneven_groups(
     """The stock attention ``implementation`` with every query head given its own key and value, [B, H, T, D].
 
     The stock functions take the same number of query heads per key-value head for granted; ``module.kv_index`` says which
-    one each of the surviving query heads reads. A decoding step (T = 1) copies no keys or values, see ``_attend_packed``.
+    one each of the surviving query heads reads. A decoding step (T = 1) copies no keys or values, see ``attend_packed``.
     """
     shared_mask = attention_mask is None or attention_mask.shape[1] == 1
     if implementation == "sdpa" and query.shape[2] == 1 and shared_mask and not kwargs.get("dropout"):
-        return _attend_packed(module, query, key, value, attention_mask, kwargs.get("scaling")), None
+        slots = query_slots(module)
+        attended = attend_packed(query[:, :, 0], key, value, attention_mask, kwargs.get("scaling"), slots)
+        return attended.unsqueeze(1), None
     eager = sys.modules[type(module).__module__].eager_attention_forward
     attend = ALL_ATTENTION_FUNCTIONS.get_interface(implementation, eager)
     index = module.get_buffer("kv_index")
     return attend(module, query, key.index_select(1, index), value.index_select(1, index), attention_mask, **kwargs)
 
 
-def _attend_packed(
-    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: Tensor | None, scaling: float | None
+def attend_packed(
+    queries: Tensor, key: Tensor, value: Tensor, mask: Tensor | None, scaling: float | None, slots: tuple[Tensor, int]
 ) -> Tensor:
-    """Attention of one new token, query [B, H, 1, D] to [B, 1, H, D]: the query heads of a group stand where tokens would.
+    """Attention of one new token, queries [B, H, D] to [B, H, D]: the query heads of a group stand where tokens would.
 
     So every key-value head is read where it lies. Groups that are smaller than the largest are filled up with queries of
-    zeros, whose answers nobody reads.
+    zeros, whose answers nobody reads. ``slots`` are those of ``query_slots``.
     """
-    batch, _, _, size = query.shape
-    slots, largest = query_slots(module)
-    packed = query.new_zeros(batch, key.shape[1] * largest, size)
-    packed[:, slots] = query[:, :, 0]
+    batch, _, size = queries.shape
+    places, largest = slots
+    packed = queries.new_zeros(batch, key.shape[1] * largest, size)
+    packed[:, places] = queries
     attended = nn.functional.scaled_dot_product_attention(
-        packed.view(batch, key.shape[1], largest, size), key, value, attn_mask=attention_mask, scale=scaling
+        packed.view(batch, key.shape[1], largest, size), key, value, attn_mask=mask, scale=scaling
     )
-    return attended.reshape(batch, -1, value.shape[-1])[:, slots].unsqueeze(1)
+    return attended.reshape(batch, -1, value.shape[-1])[:, places]
 
 
 def query_slots(module: Any) -> tuple[Tensor, int]:
