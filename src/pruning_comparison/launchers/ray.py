@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import socket
+import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -42,6 +43,7 @@ MOST_DEATHS = 3
 """A trajectory whose worker has died so often is given up: its cells are recorded as failed. So is a local cluster."""
 
 _LISTEN_S = 5.0
+_ASK_AGAIN_S = 1.0
 
 _NO_CLUSTER = "--ray_address: no cluster answers at {}"
 _STORE_BYTES = 512 * 1024**2
@@ -196,6 +198,9 @@ class RayLauncher:
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
         # Ray's own default of 15 would let anything else on the machine disturb what is timed.
         os.environ.setdefault("RAY_worker_niceness", "0")
+        # Ray ends this whole process, without a word, once a head has not answered for so long: by default a minute,
+        # which a busy machine needs. A lost head is noticed by asking it, see _check_head.
+        os.environ.setdefault("RAY_gcs_rpc_server_reconnect_timeout_s", "600")
         options: dict[str, Any] = {"log_to_driver": False, "logging_level": "error", "configure_logging": False}
         if self._address is None:
             cores = available_cores()
@@ -265,19 +270,23 @@ class _Session:
         yield from self._time()
 
     def _first(self, waited_for: Sequence[Any]) -> Any:
-        """Whatever is ready first. ConnectionError where the cluster's head is gone: Ray would end this process instead."""
-        silent = 0
+        """Whatever is ready first. ConnectionError where the cluster's head is gone."""
         while True:
             ready, _ = self._ray.wait(list(waited_for), num_returns=1, timeout=_LISTEN_S)
             if ready:
                 return ready[0]
+            self._check_head()
+
+    def _check_head(self) -> None:
+        """ConnectionError where the cluster's head is gone: what Ray itself asks of a lost head waits for many minutes."""
+        try:
+            _check_reachable(self._head)
+        except ClusterError:
+            time.sleep(_ASK_AGAIN_S)
             try:
                 _check_reachable(self._head)
-                silent = 0
             except ClusterError as error:
-                silent += 1
-                if silent == 2:
-                    raise ConnectionError("its head does not answer") from error
+                raise ConnectionError("its head does not answer") from error
 
     # Cells
 
@@ -322,6 +331,7 @@ class _Session:
             except StopIteration:
                 idle.append(running.pop(ready).worker)
             except self._deaths() as error:
+                self._check_head()  # workers die with their cluster
                 del running[ready]
                 yield from self._bury(now, error, deaths, waiting)
             else:
@@ -356,12 +366,12 @@ class _Session:
         if not missing:
             return
         worker = self._new_worker()
-        self._ray.get(worker.start.remote())
+        self._ray.get(self._first([worker.start.remote()]))
         for cell in missing:
             known = self._work.known(cell)
             if known is not None:
                 yield Begun(cell.words())
-                yield from self._ray.get(worker.save.remote(cell, known))
+                yield from self._ray.get(self._first([worker.save.remote(cell, known)]))
         self._end([worker])
 
     # Timings
@@ -399,6 +409,7 @@ class _Session:
             try:
                 timed, trouble = self._ray.get(ready)
             except self._deaths() as error:
+                self._check_head()
                 reason = f"the worker died while it was timing: {reason_of(error)}"
                 for lost in (level, *queues.pop(owner)):
                     yield Timed(lost, untimed(known[lost], reason), complete=False, reason=reason)
@@ -446,10 +457,12 @@ class _Session:
         return {"num_cpus": self._work.spec.threads, "max_restarts": 0, **gpu}
 
     def _new_worker(self) -> Any:
+        self._check_head()
         return self._worker.options(**self._options()).remote(self._work.spec, self._shared)
 
     def _nodes(self) -> list[dict[str, Any]]:
         """Nodes that are alive and have room for a worker."""
+        self._check_head()
         gpu = 1 if self._work.spec.device.startswith("cuda") else 0
         return [
             node
@@ -472,6 +485,7 @@ class _Session:
 
     def _end(self, workers: Sequence[Any]) -> None:
         """Ends workers, so that what they claimed is free."""
+        self._check_head()
         for worker in workers:
             self._ray.kill(worker)
 
