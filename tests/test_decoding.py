@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import gc
+import time
 
 import pytest
 import torch
@@ -174,13 +175,13 @@ def test_large_models_get_no_second_copy(model, monkeypatch):
 
 def test_timing_takes_the_step_for_all_or_for_none(model, monkeypatch):
     taken = []
-    whole = generation.generate
 
-    def watched(*arguments, step=None, **more):
-        taken.append(step)
-        return whole(*arguments, step=step, **more)
+    class Watched(generation.GenerationUnderWay):
+        def __init__(self, *arguments, step=None, **more):
+            taken.append(step)
+            super().__init__(*arguments, step=step, **more)
 
-    monkeypatch.setattr(generation, "generate", watched)
+    monkeypatch.setattr(generation, "GenerationUnderWay", Watched)
     settings = {"temperature": 0.7, "uniforms": torch.rand(1, 5), "measure_peak": False}
     twin = tiny_gpt2(seed=1)
     time_generation({"a": model, "b": twin}, [[1, 2]], 5, **settings)
@@ -192,20 +193,46 @@ def test_timing_takes_the_step_for_all_or_for_none(model, monkeypatch):
     assert set(taken) == {None}
 
 
-def test_nothing_is_collected_while_time_is_taken(model, monkeypatch):
-    seen = []
-    whole = generation.generate
+def test_timed_variants_take_turns_and_nothing_is_collected_meanwhile(model, monkeypatch):
+    """The first token of each, then three at a time, A B B A; the other way round in repeat 1."""
+    turns, collecting = [], []
 
-    def watched(*arguments, **more):
-        seen.append(gc.isenabled())
-        return whole(*arguments, **more)
+    class Watched(generation.GenerationUnderWay):
+        def advance(self, tokens):
+            before = self.left
+            super().advance(tokens)
+            collecting.append(gc.isenabled())
+            turns.append((names[id(self.model)], before - self.left))
 
-    monkeypatch.setattr(generation, "generate", watched)
-    settings = {"temperature": 0.7, "uniforms": torch.rand(1, 5), "measure_peak": False}
+    monkeypatch.setattr(generation, "GenerationUnderWay", Watched)
+    twin = tiny_gpt2(seed=1)
+    names = {id(model): "a", id(twin): "b"}
+    settings = {"temperature": 0.7, "uniforms": torch.rand(1, 9), "measure_peak": False}
     assert gc.isenabled()
-    time_generation({"a": model}, [[1, 2]], 5, **settings)
-    assert seen == [True, False, False]  # the first one warms up
+    time_generation({"a": model, "b": twin}, [[1, 2]], 9, warm_up_tokens=1, tokens_per_turn=3, **settings)
+    assert turns == [
+        *[("a", 1), ("b", 1)],  # to warm up
+        *[("a", 1), ("b", 1), ("b", 3), ("a", 3), ("a", 3), ("b", 3), ("b", 2), ("a", 2)],
+        *[("b", 1), ("a", 1), ("a", 3), ("b", 3), ("b", 3), ("a", 3), ("a", 2), ("b", 2)],
+    ]
+    assert collecting == [True] * 2 + [False] * 16
     assert gc.isenabled()
+
+
+def test_a_generation_in_turns_is_the_same_and_counts_only_its_own_time(model):
+    uniforms = common_uniforms(0, 0, 0, 12)[None]
+    whole = generate(model, [[1, 2, 3]], 12, temperatures=[0.7], uniforms=uniforms)
+    pieces = generation.GenerationUnderWay(model, [[1, 2, 3]], 12, temperatures=[0.7], uniforms=uniforms)
+    pieces.advance(5)
+    assert pieces.left == 11  # the first token comes alone
+    with pytest.raises(RuntimeError, match="11 tokens are still to come"):
+        pieces.result()
+    time.sleep(0.3)
+    while pieces.left:
+        pieces.advance(4)
+    assert torch.equal(pieces.result().tokens, whole.tokens)
+    assert pieces.result().cache_bytes == whole.cache_bytes
+    assert pieces.result().first_token_latency_s < pieces.result().end_to_end_s < 0.3
 
 
 def test_the_reserved_cache_holds_what_transformers_holds(model):

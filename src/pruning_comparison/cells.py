@@ -496,7 +496,7 @@ def at_precision(model: PreTrainedModel, precision: str, workspace: Workspace | 
 def time_level(
     workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int
 ) -> list[tuple[str, Measurement]]:
-    """Times all variants of one level on every batch of prompts, interleaved: (variant, measurement) pairs."""
+    """Times all variants of one level on every batch of prompts, in turns: (variant, measurement) pairs."""
     spec, prompts = workspace.spec, workspace.inputs.prompt_ids
     rows: list[tuple[str, Measurement]] = []
     steps = decode_steps(models)

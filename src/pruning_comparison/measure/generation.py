@@ -19,6 +19,9 @@ from transformers import PreTrainedModel
 from pruning_comparison.measure.memory import PeakMemory, cache_bytes
 from pruning_comparison.models.decoding import DecodeStep, decode_steps, reserved_cache
 
+TOKENS_PER_TURN = 10
+"""Variants that are timed take turns of so many tokens."""
+
 
 @dataclass(frozen=True)
 class Generation:
@@ -92,7 +95,6 @@ def sampler(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return draw
 
 
-@torch.inference_mode()
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -112,60 +114,109 @@ def generate(
     The prompts are read by the model's own forward; all further tokens come from ``step``, made of this model by
     ``decode_step``, or from its forward where that is None.
     """
-    device = model.device
-    longest = max(len(prompt) for prompt in prompts)
-    padding = [longest - len(prompt) for prompt in prompts]
-    ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
-    heat = torch.tensor(list(temperatures), dtype=torch.float64, device=device)
-    draws = torch.zeros(len(prompts), num_tokens, dtype=torch.float64) if uniforms is None else uniforms
-    draws = draws.to(device)
-    choose = sampler(heat)
-    capacity = longest + num_tokens - 1
-    visible: Tensor | None = None
-    added: Tensor | None = None
-    positions = torch.arange(longest).expand(len(prompts), -1)
-    if any(padding):
-        pads = torch.tensor(padding).unsqueeze(1)
-        visible = (torch.arange(longest + num_tokens) >= pads).long().to(device)
-        added = torch.zeros(visible.shape, dtype=model.dtype, device=device).masked_fill(visible == 0, -torch.inf)
-        added = added[:, None, None]
-        positions = (positions - pads).clamp(min=0)
-    if step is not None:
-        step.reserve(capacity)
-    _synchronize(device)
-    started = time.perf_counter()
-    step_ids, step_positions = ids.to(device), positions.to(device)
-    cache: Any = reserved_cache(model, capacity)
-    tokens: list[Tensor] = []
-    finite = torch.ones(len(prompts), dtype=torch.bool, device=device) if check_finite else None
-    first_token_latency = 0.0
-    for number in range(num_tokens):
-        seen = longest + number
-        if number == 0 or step is None:
-            output = model(
-                input_ids=step_ids,
-                attention_mask=None if visible is None else visible[:, :seen],
-                position_ids=step_positions,
-                past_key_values=cache,
+    under_way = GenerationUnderWay(
+        model, prompts, num_tokens, temperatures=temperatures, uniforms=uniforms, check_finite=check_finite, step=step
+    )
+    while under_way.left:
+        under_way.advance(under_way.left)
+    return under_way.result()
+
+
+class GenerationUnderWay:
+    """``generate`` in pieces, so that several can take turns: only the time within ``advance`` counts.
+
+    ``left`` says how many of the ``num_tokens`` tokens are still to come.
+    """
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        prompts: Sequence[Sequence[int]],
+        num_tokens: int,
+        *,
+        temperatures: Sequence[float],
+        uniforms: Tensor | None = None,
+        check_finite: bool = False,
+        step: DecodeStep | None = None,
+    ) -> None:
+        device, rows = model.device, len(prompts)
+        longest = max(len(prompt) for prompt in prompts)
+        padding = [longest - len(prompt) for prompt in prompts]
+        self.model, self.step, self.longest, self.left = model, step, longest, num_tokens
+        self.ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
+        draws = torch.zeros(rows, num_tokens, dtype=torch.float64) if uniforms is None else uniforms
+        self.draws = draws.to(device)
+        self.choose = sampler(torch.tensor(list(temperatures), dtype=torch.float64, device=device))
+        self.capacity = longest + num_tokens - 1
+        self.visible: Tensor | None = None
+        self.added: Tensor | None = None
+        self.positions = torch.arange(longest).expand(rows, -1)
+        if any(padding):
+            pads = torch.tensor(padding).unsqueeze(1)
+            self.visible = (torch.arange(longest + num_tokens) >= pads).long().to(device)
+            added = torch.zeros(self.visible.shape, dtype=model.dtype, device=device)
+            self.added = added.masked_fill(self.visible == 0, -torch.inf)[:, None, None]
+            self.positions = (self.positions - pads).clamp(min=0)
+        if step is not None:
+            step.reserve(self.capacity)
+        self.cache: Any = None
+        self.tokens: list[Tensor] = []
+        self.finite = torch.ones(rows, dtype=torch.bool, device=device) if check_finite else None
+        self.first_token_latency = self.end_to_end = 0.0
+
+    @torch.inference_mode()
+    def advance(self, tokens: int) -> None:
+        """The next ``tokens`` tokens, or only the first one, which has a time of its own; no more than are left."""
+        tokens = min(tokens, self.left if self.tokens else 1)
+        _synchronize(self.model.device)
+        started = time.perf_counter()
+        if not self.tokens:
+            self.cache = reserved_cache(self.model, self.capacity)
+            self.ids, self.positions = self.ids.to(self.model.device), self.positions.to(self.model.device)
+            self._next()
+            self.tokens[0].tolist()
+        else:
+            for _ in range(tokens):
+                self._next()
+            _synchronize(self.model.device)
+        self.left -= tokens
+        self.end_to_end += time.perf_counter() - started
+        if len(self.tokens) == 1:
+            self.first_token_latency = self.end_to_end
+
+    def result(self) -> Generation:
+        """The whole generation. RuntimeError while tokens are left."""
+        if self.left:
+            raise RuntimeError(f"{self.left} tokens are still to come")
+        return Generation(
+            torch.stack(self.tokens, 1).cpu(),
+            cache_bytes(self.cache),
+            self.first_token_latency,
+            self.end_to_end,
+            None if self.finite is None else self.finite.cpu(),
+        )
+
+    def _next(self) -> None:
+        number = len(self.tokens)
+        seen = self.longest + number
+        if number == 0 or self.step is None:
+            output = self.model(
+                input_ids=self.ids,
+                attention_mask=None if self.visible is None else self.visible[:, :seen],
+                position_ids=self.positions,
+                past_key_values=self.cache,
                 use_cache=True,
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1]
         else:
-            mask = None if added is None else added[..., :seen]
-            logits = step(step_ids[:, 0], step_positions[:, 0], cache, mask)
-        chosen = choose(logits, draws[:, number])
-        tokens.append(chosen)
-        if finite is not None:
-            finite &= logits.isfinite().all(-1)
-        if number == 0:
-            chosen.tolist()
-            first_token_latency = time.perf_counter() - started
-        step_ids, step_positions = chosen.unsqueeze(1), step_positions[:, -1:] + 1
-    result = torch.stack(tokens, 1).cpu()
-    end_to_end = time.perf_counter() - started if num_tokens > 1 else first_token_latency
-    checked = None if finite is None else finite.cpu()
-    return Generation(result, cache_bytes(cache), first_token_latency, end_to_end, checked)
+            mask = None if self.added is None else self.added[..., :seen]
+            logits = self.step(self.ids[:, 0], self.positions[:, 0], self.cache, mask)
+        chosen = self.choose(logits, self.draws[:, number])
+        self.tokens.append(chosen)
+        if self.finite is not None:
+            self.finite &= logits.isfinite().all(-1)
+        self.ids, self.positions = chosen.unsqueeze(1), self.positions[:, -1:] + 1
 
 
 def time_generation(
@@ -177,42 +228,57 @@ def time_generation(
     uniforms: Tensor,
     measure_peak: bool,
     warm_up_tokens: int = 4,
+    tokens_per_turn: int = TOKENS_PER_TURN,
     steps: Mapping[str, DecodeStep | None] | None = None,
 ) -> list[Timing]:
-    """Times every variant on the same prompts, in the order A B .. B A, so that a noisy machine hits all alike.
+    """Times every variant on the same prompts, in turns of a few tokens, so that a noisy machine hits all alike.
 
-    Each variant is first warmed up on the same prompts. Two timings per variant come back (``repeat`` 0 and 1). ``steps``
-    are those of the models, made by ``decode_steps`` here if they are not given: all decode alike. Python collects no
-    garbage meanwhile: one collection takes as long as many steps of a small model.
+    The order is A B .. B A from turn to turn, and begins the other way round when all is repeated: two timings per variant
+    come back (``repeat`` 0 and 1). Each variant is first warmed up on the same prompts; with ``measure_peak`` by a whole
+    generation of its own, whose peak both repeats are given. ``steps`` are those of the models, made by ``decode_steps``
+    here if they are not given: all decode alike. Python collects no garbage meanwhile: one collection takes as long as
+    many steps of a small model.
     """
-    temperatures = [temperature] * len(prompts)
     steps = decode_steps(models) if steps is None else steps
 
-    def run(name: str, count: int) -> Generation:
-        return generate(models[name], prompts, count, temperatures=temperatures, uniforms=uniforms, step=steps[name])
+    def begun(name: str, count: int) -> GenerationUnderWay:
+        heat = [temperature] * len(prompts)
+        return GenerationUnderWay(models[name], prompts, count, temperatures=heat, uniforms=uniforms, step=steps[name])
 
-    for name in models:
-        run(name, min(warm_up_tokens, num_tokens))
-    order = [*((name, 0) for name in models), *((name, 1) for name in reversed(list(models)))]
+    peaks = {}
+    for name, model in models.items():
+        with PeakMemory(model.device, enabled=measure_peak) as peaks[name]:
+            warm_up = begun(name, num_tokens if measure_peak else min(warm_up_tokens, num_tokens))
+            while warm_up.left:
+                warm_up.advance(warm_up.left)
+        del warm_up
     timings = []
-    for name, repeat in order:
-        with PeakMemory(models[name].device, enabled=measure_peak) as peak, _no_collection():
-            timed = run(name, num_tokens)
-        per_token = (timed.end_to_end_s - timed.first_token_latency_s) / (num_tokens - 1) if num_tokens > 1 else None
-        timings.append(
-            Timing(
-                name,
-                repeat,
-                len(prompts) * num_tokens / timed.end_to_end_s,
-                timed.first_token_latency_s,
-                per_token,
-                timed.end_to_end_s,
-                timed.cache_bytes,
-                peak.bytes,
-                peak.reason,
-            )
-        )
+    for repeat in (0, 1):
+        order = list(models) if repeat == 0 else list(models)[::-1]
+        under_way = {name: begun(name, num_tokens) for name in order}
+        with _no_collection():
+            while under_way[order[0]].left:
+                for name in order:
+                    under_way[name].advance(tokens_per_turn)
+                order.reverse()
+        for name, generation in under_way.items():
+            timings.append(_timing(name, repeat, len(prompts), num_tokens, generation.result(), peaks[name]))
     return timings
+
+
+def _timing(name: str, repeat: int, rows: int, num_tokens: int, timed: Generation, peak: PeakMemory) -> Timing:
+    latency, total = timed.first_token_latency_s, timed.end_to_end_s
+    return Timing(
+        variant=name,
+        repeat=repeat,
+        tokens_per_second=rows * num_tokens / total,
+        first_token_latency_s=latency,
+        time_per_output_token_s=(total - latency) / (num_tokens - 1) if num_tokens > 1 else None,
+        end_to_end_s=total,
+        cache_bytes=timed.cache_bytes,
+        peak_memory_bytes=peak.bytes,
+        peak_memory_reason=peak.reason,
+    )
 
 
 @contextmanager
