@@ -3,11 +3,15 @@
     python benchmarks/whole_run.py --model_name=bundled --small          (a minute or two)
     python benchmarks/whole_run.py --model_name=bundled                  (the default comparison's shape)
     python benchmarks/whole_run.py --model_name=smollm2-135m --medium    (otherwise hours)
+    python benchmarks/whole_run.py --rounds=0 --profile                  (where our own time goes)
 
 A is ``plain_straightforward.py``, B is ``plain_competent.py``, C is this package. They run in one process in the order
 A B C A B C, with as many timed tokens per level. What can be had without this package is compared: the variants ``baseline``
 and ``baseline-progressive``, ranked by entropy, at the default levels, temperatures, iterations and prompts. Before any
 ratio is printed, heads, perplexities and texts are checked to agree.
+
+With ``--profile`` our comparison runs once more, and seconds of processor time are printed by part: what a part spends in
+another one is not counted twice.
 
 Prints one JSON line per run, and one with the ratios. ``ratio`` is the time of the plain script over ours, a geometric mean
 over the rounds, with the 95 % interval of their logarithms (t distribution); ``timing_width`` is the half width in per cent
@@ -25,9 +29,11 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import plain_competent
@@ -35,8 +41,10 @@ import plain_straightforward
 import torch
 from scipy import stats
 
+from pruning_comparison import cells, comparison, scoring
 from pruning_comparison.cells import Workspace, prepare
 from pruning_comparison.comparison import run_comparison
+from pruning_comparison.launchers import serial
 from pruning_comparison.measure.generation import common_uniforms
 from pruning_comparison.models import load_model
 from pruning_comparison.spec import ComparisonSpec
@@ -75,6 +83,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--small", action="store_true", help="a run of a minute or two that shows that it works")
     parser.add_argument("--medium", action="store_true", help="smaller in all that is measured, for larger models")
     parser.add_argument("--iterations", type=int, default=None)
+    parser.add_argument("--profile", action="store_true", help="afterwards say what our comparison spends its time on")
     parser.add_argument("--write_case", type=Path, help="write the case as JSON for the plain scripts, and stop")
     options = parser.parse_args(argv)
     settings: dict[str, Any] = {**(SMALL if options.small else MEDIUM if options.medium else {})}
@@ -121,8 +130,13 @@ def main(argv: Sequence[str] | None = None) -> None:
         for name in plain:
             agreement = check_agreement(results[name], results["ours"])
             print(json.dumps({"benchmark": "whole_run", "round": number, "agrees_with": name, **agreement}), flush=True)
-    for name in plain:
-        print(json.dumps({"benchmark": "whole_run", "model": spec.model_name, "tool": name, **ratio(seconds, name)}))
+    if options.rounds:
+        for name in plain:
+            print(
+                json.dumps({"benchmark": "whole_run", "model": spec.model_name, "tool": name, **ratio(seconds, name)})
+            )
+    if options.profile:
+        print(json.dumps({"benchmark": "whole_run", "model": spec.model_name, "processor_seconds": profile(spec)}))
 
 
 def case_of(spec: ComparisonSpec) -> tuple[dict[str, Any], Any]:
@@ -159,7 +173,7 @@ def ours(spec: ComparisonSpec) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as folder:
         run = run_comparison(spec, output_dir=Path(folder), raise_failures=True)
         with RunStore(run) as store:
-            cells, rows = store.table("cells"), store.table("measurements")
+            done, rows = store.table("cells"), store.table("measurements")
             heads, texts = store.table("heads"), store.table("texts")
     key = ["variant", "iteration", "level"]
     found = []
@@ -186,10 +200,52 @@ def ours(spec: ComparisonSpec) -> dict[str, Any]:
                     "texts": rows_of_heat,
                 }
             )
-    assert len(cells) * len(spec.temperatures) == len(found)
+    assert len(done) * len(spec.temperatures) == len(found)
     timed = rows[rows["metric"].isin(["first_token_latency_s", "end_to_end_s"])]
     wide = timed.pivot(index=[*key, "prompt", "repeat"], columns="metric", values="value").reset_index()
     return {"cells": found, "timings": wide.to_dict("records")}
+
+
+PARTS = (
+    ("reading and tokenising", comparison, "prepare"),
+    ("loading", serial, "load_workspace"),
+    ("scores", cells, "score_heads"),
+    ("trying entropy's direction", scoring, "window_losses"),
+    ("removing heads", cells, "remove_heads"),
+    ("perplexity", cells, "measure_perplexity"),
+    ("texts", cells, "generate"),
+    ("plausibility of texts", cells, "generation_losses"),
+    ("timing", cells, "time_generation"),
+    ("decoding steps made ready", cells, "decode_step"),
+    ("decoding steps made ready", cells, "decode_steps"),
+)
+"""What functions do, the modules that call them, and by which names."""
+
+
+def profile(spec: ComparisonSpec) -> dict[str, float]:
+    """Seconds of processor time that a comparison takes in all, and by part."""
+    seconds: dict[str, float] = defaultdict(float)
+    within: list[float] = [0.0]
+
+    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def wrapper(*arguments: Any, **more: Any) -> Any:
+            started = time.process_time()
+            within.append(0.0)
+            try:
+                return function(*arguments, **more)
+            finally:
+                took, inner = time.process_time() - started, within.pop()
+                seconds[part] += took - inner
+                within[-1] += took
+
+        return wrapper
+
+    with ExitStack() as stack:
+        for part, module, name in PARTS:
+            stack.enter_context(mock.patch.object(module, name, watched(part, getattr(module, name))))
+        watched("all else", ours)(spec)
+    seconds["all"] = sum(seconds.values())
+    return {part: round(took, 2) for part, took in sorted(seconds.items(), key=lambda item: -item[1])}
 
 
 _SUMS = ("window_nats", "window_tokens")
