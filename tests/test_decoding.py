@@ -209,13 +209,13 @@ def test_timed_variants_take_turns_and_nothing_is_collected_meanwhile(model, mon
     names = {id(model): "a", id(twin): "b"}
     settings = {"temperature": 0.7, "uniforms": torch.rand(1, 9), "measure_peak": False}
     assert gc.isenabled()
-    time_generation({"a": model, "b": twin}, [[1, 2]], 9, warm_up_tokens=1, tokens_per_turn=3, **settings)
+    time_generation({"a": model, "b": twin}, [[1, 2]], 9, tokens_per_turn=3, **settings)
     assert turns == [
-        *[("a", 1), ("b", 1)],  # to warm up
+        *[("a", 1), ("a", 3), ("b", 1), ("b", 3)],  # to warm up
         *[("a", 1), ("b", 1), ("b", 3), ("a", 3), ("a", 3), ("b", 3), ("b", 2), ("a", 2)],
         *[("b", 1), ("a", 1), ("a", 3), ("b", 3), ("b", 3), ("a", 3), ("a", 2), ("b", 2)],
     ]
-    assert collecting == [True] * 2 + [False] * 16
+    assert collecting == [True] * 4 + [False] * 16
     assert gc.isenabled()
 
 

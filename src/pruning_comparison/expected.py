@@ -22,7 +22,7 @@ from pruning_comparison.cells import (
     negotiation_rules,
 )
 from pruning_comparison.live import duration_words
-from pruning_comparison.measure.generation import generate
+from pruning_comparison.measure.generation import generate, warm_up_tokens
 from pruning_comparison.measure.memory import parameter_bytes
 from pruning_comparison.models.decoding import decode_step
 from pruning_comparison.spec import ComparisonSpec
@@ -114,6 +114,7 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     batches = -(-jobs // (TEXT_BATCHES * spec.quality_batch_size))
     timed_batches = -(-len(prompts) // spec.batch_size)
     timed = len(spec.variants) * methods * iterations * len(spec.pruning_levels) * timed_batches
+    warm_up = warm_up_tokens(spec.num_tokens, measure_peak=spec.memory_logging)
     recovery = 4.0 * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
     return {
         "score_tokens": score * iterations * scored,
@@ -123,7 +124,7 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
         * len(spec.temperatures)
         * float(sum(prompts) + len(prompts) * spec.num_tokens),
         "text_steps": float((models + iterations) * batches * spec.num_tokens),
-        "timed_steps": float(timed * (2 * spec.num_tokens + min(4, spec.num_tokens))),
+        "timed_steps": float(timed * (2 * spec.num_tokens + warm_up)),
     }
 
 

@@ -219,6 +219,11 @@ class GenerationUnderWay:
         self.ids, self.positions = chosen.unsqueeze(1), self.positions[:, -1:] + 1
 
 
+def warm_up_tokens(num_tokens: int, *, measure_peak: bool) -> int:
+    """How many tokens a variant generates before its ``num_tokens`` are timed: all, once, where their peak is measured."""
+    return num_tokens if measure_peak else min(4, num_tokens)
+
+
 def time_generation(
     models: Mapping[str, PreTrainedModel],
     prompts: Sequence[Sequence[int]],
@@ -227,7 +232,6 @@ def time_generation(
     temperature: float,
     uniforms: Tensor,
     measure_peak: bool,
-    warm_up_tokens: int = 4,
     tokens_per_turn: int = TOKENS_PER_TURN,
     steps: Mapping[str, DecodeStep | None] | None = None,
 ) -> list[Timing]:
@@ -248,7 +252,7 @@ def time_generation(
     peaks = {}
     for name, model in models.items():
         with PeakMemory(model.device, enabled=measure_peak) as peaks[name]:
-            warm_up = begun(name, num_tokens if measure_peak else min(warm_up_tokens, num_tokens))
+            warm_up = begun(name, warm_up_tokens(num_tokens, measure_peak=measure_peak))
             while warm_up.left:
                 warm_up.advance(warm_up.left)
         del warm_up
