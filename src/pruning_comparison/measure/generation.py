@@ -114,12 +114,9 @@ def generate(
     The prompts are read by the model's own forward; all further tokens come from ``step``, made of this model by
     ``decode_step``, or from its forward where that is None.
     """
-    under_way = GenerationUnderWay(
+    return GenerationUnderWay(
         model, prompts, num_tokens, temperatures=temperatures, uniforms=uniforms, check_finite=check_finite, step=step
-    )
-    while under_way.left:
-        under_way.advance(under_way.left)
-    return under_way.result()
+    ).finish()
 
 
 class GenerationUnderWay:
@@ -184,10 +181,10 @@ class GenerationUnderWay:
         if len(self.tokens) == 1:
             self.first_token_latency = self.end_to_end
 
-    def result(self) -> Generation:
-        """The whole generation. RuntimeError while tokens are left."""
-        if self.left:
-            raise RuntimeError(f"{self.left} tokens are still to come")
+    def finish(self) -> Generation:
+        """The whole generation, after all tokens that are left."""
+        while self.left:
+            self.advance(self.left)
         return Generation(
             torch.stack(self.tokens, 1).cpu(),
             cache_bytes(self.cache),
@@ -252,10 +249,7 @@ def time_generation(
     peaks = {}
     for name, model in models.items():
         with PeakMemory(model.device, enabled=measure_peak) as peaks[name]:
-            warm_up = begun(name, warm_up_tokens(num_tokens, measure_peak=measure_peak))
-            while warm_up.left:
-                warm_up.advance(warm_up.left)
-        del warm_up
+            begun(name, warm_up_tokens(num_tokens, measure_peak=measure_peak)).finish()
     timings = []
     for repeat in (0, 1):
         order = list(models) if repeat == 0 else list(models)[::-1]
@@ -266,7 +260,7 @@ def time_generation(
                     under_way[name].advance(tokens_per_turn)
                 order.reverse()
         for name, generation in under_way.items():
-            timings.append(_timing(name, repeat, len(prompts), num_tokens, generation.result(), peaks[name]))
+            timings.append(_timing(name, repeat, len(prompts), num_tokens, generation.finish(), peaks[name]))
     return timings
 
 
