@@ -19,14 +19,16 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-LOOKS = {
-    "baseline": ("#D55E00", "o", "--"),
-    "baseline-progressive": ("#E69F00", "^", "-."),
-    "agency-selection": ("#009E73", "v", (0, (6, 1.5, 1, 1.5))),
-    "agency-adaptation": ("#56B4E9", "D", ":"),
-    "agency-always-yes": ("#CC79A7", "P", (0, (2, 1))),
-    "agency": ("#0072B2", "s", "-"),
-}
+from pruning_comparison.charts import VARIANT_LOOKS
+
+VARIANTS = (
+    "baseline",
+    "baseline-progressive",
+    "agency-selection",
+    "agency-adaptation",
+    "agency-always-yes",
+    "agency",
+)
 TICKS, COARSE_TICKS = (1, 1.2, 1.5, 2, 3, 5), (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
 
 
@@ -54,9 +56,9 @@ def draw(axes: Axes, run: Path) -> None:
     model = json.loads((run / "manifest.json").read_text("utf-8"))["spec"]["model_name"]
     rows = pd.read_csv(run / "summary.csv")
     rows = rows[(rows["metric"] == "perplexity_ratio")]
-    shown = [variant for variant in LOOKS if variant in set(rows["variant"])]
+    shown = [variant for variant in VARIANTS if variant in set(rows["variant"])]
     for number, variant in enumerate(shown):
-        colour, marker, line = LOOKS[variant]
+        look = VARIANT_LOOKS[variant]
         of_variant = rows[(rows["variant"] == variant) & (rows["level"] > 0)].sort_values("level")
         levels = [0.0, *(of_variant["level"] + 0.7 * (number - (len(shown) - 1) / 2))]
         values = [1.0, *of_variant["estimate"]]
@@ -66,9 +68,9 @@ def draw(axes: Axes, run: Path) -> None:
             levels,
             values,
             [low, high],
-            color=colour,
-            marker=marker,
-            linestyle=line,
+            color=look.colour,
+            marker=look.marker,
+            linestyle=look.line,
             capsize=2.5,
             lw=1.5,
             ms=5,

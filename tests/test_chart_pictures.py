@@ -196,7 +196,7 @@ def lab(colour: str, matrix: np.ndarray) -> np.ndarray:
 
 @pytest.mark.parametrize("deficiency", DEFICIENCIES)
 def test_colours_of_variants_stay_apart(deficiency):
-    colours = {name: lab(look.colour, DEFICIENCIES[deficiency]) for name, look in charts._VARIANTS.items()}
+    colours = {name: lab(look.colour, DEFICIENCIES[deficiency]) for name, look in charts.VARIANT_LOOKS.items()}
     distance = {(a, b): float(np.linalg.norm(colours[a] - colours[b])) for a in colours for b in colours if a < b}
     assert distance["agency", "baseline"] > 40
     close = [pair for pair, apart in distance.items() if apart < 10]
@@ -204,10 +204,10 @@ def test_colours_of_variants_stay_apart(deficiency):
 
 
 def test_variants_differ_without_any_colour():
-    looks = list(charts._VARIANTS.values())
+    looks = list(charts.VARIANT_LOOKS.values())
     assert len({look.marker for look in looks}) == len({str(look.line) for look in looks}) == len(looks)
     # Ink on white, in grey prints as well: a contrast of 2 to 1 at least, and 3 to 1 for the two that matter most.
-    for name, look in charts._VARIANTS.items():
+    for name, look in charts.VARIANT_LOOKS.items():
         lightness = lab(look.colour, np.eye(3))[0]
         luminance = ((lightness + 16) / 116) ** 3
         assert 1.05 / (luminance + 0.05) > (3.0 if name in ("baseline", "agency") else 2.0), name

@@ -319,7 +319,7 @@ def test_baseline_and_agency_look_the_same_everywhere_and_differ_without_colour(
                     if drawn.get_label() == variant:
                         looks.add((variant, to_hex(drawn.get_color()), drawn.get_marker()))
     assert looks == {("baseline", "#d55e00", "o"), ("agency", "#0072b2", "s")}
-    styles = [(look.marker, str(look.line)) for look in charts._VARIANTS.values()]
+    styles = [(look.marker, str(look.line)) for look in charts.VARIANT_LOOKS.values()]
     assert len({marker for marker, _ in styles}) == len(styles) == len({line for _, line in styles})
 
 
@@ -429,7 +429,7 @@ def test_one_level_and_one_observation_are_drawn():
 
 def test_six_methods_and_six_variants_have_panels_of_their_own():
     methods = ("entropy", "random", "magnitude", "taylor", "fisher", "ablation")
-    summary, contrasts = whole(methods=methods, variants=tuple(charts._VARIANTS), temperatures=(1.0,))
+    summary, contrasts = whole(methods=methods, variants=tuple(charts.VARIANT_LOOKS), temperatures=(1.0,))
     keep = ["perplexity", "distinct_2", "tokens_per_second", "distinct_2_distance"]
     summary, contrasts = (table[table["metric"].isin(keep)] for table in (summary, contrasts))
     figures = charts.draw_all(summary, contrasts)

@@ -87,7 +87,7 @@ NARROW = Layout(width_in=4.0, columns=1, title_pt=225, smallest_pt=7)
 
 
 @dataclass(frozen=True)
-class _Look:
+class Look:
     """How one line looks. Marker and dashes differ as well as colour, so that greyscale prints stay readable."""
 
     colour: str
@@ -97,16 +97,16 @@ class _Look:
 
 
 # Okabe-Ito colours: they stay apart for every common kind of colour blindness.
-_VARIANTS: dict[str, _Look] = {
-    "baseline": _Look("#D55E00", "o", (0, (4, 1.6)), hollow=True),
-    "agency": _Look("#0072B2", "s", "-"),
-    "baseline-progressive": _Look("#E69F00", "^", "-.", hollow=True),
-    "agency-adaptation": _Look("#56B4E9", "D", (0, (1, 1.2))),
-    "agency-selection": _Look("#009E73", "v", (0, (6, 1.5, 1, 1.5))),
-    "agency-always-yes": _Look("#CC79A7", "P", (0, (2, 1))),
-    "agency-heeds-states": _Look("#000000", "*", (0, (3, 1, 1, 1, 1, 1))),
+VARIANT_LOOKS: dict[str, Look] = {
+    "baseline": Look("#D55E00", "o", (0, (4, 1.6)), hollow=True),
+    "agency": Look("#0072B2", "s", "-"),
+    "baseline-progressive": Look("#E69F00", "^", "-.", hollow=True),
+    "agency-adaptation": Look("#56B4E9", "D", (0, (1, 1.2))),
+    "agency-selection": Look("#009E73", "v", (0, (6, 1.5, 1, 1.5))),
+    "agency-always-yes": Look("#CC79A7", "P", (0, (2, 1))),
+    "agency-heeds-states": Look("#000000", "*", (0, (3, 1, 1, 1, 1, 1))),
 }
-_UNKNOWN_VARIANT = _Look("#777777", "X", ":")
+_UNKNOWN_VARIANT = Look("#777777", "X", ":")
 _METHOD_MARKERS = ("s", "o", "^", "D", "v", "P")
 _METHOD_LINES: tuple[Any, ...] = ("-", (0, (4, 1.6)), "-.", ":", (0, (6, 1.5, 1, 1.5)), "-")
 
@@ -332,7 +332,7 @@ def _methods(table: pd.DataFrame) -> list[str]:
 
 def _variants(table: pd.DataFrame) -> list[str]:
     present = {str(variant) for variant in table["variant"].dropna().unique()}
-    return [name for name in _VARIANTS if name in present] + sorted(present - set(_VARIANTS))
+    return [name for name in VARIANT_LOOKS if name in present] + sorted(present - set(VARIANT_LOOKS))
 
 
 def _temperatures(table: pd.DataFrame, metrics: Sequence[str]) -> list[float]:
@@ -373,7 +373,7 @@ def _new_figure(
     subtitle: str,
     caption: str,
     panels_height_in: float,
-    looks: Mapping[str, _Look],
+    looks: Mapping[str, Look],
     extra: Sequence[Line2D] | Sequence[Patch],
     row_gap: float = 0.02,
     *,
@@ -413,7 +413,7 @@ def _new_figure(
     return figure
 
 
-def _handles(looks: Mapping[str, _Look]) -> list[Line2D]:
+def _handles(looks: Mapping[str, Look]) -> list[Line2D]:
     return [
         Line2D(
             [], [], color=look.colour, marker=look.marker, linestyle=look.line, label=_words(name),
@@ -477,8 +477,8 @@ def _say_nothing_to_draw(axes: Axes, reason: str) -> None:
     axes.text(0.5, 0.5, reason, ha="center", va="center", color=_MUTED, transform=axes.transAxes, wrap=True)
 
 
-def _looks(variants: Sequence[str]) -> dict[str, _Look]:
-    return {name: _VARIANTS.get(name, _UNKNOWN_VARIANT) for name in variants}
+def _looks(variants: Sequence[str]) -> dict[str, Look]:
+    return {name: VARIANT_LOOKS.get(name, _UNKNOWN_VARIANT) for name in variants}
 
 
 def _spread(index: int, count: int, levels: Sequence[float]) -> float:
@@ -488,7 +488,7 @@ def _spread(index: int, count: int, levels: Sequence[float]) -> float:
 
 
 def _draw_line(
-    axes: Axes, xs: Sequence[float], values: np.ndarray[Any, np.dtype[np.float64]], look: _Look, label: str
+    axes: Axes, xs: Sequence[float], values: np.ndarray[Any, np.dtype[np.float64]], look: Look, label: str
 ) -> None:
     estimate, low, high = values
     axes.plot(
@@ -798,18 +798,18 @@ def relative_improvement(contrasts: pd.DataFrame, *, layout: Layout = WIDE) -> F
     return figure
 
 
-def _method_looks(methods: Sequence[str]) -> dict[str, _Look]:
+def _method_looks(methods: Sequence[str]) -> dict[str, Look]:
     if len(methods) == 1:
-        return {methods[0]: _VARIANTS["agency"]}
+        return {methods[0]: VARIANT_LOOKS["agency"]}
     shades = matplotlib.colormaps["viridis"](np.linspace(0.0, 0.8, len(methods)))
     return {
-        method: _Look(matplotlib.colors.to_hex(shade), _METHOD_MARKERS[index % 6], _METHOD_LINES[index % 6])
+        method: Look(matplotlib.colors.to_hex(shade), _METHOD_MARKERS[index % 6], _METHOD_LINES[index % 6])
         for index, (method, shade) in enumerate(zip(methods, shades, strict=True))
     }
 
 
 def _draw_improvement(
-    axes: Axes, rows: pd.DataFrame, metric: str, methods: Sequence[str], looks: Mapping[str, _Look], layout: Layout
+    axes: Axes, rows: pd.DataFrame, metric: str, methods: Sequence[str], looks: Mapping[str, Look], layout: Layout
 ) -> None:
     chosen = rows[rows["metric"] == metric]
     levels = sorted(float(level) for level in chosen["level"].dropna().unique())
@@ -980,7 +980,7 @@ def radar(summary: pd.DataFrame, contrasts: pd.DataFrame, *, layout: Layout = WI
     if any(not 2.0**-limit <= score.value <= 2.0**limit for _, scores in scored.values() for score in scores):
         caption += " A triangle points at what lies beyond the scale."
     subtitle = f"{model} · {_method_words(list(scored))}"
-    ring = Line2D([], [], color=_VARIANTS["baseline"].colour, lw=1.6, label="baseline = 100 %")
+    ring = Line2D([], [], color=VARIANT_LOOKS["baseline"].colour, lw=1.6, label="baseline = 100 %")
     beside = layout.columns > 1
     height_in = (4.1 if beside else 6.6) * len(scored)
     figure = _new_figure(
@@ -1042,7 +1042,7 @@ _SPOKES = {
 
 
 def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> None:
-    look = _VARIANTS["agency"]
+    look = VARIANT_LOOKS["agency"]
     hub = -limit - 0.45
     angles = [2 * math.pi * index / len(scores) for index in range(len(scores))]
     at = [_position(score.value, limit) for score in scores]
@@ -1051,7 +1051,7 @@ def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> N
     axes.set_ylim(hub, limit + 0.15)
     axes.spines["polar"].set_visible(False)
     circle = np.linspace(0, 2 * math.pi, 200)
-    axes.plot(circle, np.zeros(200), color=_VARIANTS["baseline"].colour, linewidth=1.6, zorder=2)
+    axes.plot(circle, np.zeros(200), color=VARIANT_LOOKS["baseline"].colour, linewidth=1.6, zorder=2)
     axes.plot([*angles, angles[0]], [*at, at[0]], color=look.colour, marker=look.marker, markersize=5, zorder=4)
     axes.fill(angles, at, color=look.colour, alpha=0.12, zorder=1)
     for angle, score, radius in zip(angles, scores, at, strict=True):
@@ -1080,7 +1080,7 @@ def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> N
 
 
 def _draw_dots(axes: Axes, scores: Sequence[_Score], limit: int, head: str) -> None:
-    look = _VARIANTS["agency"]
+    look = VARIANT_LOOKS["agency"]
     ranked = sorted(scores, key=lambda score: score.value)
     for height, score in enumerate(ranked):
         at = _position(score.value, limit)
@@ -1095,7 +1095,7 @@ def _draw_dots(axes: Axes, scores: Sequence[_Score], limit: int, head: str) -> N
             f"{_number(100 * score.value)} %", (at, height), xytext=(0, 6), textcoords="offset points", ha="center",
             fontsize=8, bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}, zorder=2.5,
         )  # fmt: skip
-    axes.axvline(0.0, color=_VARIANTS["baseline"].colour, linewidth=1.6, zorder=1)
+    axes.axvline(0.0, color=VARIANT_LOOKS["baseline"].colour, linewidth=1.6, zorder=1)
     axes.set_xlim(-limit - 0.25, limit + 0.25)
     axes.set_ylim(-0.6, len(ranked) - 0.25)
     rings = list(range(-limit, limit + 1))
