@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 
 import pytest
@@ -13,6 +14,7 @@ from hypothesis import strategies as st
 from pruning_comparison import cells
 from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory, adapt
 from pruning_comparison.agency.consent import Thresholds
+from pruning_comparison.agency.signals import CostModel, LayerCosts
 from pruning_comparison.cells import build, load_workspace, prepare
 from pruning_comparison.models.heads import head_grid, live_heads
 from pruning_comparison.pruning import mask_heads
@@ -124,7 +126,7 @@ def test_where_all_consent_and_nobody_adapts_it_is_the_progressive_baseline(leve
     asked = negotiated(model, adapted=False, everyone_consents=True).at(level)
     plain = ProgressiveTrajectory(model, score=fisher, all_heads=ALL, scope="model").at(level)
     assert torch.equal(asked.keep, plain.keep)
-    assert all(reply.answer == "consented" for hearing in asked.hearings for reply in hearing.negotiation.replies)
+    assert all(reply.answer == "consented" for hearing in asked.hearings for reply in hearing.replies)
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
@@ -140,11 +142,34 @@ def test_a_negotiated_level_means_the_same_whatever_else_was_asked_for(scope):
         # A level off the grid branches off from the last round before it.
         rounds = [*range(10, level, 10), level]
         assert [hearing.level for hearing in reached.hearings] == rounds
-        lost = [place for hearing in reached.hearings for place in hearing.negotiation.left]
+        replies = [reply for hearing in reached.hearings for reply in hearing.replies]
+        lost = [(reply.layer, reply.head) for reply in replies if reply.left is not None]
         assert len(set(lost)) == len(lost) == total
         assert sorted(lost) == [tuple(place) for place in (~reached.keep).nonzero().tolist()]
         kept.append(reached.keep)
     assert all(bool((kept[later] <= kept[sooner]).all()) for sooner, later in ((0, 1), (0, 4), (4, 3)))
+
+
+def test_cost_models_are_gone_before_survivors_adapt():
+    """They are as large as all attention, in float64: one for every round would fill the memory."""
+
+    def alive():
+        return sum(type(thing) in (CostModel, LayerCosts) for thing in gc.get_objects())
+
+    gc.collect()
+    before, during = alive(), []
+    trajectory = NegotiatedTrajectory(
+        tiny_gpt2(layers=LAYERS, heads=HEADS),
+        score=fisher,
+        importance=None,
+        adapt=lambda pruned: during.append(alive()),
+        windows=WINDOWS,
+        batch_size=3,
+        all_heads=ALL,
+        scope="model",
+    )
+    assert len(trajectory.at(30).hearings) == 3
+    assert during == [before] * 3
 
 
 def test_rounds_are_measured_on_the_adapted_model():
@@ -222,7 +247,7 @@ def test_states_change_the_order_of_asking_only_where_they_are_heeded(heed_state
     thresholds = Thresholds(misaligned=0.0, misaligned_left=0.0, consent_cost=0.0)
     model = tiny_gpt2(layers=LAYERS, heads=HEADS)
     hearing = negotiated(model, thresholds=thresholds, heed_states=heed_states).at(10).hearings[0]
-    replies = hearing.negotiation.replies
+    replies = hearing.replies
     misaligned = [reply.state == "misaligned" for reply in replies]
     assert 0 < sum(misaligned) < len(replies) == LAYERS * HEADS
     scores = fisher(model).scores

@@ -358,7 +358,7 @@ def _reply_rows(hearing: Hearing) -> list[tuple[Any, ...]]:
             reply.left,
             reply.left_cost,
         )
-        for reply in hearing.negotiation.replies
+        for reply in hearing.replies
     ]
 
 

@@ -13,7 +13,7 @@ from typing import TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency.consent import Negotiation, States, Thresholds, negotiate, quota_of_level, states
+from pruning_comparison.agency.consent import Reply, States, Thresholds, negotiate, quota_of_level, states
 from pruning_comparison.agency.signals import HeadSignals, cost_model, measure_signals, nats_weights, observe
 from pruning_comparison.devices import fast_products
 from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
@@ -28,12 +28,15 @@ ROUND_LEVEL = 10.0
 
 @dataclass(frozen=True)
 class Hearing:
-    """What a negotiated round was decided on, and how: signals and states before it, the replies of its heads."""
+    """What a negotiated round was decided on, and how: signals and states before it, the replies of its heads.
+
+    All of them are kept for as long as the path goes on, so none holds a cost model, which is as large as all attention.
+    """
 
     level: float
     signals: HeadSignals
     states: States
-    negotiation: Negotiation
+    replies: tuple[Reply, ...]
 
 
 @dataclass(frozen=True)
@@ -157,6 +160,14 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
     def _next(self, reached: Round, level: float) -> Round:
         started = time.perf_counter()
         scores = self._scores_on(reached)
+        keep, hearing = self._ask(reached, level, scores)
+        model = remove_heads(self._dense, keep)
+        self._adapt(model)
+        seconds = reached.seconds + time.perf_counter() - started
+        return Round(level, keep, scores, model, (*reached.hearings, hearing), seconds)
+
+    def _ask(self, reached: Round, level: float, scores: HeadScores) -> tuple[Tensor, Hearing]:
+        """The heads that stay, and how that came about. What was observed, as large as all attention, is gone by then."""
         importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
         with fast_products(reached.model):
             seen = observe(reached.model, self._windows, keep=reached.keep, batch_size=self._batch_size)
@@ -178,11 +189,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
             everyone_consents=self._everyone_consents,
             group_size=self._group_size,
         )
-        model = remove_heads(self._dense, negotiation.keep)
-        self._adapt(model)
-        hearing = Hearing(level, signals, now, negotiation)
-        seconds = reached.seconds + time.perf_counter() - started
-        return Round(level, negotiation.keep, scores, model, (*reached.hearings, hearing), seconds)
+        return negotiation.keep, Hearing(level, signals, now, negotiation.replies)
 
 
 def _grid_up_to(level: float) -> list[float]:
