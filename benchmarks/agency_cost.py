@@ -18,10 +18,12 @@ import time
 import torch
 from scipy import stats
 
-from pruning_comparison.cells import build, load_workspace, prepare
 from pruning_comparison.measure.generation import time_generation
 from pruning_comparison.measure.memory import PeakMemory, parameter_bytes
-from pruning_comparison.pruning import remove_heads
+from pruning_comparison.pruning.surgery import remove_heads
+from pruning_comparison.run.cell import build
+from pruning_comparison.run.inputs import prepare
+from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
 
 LEVELS = (10, 20, 30, 40, 50, 60, 70, 80)

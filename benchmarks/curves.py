@@ -19,7 +19,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
-from pruning_comparison.charts import VARIANT_LOOKS
+from pruning_comparison.variants import VARIANTS as RECORDS
 
 VARIANTS = (
     "baseline",
@@ -38,7 +38,7 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     figure, panels = plt.subplots(
-        1, len(options.runs), figsize=(4.4 * len(options.runs), 3.6), squeeze=False, layout="constrained"
+        1, len(options.runs), figsize=(4.4 * len(options.runs), 3.6), squeeze=False, size="constrained"
     )
     for axes, run in zip(panels[0], options.runs, strict=True):
         draw(axes, run)
@@ -58,7 +58,7 @@ def draw(axes: Axes, run: Path) -> None:
     rows = rows[(rows["metric"] == "perplexity_ratio")]
     shown = [variant for variant in VARIANTS if variant in set(rows["variant"])]
     for number, variant in enumerate(shown):
-        look = VARIANT_LOOKS[variant]
+        look = RECORDS[variant].look
         of_variant = rows[(rows["variant"] == variant) & (rows["level"] > 0)].sort_values("level")
         levels = [0.0, *(of_variant["level"] + 0.7 * (number - (len(shown) - 1) / 2))]
         values = [1.0, *of_variant["estimate"]]

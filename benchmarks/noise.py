@@ -24,7 +24,7 @@ import torch
 from timing import benchmark_model, emit, emit_machine, mean_and_half_width, parser, random_ids
 
 from pruning_comparison.measure.generation import common_uniforms, time_generation
-from pruning_comparison.pruning import sharing_copy
+from pruning_comparison.pruning.surgery import sharing_copy
 
 NEAR = 0.03
 

@@ -14,10 +14,14 @@ from pathlib import Path
 
 import torch
 
-from pruning_comparison.cells import load_workspace, prepare, rebuild
 from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
+from pruning_comparison.run.cell import rebuild
+from pruning_comparison.run.inputs import prepare
+from pruning_comparison.run.pruned_model import KeptHeads
+from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
-from pruning_comparison.store import RunStore, read_manifest
+from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store.run_folder import read_manifest
 
 
 def main() -> None:
@@ -42,8 +46,8 @@ def main() -> None:
                 cell = Cell(variant, spec.pruning_methods[0], options.iteration, level)
                 known = store.known(cell)
                 if known is None:
-                    raise SystemExit(f"{options.run} has not measured {cell.words()}")
-                found = perplexity(rebuild(workspace, cell, torch.tensor(known[0]), known[1]).model)
+                    raise SystemExit(f"{options.run} has not measured {cell.describe()}")
+                found = perplexity(rebuild(workspace, cell, KeptHeads(torch.tensor(known[0]), known[1])).model)
                 figures = {
                     "benchmark": "other_domain",
                     "model": spec.model_name,

@@ -16,11 +16,12 @@ from pathlib import Path
 
 import torch
 
-from pruning_comparison.comparison import run_comparison
-from pruning_comparison.launchers import Begun, Event, Launcher, RayLauncher, Work, launch_serially
-from pruning_comparison.provenance import hardware
+from pruning_comparison.run.comparison import run_comparison
+from pruning_comparison.run.launchers import Begun, Event, Launcher, RayLauncher, Work, launch_serially
+from pruning_comparison.run.provenance import hardware
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store import CellResult, RunStore
+from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store.records import CellResult
 
 MEASURED = ("_s", "peak_memory_bytes", "scratch_bytes")
 

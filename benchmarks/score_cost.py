@@ -21,9 +21,10 @@ from torch import Tensor
 
 from pruning_comparison.agency.signals import cost_model, measure_signals, observe
 from pruning_comparison.measure.memory import PeakMemory
+from pruning_comparison.methods import METHODS
 from pruning_comparison.models import preview_model
 from pruning_comparison.models.heads import head_grid
-from pruning_comparison.scoring import score_heads
+from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
 BATCH = 8
@@ -95,14 +96,10 @@ def forward_and_backward(model: Any, windows: Tensor) -> None:
 
 def score(model: Any, method: str, windows: Tensor, direction: str = "auto") -> None:
     score_heads(
-        method,
+        METHODS[method],
         model,
         windows,
-        batch_size=BATCH,
-        generator=torch.Generator().manual_seed(0),
-        entropy_direction=direction,
-        smallest_level=20.0,
-        scope="model",
+        ScoreSettings(batch_size=BATCH, entropy_direction=direction, smallest_level=20.0),
     )
 
 

@@ -29,9 +29,9 @@ from pruning_comparison.measure.generation import Generation, generate
 from pruning_comparison.measure.memory import decode_bytes
 from pruning_comparison.models.decoding import decode_steps
 from pruning_comparison.models.heads import head_grid
-from pruning_comparison.pruning import remove_heads
-from pruning_comparison.scoring import score_random
-from pruning_comparison.selection import select_heads
+from pruning_comparison.pruning.selection import select_heads
+from pruning_comparison.pruning.surgery import remove_heads
+from pruning_comparison.scoring.weights import score_random
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name in options.models.split(","):
         dense = benchmark_model(name)
         grid = head_grid(dense.config)
-        scores = score_random(grid.n_layers, grid.n_heads, torch.Generator().manual_seed(0))
+        scores = score_random(dense, torch.Generator().manual_seed(0))
         prompt = random_ids(dense, options.context).tolist()
 
         models = {"dense": dense}

@@ -31,8 +31,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pruning_comparison.answers import Margins, answers, suggested_claim, verdict
-from pruning_comparison.crossed import (
+from pruning_comparison.analysis.hypotheses import Margins, answers, suggested_claim, verdict
+from pruning_comparison.analysis.pairs import slope_weights
+from pruning_comparison.analysis.random_effects import (
     PLANNING,
     crossed_interval,
     crossed_p_values,
@@ -41,8 +42,7 @@ from pruning_comparison.crossed import (
     holm,
     power,
 )
-from pruning_comparison.curves import SIGNIFICANCE
-from pruning_comparison.samples import slope_weights
+from pruning_comparison.analysis.tradeoffs import SIGNIFICANCE
 
 Array = NDArray[np.float64]
 LEVELS = np.array([0.0, 20.0, 40.0, 60.0, 80.0])
@@ -70,8 +70,8 @@ def draw(generator: np.random.Generator, kind: str, size: tuple[int, ...]) -> Ar
         numbers = np.exp(sigma * generator.standard_normal(size))
         return (numbers - math.exp(sigma**2 / 2)) / math.sqrt(math.expm1(sigma**2) * math.exp(sigma**2))
     if kind.startswith("t"):
-        freedom = float(kind.split()[1])
-        return generator.standard_t(freedom, size) / math.sqrt(freedom / (freedom - 2))
+        df = float(kind.split()[1])
+        return generator.standard_t(df, size) / math.sqrt(df / (df - 2))
     return generator.standard_normal(size)
 
 

@@ -21,10 +21,13 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.answers import answers
-from pruning_comparison.cells import Workspace, build, load_workspace, prepare, run_cell, time_level
+from pruning_comparison.analysis.hypotheses import answers
+from pruning_comparison.run.cell import build
+from pruning_comparison.run.inputs import prepare
+from pruning_comparison.run.measure_cell import measure_quality, time_level
+from pruning_comparison.run.workspace import Workspace, load_workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
-from pruning_comparison.store import RunStore
+from pruning_comparison.store.journal import RunStore
 
 METHOD = "random"
 
@@ -41,7 +44,7 @@ def measure(folder: Path, first: Workspace, second: Workspace, labels: Sequence[
                 models = {}
                 for workspace, label in zip((first, second), labels, strict=True):
                     pruned = build(workspace, Cell("baseline", METHOD, iteration, level))
-                    store.write_cell(run_cell(workspace, Cell(label, METHOD, iteration, level), pruned), None)
+                    store.write_cell(measure_quality(workspace, Cell(label, METHOD, iteration, level), pruned), None)
                     models[label] = pruned.model
                 store.write_timings(METHOD, iteration, level, time_level(first, models, iteration))
 

@@ -16,7 +16,7 @@ from scipy import stats
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from pruning_comparison.models import load_model, preview_model
-from pruning_comparison.provenance import hardware
+from pruning_comparison.run.provenance import hardware
 from pruning_comparison.spec import ComparisonSpec
 
 RANDOM_GPT2 = "gpt2-small-random"

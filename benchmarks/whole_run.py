@@ -42,14 +42,17 @@ import plain_straightforward
 import torch
 from scipy import stats
 
-from pruning_comparison import cells, comparison, scoring
-from pruning_comparison.cells import Workspace, prepare
-from pruning_comparison.comparison import run_comparison
-from pruning_comparison.launchers import serial
 from pruning_comparison.measure.generation import common_uniforms
 from pruning_comparison.models import load_model
+from pruning_comparison.run import cell as cells
+from pruning_comparison.run import comparison
+from pruning_comparison.run.comparison import run_comparison
+from pruning_comparison.run.inputs import prepare
+from pruning_comparison.run.launchers import serial
+from pruning_comparison.run.workspace import Workspace
+from pruning_comparison.scoring import scores as scoring
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store import RunStore
+from pruning_comparison.store.journal import RunStore
 
 SMALL = {
     "pruning_levels": (0, 50),

@@ -27,8 +27,8 @@ from pruning_comparison.agency.signals import (
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.models.heads import head_grid, output_projections, set_projection
 from pruning_comparison.models.loading import load_model, preview_model
-from pruning_comparison.pruning import remove_heads
-from pruning_comparison.scoring import score_fisher
+from pruning_comparison.pruning.surgery import remove_heads
+from pruning_comparison.scoring.gradients import score_fisher
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
 RIDGE, WINDOW, BATCH = 0.03, 256, 8

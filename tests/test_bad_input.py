@@ -17,20 +17,20 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
-from conftest import save_tiny_model
+from builders import save_tiny_model, stand_in, tiny_spec
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from test_resume import stand_in, tiny_spec
 
 from pruning_comparison import cli, texts
-from pruning_comparison.checkpoint import load_pruned
-from pruning_comparison.comparison import run_comparison
+from pruning_comparison.checkpoint.forms import load_pruned
 from pruning_comparison.errors import InputError, ModelLoadError, StoreError
 from pruning_comparison.models import load_model, preview_model
-from pruning_comparison.results import margins_of
+from pruning_comparison.report.between_runs import read_run
+from pruning_comparison.report.write import margins_of
+from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store import RunStore, journal_damage, latest_run, read_manifest, unfinished_run
-from pruning_comparison.two_runs import read_run
+from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store.run_folder import journal_damage, latest_run, read_manifest, unfinished_run
 
 
 def cases(few, many):
@@ -123,7 +123,7 @@ def test_options(model_folder, tmp_path, capsys, monkeypatch, count):
         argv += [f"--{name}={getattr(base, name)}" for name in fixed]
         argv += [f"--{name}={value}" for name, value in chosen.items()]
         with monkeypatch.context() as patch:
-            patch.setattr("pruning_comparison.launchers.serial.load_workspace", ended)
+            patch.setattr("pruning_comparison.run.launchers.serial.load_workspace", ended)
             code = cli.main(argv)
         shown = capsys.readouterr()
         assert code in (2, 130), (argv, shown)

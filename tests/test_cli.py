@@ -7,7 +7,7 @@ import sys
 
 import pytest
 import torch
-from conftest import save_tiny_model
+from builders import save_tiny_model
 
 from pruning_comparison import cli
 from pruning_comparison.spec import ComparisonSpec
@@ -87,9 +87,9 @@ BAD = [
 
 @pytest.mark.parametrize(("argv", "message"), BAD, ids=[" ".join(argv) for argv, _ in BAD])
 def test_bad_input_exits_2_with_a_clear_message(argv, message, tmp_path, capsys, monkeypatch):
-    import pruning_comparison.cells as cells
+    import pruning_comparison.run.workspace as workspaces
 
-    monkeypatch.setattr(cells, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(workspaces, "load_model", lambda *a, **k: pytest.fail("a model was loaded"))
     code = cli.main(["run", "--model_name=bundled", f"--output_dir={tmp_path}", *argv])
     shown = capsys.readouterr()
     assert code == 2
@@ -127,7 +127,7 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
 
 
 def test_ctrl_c_while_the_report_is_drawn_says_that_all_is_measured(tmp_path, capsys, monkeypatch):
-    import pruning_comparison.results as results
+    import pruning_comparison.report.write as results
 
     def stopped(*arguments, **options):
         raise KeyboardInterrupt

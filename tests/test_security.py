@@ -5,17 +5,14 @@ from __future__ import annotations
 import ast
 import json
 import multiprocessing
-import os
 import pickle
 import re
-import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
-import torch
-from conftest import save_tiny_model, write_short_texts
-from test_resume import tiny_spec
+from builders import save_tiny_model, tiny_spec, write_short_texts
+from processes import watched_command
 
 import pruning_comparison
 from pruning_comparison import cli
@@ -32,31 +29,6 @@ class Bomb:
 
     def __reduce__(self):
         return Path.touch, (self.mark,)
-
-
-def watched_command(commands, log):
-    """In a process of its own: the commands, with every unpickling and every path that is written to in ``log``.
-
-    The interpreter itself reports both, whichever library does them. An audit hook cannot be taken off again.
-    """
-    torch.set_num_threads(1)
-    events = []
-    writing = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_APPEND
-
-    def hook(event, arguments):
-        if event == "pickle.find_class":
-            events.append((event, str(arguments)))
-        elif event == "open" and isinstance(arguments[0], (str, bytes)) and arguments[2] & writing:
-            events.append(("write", os.path.abspath(os.fsdecode(arguments[0]))))  # noqa: PTH100
-        elif event in ("os.mkdir", "os.rename", "os.symlink", "os.link", "sqlite3.connect"):
-            target = arguments[1] if event in ("os.rename", "os.symlink", "os.link") else arguments[0]
-            events.append(("write", os.path.abspath(os.fsdecode(target))))  # noqa: PTH100
-
-    sys.addaudithook(hook)
-    codes = [cli.main(argv) for argv in commands]
-    seen = list(events)
-    pickle.loads(pickle.dumps(Path("x")))
-    log.write_text(json.dumps({"codes": codes, "events": seen, "watch_works": events[len(seen) :]}))
 
 
 def options_of(spec, output_dir):
@@ -93,7 +65,9 @@ def watched(tmp_path_factory):
     prune = ["prune", *options_of(spec, place / "out" / "pruned"), "--level=50", "--method=random", "--no_measure"]
     commands = [run, ["report", str(place / "out"), "--quiet", "--save_outputs"], prune]
     processes = multiprocessing.get_context("forkserver")
-    processes.set_forkserver_preload(["pruning_comparison.comparison", "pruning_comparison.results", "test_resume"])
+    processes.set_forkserver_preload(
+        ["pruning_comparison.run.comparison", "pruning_comparison.report.write", "processes"]
+    )
     process = processes.Process(target=watched_command, args=(commands, place / "log"))
     process.start()
     process.join()
@@ -176,7 +150,7 @@ FORBIDDEN_CALLS = {"eval", "exec", "__import__", "torch.load", "torch.save", "np
 
 
 def test_the_source_has_no_way_to_read_a_pickle_or_run_what_it_reads():
-    """Module ``updating`` restarts its own script: it calls a parameter named exec, which is os.execv."""
+    """Module ``self_update`` restarts its own script: it calls a parameter named execute, which is os.execv."""
     found = []
     for path in SOURCE.rglob("*.py"):
         for node in ast.walk(ast.parse(path.read_text("utf-8"))):
@@ -189,7 +163,7 @@ def test_the_source_has_no_way_to_read_a_pickle_or_run_what_it_reads():
                 found.append((path.name, node.lineno, names))
             if isinstance(node, ast.Call):
                 called = ast.unparse(node.func)
-                if called in FORBIDDEN_CALLS and (path.name, called) != ("updating.py", "exec"):
+                if called in FORBIDDEN_CALLS and (path.name, called) != ("self_update.py", "execute"):
                     found.append((path.name, node.lineno, called))
                 for keyword in node.keywords:
                     risky = keyword.arg in ("trust_remote_code", "allow_pickle", "shell")

@@ -6,7 +6,7 @@ import gzip
 
 import pytest
 import torch
-from test_measure import Letters
+from builders import Letters
 
 from pruning_comparison.errors import InputError
 from pruning_comparison.texts import Document, digest, load_documents, load_prompts, sample_windows, whole_windows

@@ -17,7 +17,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     # The code beside this script, not a copy installed earlier: it is the one that is brought up to date.
     sys.path.insert(0, str(CHECKOUT / "src"))
     try:
-        from pruning_comparison.updating import run_latest
+        from pruning_comparison.self_update import run_latest
     except ModuleNotFoundError:
         print("The package is not installed: start this script from a checkout, or install it.", file=sys.stderr)
         return 1

@@ -439,7 +439,7 @@ def continues(argv: Sequence[str]) -> bool:
     try:
         import torch
 
-        from pruning_comparison.updating import resumes
+        from pruning_comparison.self_update import resumes
 
         return resumes(run_options(argv, torch))
     except (ImportError, CannotRunError):
@@ -452,7 +452,7 @@ def main(argv: Sequence[str] = ()) -> int:
     try:
         if folder:
             sys.path.insert(0, str(folder / "src"))
-            from pruning_comparison.updating import update_and_restart
+            from pruning_comparison.self_update import update_and_restart
 
             update_and_restart(folder, [str(SCRIPT), *argv], say=print, resuming=lambda: continues(argv))
         return compare(argv)

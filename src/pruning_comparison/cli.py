@@ -15,22 +15,22 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruning_comparison import __version__
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
-from pruning_comparison.live import Live, steps_of
+from pruning_comparison.methods import METHODS
+from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
-    METHODS,
     PRECISIONS,
     SCOPES,
     UNITS,
-    VARIANTS,
     ComparisonSpec,
     available_cores,
 )
+from pruning_comparison.variants import VARIANTS
 
 if TYPE_CHECKING:
-    from pruning_comparison.launchers import Launcher
+    from pruning_comparison.run.launchers import Launcher
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 LAUNCHERS = ("serial", "ray")
@@ -173,7 +173,7 @@ def would_resume(argv: Sequence[str]) -> bool:
         options = make_parser().parse_args(["run", *_with_underscores(argv)])
         if not any(Path(options.output_dir).glob("run_*/manifest.json")):
             return False
-        from pruning_comparison.comparison import would_resume as comparison_would_resume
+        from pruning_comparison.run.comparison import would_resume as comparison_would_resume
 
         return comparison_would_resume(_spec_of(options), Path(options.output_dir))
     except (PruningComparisonError, SystemExit):
@@ -352,7 +352,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["variants"] = _names(options.variants)
     values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
-    from pruning_comparison.devices import resolve_device, resolve_precision
+    from pruning_comparison.models.devices import resolve_device, resolve_precision
 
     device = resolve_device(options.device)
     precision = resolve_precision(options.precision, device)
@@ -371,7 +371,7 @@ def _launcher_of(options: argparse.Namespace) -> Launcher:
         raise InputError(
             f"--workers: {options.workers} must be at least 1. Leave it out for as many as there is room for."
         )
-    from pruning_comparison.launchers import RayLauncher, launch_serially
+    from pruning_comparison.run.launchers import RayLauncher, launch_serially
 
     return launch_serially if options.launcher == "serial" else RayLauncher(options.ray_address, options.workers)
 
@@ -383,15 +383,16 @@ def _run(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
     launcher = _launcher_of(options)
-    from pruning_comparison.store import RunStore, check_writable
+    from pruning_comparison.store.journal import RunStore
+    from pruning_comparison.store.run_folder import check_writable
 
     check_writable(output_dir)
     live = Live(quiet=options.quiet, steps=steps_of(spec))
     with live:
         live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
-        from pruning_comparison.comparison import run_comparison
-        from pruning_comparison.provenance import commit_of
-        from pruning_comparison.results import write_results
+        from pruning_comparison.report.write import write_results
+        from pruning_comparison.run.comparison import run_comparison
+        from pruning_comparison.run.provenance import commit_of
 
         try:
             folder = run_comparison(
@@ -434,8 +435,8 @@ def _report(options: argparse.Namespace) -> int:
         raise InputError(f"both names lead to the same run, {first}. Give two different runs to compare.")
     if _margins_of(options):
         raise InputError("margins are about the verdicts of one run, and comparing two gives none. Leave them out.")
-    from pruning_comparison.results import write_comparison
-    from pruning_comparison.store import check_writable
+    from pruning_comparison.report.write import write_comparison
+    from pruning_comparison.store.run_folder import check_writable
 
     output_dir = Path(options.output_dir)
     check_writable(output_dir)
@@ -448,13 +449,13 @@ def _report(options: argparse.Namespace) -> int:
 def _plan(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
-    from pruning_comparison.cells import prepare
-    from pruning_comparison.plan import plan_cost, plan_run, plan_words
-    from pruning_comparison.samples import Margins
+    from pruning_comparison.analysis.margins import Margins
+    from pruning_comparison.plan.plan import format_plan, plan_cost, plan_run
+    from pruning_comparison.run.inputs import prepare
 
     inputs = prepare(spec, identify=False)
     plan = {**plan_run(spec, Margins(**margins), inputs), "expected": plan_cost(spec, inputs)}
-    print(json.dumps(plan, indent=1, allow_nan=False) if options.json else plan_words(plan))
+    print(json.dumps(plan, indent=1, allow_nan=False) if options.json else format_plan(plan))
     return 0
 
 
@@ -477,14 +478,15 @@ def _prune(options: argparse.Namespace) -> int:
     folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output_dir: {str(folder)!r} exists and is not an empty folder. Give another.")
-    from pruning_comparison.store import check_writable
+    from pruning_comparison.store.run_folder import check_writable
 
     check_writable(folder.absolute().parent)
     with Live(quiet=options.quiet) as live:
         live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
-        from pruning_comparison.cells import load_workspace, prepare
-        from pruning_comparison.checkpoint import save_pruned
-        from pruning_comparison.prune import build_one, measure_one
+        from pruning_comparison.checkpoint.forms import save_pruned
+        from pruning_comparison.run.inputs import prepare
+        from pruning_comparison.run.one_model import build_one, measure_one
+        from pruning_comparison.run.workspace import load_workspace
 
         workspace = load_workspace(spec, prepare(spec, identify=False))
         pruned = build_one(workspace)
@@ -506,7 +508,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
-    from pruning_comparison.results import write_results
+    from pruning_comparison.report.write import write_results
 
     folder, margins = _run_in(output_dir), _margins_of(options)
     with Live(quiet=options.quiet) as live:
@@ -517,7 +519,7 @@ def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
 
 def _run_in(folder: Path) -> Path:
     """The run that a folder is or holds; InputError where there is none."""
-    from pruning_comparison.store import latest_run
+    from pruning_comparison.store.run_folder import latest_run
 
     try:
         run = latest_run(folder)
@@ -532,7 +534,7 @@ def _run_in(folder: Path) -> Path:
 
 def _report_what_there_is(folder: Path, save_outputs: bool, margins: Mapping[str, float]) -> None:
     """A partial report after Ctrl-C, if anything has been measured at all."""
-    from pruning_comparison.results import write_results
+    from pruning_comparison.report.write import write_results
 
     try:
         report = write_results(folder, save_outputs=save_outputs, margins=margins)

@@ -21,6 +21,10 @@ class ModelLoadError(InputError):
     """A model that cannot be loaded: unknown, unreachable, corrupt, unsafe or of an unsupported architecture."""
 
 
+class MethodError(InputError):
+    """A user's own pruning method that cannot be used: it raises, or returns what are no scores."""
+
+
 class StoreError(PruningComparisonError):
     """A run folder that cannot be read or written."""
 

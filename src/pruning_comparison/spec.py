@@ -11,28 +11,9 @@ from dataclasses import asdict, dataclass, fields
 from typing import Any, NamedTuple
 
 from pruning_comparison.errors import InputError
+from pruning_comparison.methods import METHODS, Method, method_named
+from pruning_comparison.variants import VARIANTS, variant_named
 
-METHODS = (
-    "entropy",
-    "random",
-    "magnitude",
-    "taylor",
-    "fisher",
-    "ablation",
-    "wanda",
-    "flap",
-    "fisher-interactions",
-    "fisher-greedy",
-)
-VARIANTS = (
-    "baseline",
-    "agency",
-    "baseline-progressive",
-    "agency-adaptation",
-    "agency-selection",
-    "agency-always-yes",
-    "agency-heeds-states",
-)
 PRECISIONS = ("float32", "float16", "bfloat16")
 EXECUTIONS = ("compact", "masked")
 SCOPES = ("model", "layer")
@@ -57,7 +38,7 @@ class Cell(NamedTuple):
     iteration: int
     level: float
 
-    def words(self) -> str:
+    def describe(self) -> str:
         """As people say it; iterations are counted from 1."""
         return f"{self.variant}, {self.method}, iteration {self.iteration + 1}, level {self.level:g} %"
 
@@ -106,13 +87,14 @@ class ComparisonSpec:
     memory_logging: bool = False
 
     def __post_init__(self) -> None:
-        allowed: tuple[str, ...]
-        for field, allowed in (("pruning_methods", METHODS), ("variants", VARIANTS)):
+        for field, known in (("pruning_methods", METHODS), ("variants", VARIANTS)):
             values = getattr(self, field)
-            _require(bool(values), field, values, "must name at least one", f"Choose from {', '.join(allowed)}.")
-            for value in values:
-                _require(value in allowed, field, value, "is unknown", f"Choose from {', '.join(allowed)}.")
+            _require(bool(values), field, values, "must name at least one", f"Choose from {', '.join(known)}.")
             object.__setattr__(self, field, tuple(dict.fromkeys(values)))
+        for name in self.pruning_methods:
+            self.method(name)
+        for name in self.variants:
+            variant_named(name)
         for field, allowed in (
             ("precision", PRECISIONS),
             ("execution", EXECUTIONS),
@@ -188,6 +170,10 @@ class ComparisonSpec:
         for field in ("ridge", "mlp_ridge", "recovery_rate"):
             strength = getattr(self, field)
             _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Leave it out.")
+
+    def method(self, name: str) -> Method:
+        """The record of one of the spec's methods; InputError for a name that is none."""
+        return method_named(name)
 
     def cells(self) -> Iterator[Cell]:
         """Every cell, in the order in which a serial run measures them: by iteration, method, level, then variant.

@@ -3,16 +3,16 @@
 from pruning_comparison.agency.adaptation import AdaptationCost, adapt
 from pruning_comparison.agency.recovery import RecoveryCost, recover
 from pruning_comparison.agency.streams import DenseStream
-from pruning_comparison.agency.trajectory import Hearing, NegotiatedTrajectory, ProgressiveTrajectory, Round
+from pruning_comparison.agency.trajectory import NegotiatedTrajectory, ProgressiveTrajectory, Round, RoundRecord
 
 __all__ = [
     "AdaptationCost",
     "DenseStream",
-    "Hearing",
     "NegotiatedTrajectory",
     "ProgressiveTrajectory",
     "RecoveryCost",
     "Round",
+    "RoundRecord",
     "adapt",
     "recover",
 ]

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
-from pruning_comparison.devices import fast_products
 from pruning_comparison.measure.memory import PeakMemory
+from pruning_comparison.models.devices import fast_products
 from pruning_comparison.models.heads import (
     EmptiedAttention,
     attentions,

@@ -15,11 +15,11 @@ import torch
 from torch import Tensor
 
 from pruning_comparison.agency.signals import CostModel, HeadSignals
-from pruning_comparison.selection import Scope, heads_to_prune
+from pruning_comparison.pruning.selection import Scope, heads_to_prune
 
 
 class HeadState(StrEnum):
-    """What a head is doing at the moment. See ``states``."""
+    """What a head is doing at the moment. See ``head_states``."""
 
     ACTIVE = "active"
     OVERLOADED = "overloaded"
@@ -27,7 +27,7 @@ class HeadState(StrEnum):
     WITHDRAWN = "withdrawn"
 
 
-class Answer(StrEnum):
+class HeadAnswer(StrEnum):
     """How a head that was asked to leave has answered, or been answered."""
 
     CONSENTED = "consented"
@@ -39,74 +39,38 @@ States = tuple[tuple[HeadState, ...], ...]
 """The state of every head, ``states[layer][head]``."""
 
 
-@dataclass(frozen=True)
-class Thresholds:
-    """Every threshold of states and consent, by name.
+CONSENT_QUANTILE = 0.5
+"""The limit up to which heads consent is this quantile of the live heads' withdrawal costs at the start of the round."""
 
-    States are entered at one value and left at another, so that a head near the edge does not change sides every round.
-    """
+# States are entered at one value and left at another, so that a head near the edge does not change sides every round.
 
-    consent_cost: float | None = None
-    """A head consents at or below this withdrawal cost, in the unit of the costs. None: ``consent_quantile`` decides."""
+OVERLOADED_GROWTH, OVERLOADED_GROWTH_LEFT = 2.0, 1.5
+"""Multiples of the head's own contribution at the start from which on it is overloaded, and below which no longer."""
 
-    consent_quantile: float = 0.5
-    """The threshold is this quantile, 0 to 1, of the live heads' withdrawal costs at the start of the round."""
+OVERLOADED_SHARE, OVERLOADED_SHARE_LEFT = 2.0, 1.5
+"""Multiples of the equal share, 1 / live heads of the layer, that must be reached as well, and below which no longer."""
 
-    overloaded_factor: float = 0.5
-    """An overloaded head consents only at or below this share of the threshold."""
-
-    overloaded_growth: float = 2.0
-    """Overloaded from this multiple of the head's own contribution at the start on, if ``overloaded_share`` is met too."""
-
-    overloaded_growth_left: float = 1.5
-    """No longer overloaded below this multiple of the head's own contribution at the start."""
-
-    overloaded_share: float = 2.0
-    """Overloaded from this multiple of the equal share, 1 / live heads of the layer, on, if ``overloaded_growth`` is met."""
-
-    overloaded_share_left: float = 1.5
-    """No longer overloaded below this multiple of the equal share."""
-
-    misaligned: float = -0.2
-    """Misaligned at or below this correlation with the rest of the layer."""
-
-    misaligned_left: float = -0.1
-    """No longer misaligned above this correlation with the rest of the layer."""
-
-    def __post_init__(self) -> None:
-        if self.consent_cost is not None and not self.consent_cost >= 0:
-            raise ValueError(f"consent_cost must be at least 0, got {self.consent_cost}")
-        if not 0 <= self.consent_quantile <= 1:
-            raise ValueError(f"consent_quantile must lie in [0, 1], got {self.consent_quantile}")
-        if not 0 <= self.overloaded_factor <= 1:
-            raise ValueError(f"overloaded_factor must lie in [0, 1], got {self.overloaded_factor}")
-        for entered, left in (("overloaded_growth",) * 2, ("overloaded_share",) * 2):
-            if not getattr(self, f"{left}_left") <= getattr(self, entered):
-                raise ValueError(f"{left}_left must be at most {entered}, got {getattr(self, f'{left}_left')}")
-        if not self.misaligned <= self.misaligned_left:
-            raise ValueError(f"misaligned_left must be at least misaligned, got {self.misaligned_left}")
-
-    def limit(self, costs: Tensor) -> float:
-        """The cost up to which heads consent in a round that starts with ``costs`` [L, H], NaN for withdrawn heads."""
-        if self.consent_cost is not None:
-            return self.consent_cost
-        live = costs[costs.isfinite()]
-        return float(np.quantile(live.numpy(), self.consent_quantile)) if len(live) else 0.0
+MISALIGNED, MISALIGNED_LEFT = -0.2, -0.1
+"""Correlations with the rest of the layer at or below which a head is misaligned, and above which no longer."""
 
 
-def states(
-    signals: HeadSignals, previous: States | None, thresholds: Thresholds, *, start: Tensor | None = None
-) -> States:
+def consent_limit(costs: Tensor) -> float:
+    """The cost up to which heads consent in a round that starts with ``costs`` [L, H], NaN for withdrawn heads."""
+    live = costs[costs.isfinite()]
+    return float(np.quantile(live.numpy(), CONSENT_QUANTILE)) if len(live) else 0.0
+
+
+def head_states(signals: HeadSignals, previous: States | None, *, start: Tensor | None = None) -> States:
     """The state of every head.
 
     * ``withdrawn``: it has left; its signals are NaN.
-    * ``misaligned``: it works against its layer, its alignment is at most ``thresholds.misaligned``.
+    * ``misaligned``: it works against its layer, its alignment is at most ``MISALIGNED``.
     * ``overloaded``: it carries far more than its share since others withdrew. Its contribution has grown to at least
-      ``overloaded_growth`` times its own at the ``start`` [L, H], and is at least ``overloaded_share`` times the equal
+      ``OVERLOADED_GROWTH`` times its own at the ``start`` [L, H], and is at least ``OVERLOADED_SHARE`` times the equal
       share of its layer's live heads.
     * ``active`` otherwise. A head that is both misaligned and overloaded is misaligned.
 
-    A head keeps a state that it was in, by ``previous``, until it crosses the ``.._left`` threshold. Without a ``start``
+    A head keeps a state that it was in, by ``previous``, until it crosses the ``.._LEFT`` threshold. Without a ``start``
     nobody is overloaded. ValueError where a withdrawn head is back.
     """
     contribution, alignment = signals.contribution, signals.alignment
@@ -123,9 +87,9 @@ def states(
             if before is HeadState.WITHDRAWN:
                 raise ValueError(f"head {(layer, head)} was withdrawn and has signals again")
             was_misaligned, was_overloaded = before is HeadState.MISALIGNED, before is HeadState.OVERLOADED
-            growth = thresholds.overloaded_growth_left if was_overloaded else thresholds.overloaded_growth
-            share = thresholds.overloaded_share_left if was_overloaded else thresholds.overloaded_share
-            edge = thresholds.misaligned_left if was_misaligned else thresholds.misaligned
+            growth = OVERLOADED_GROWTH_LEFT if was_overloaded else OVERLOADED_GROWTH
+            share = OVERLOADED_SHARE_LEFT if was_overloaded else OVERLOADED_SHARE
+            edge = MISALIGNED_LEFT if was_misaligned else MISALIGNED
             own, first = float(contribution[layer, head]), math.inf if start is None else float(start[layer, head])
             if float(alignment[layer, head]) <= edge:
                 row.append(HeadState.MISALIGNED)
@@ -148,7 +112,7 @@ class Reply:
 
     layer: int
     head: int
-    answer: Answer
+    answer: HeadAnswer
     state: HeadState
     rank: int
     cost: float
@@ -179,7 +143,7 @@ class Negotiation:
     @property
     def violations(self) -> tuple[Reply, ...]:
         """Heads that left although they had refused, in the order in which they were overridden."""
-        overridden = [reply for reply in self.replies if reply.answer is Answer.OVERRIDDEN]
+        overridden = [reply for reply in self.replies if reply.answer is HeadAnswer.OVERRIDDEN]
         return tuple(sorted(overridden, key=lambda reply: -1 if reply.left is None else reply.left))
 
 
@@ -188,10 +152,9 @@ def negotiate(
     costs: CostModel,
     keep: Tensor,
     quota: int | Sequence[int],
-    thresholds: Thresholds,
     *,
+    limit: float | None = None,
     states: States | None = None,
-    heed_states: bool = True,
     everyone_consents: bool = False,
     group_size: int = 1,
 ) -> Negotiation:
@@ -200,18 +163,16 @@ def negotiate(
     ``scores`` [L, H]: the method's, higher = keep; ties are asked in order of layer, then head. ``keep`` bool [L, H]: live
     heads. ``quota``: how many must leave, of the whole model, or of each layer (L numbers, ``--scope=layer``).
 
-    A head consents when its present withdrawal cost is at most ``thresholds.limit``. One that consents leaves at once, which
-    changes the costs of the others in its layer: of two heads that duplicate each other exactly one is cheap. When everyone
-    was asked and too few have consented, the refusals that are cheapest by then are overridden one at a time, with costs
-    brought up to date in between; each is a consent violation. Nobody is asked once the quota is met.
+    A head consents when its present withdrawal cost is at most ``limit``, by default ``consent_limit``. One that consents
+    leaves at once, which changes the costs of the others in its layer: of two heads that duplicate each other exactly one is
+    cheap. When everyone was asked and too few have consented, the refusals that are cheapest by then are overridden one at a
+    time, with costs brought up to date in between; each is a consent violation. Nobody is asked once the quota is met.
 
-    ``states`` change the answers where ``heed_states``: misaligned heads are asked before all others, and overloaded ones
-    consent only at ``thresholds.overloaded_factor`` of the limit. ``everyone_consents`` takes the method's order as it is.
+    ``states`` are recorded with the replies and change none. ``everyone_consents`` takes the method's order as it is.
 
     With a ``group_size``, that many heads which follow one another are asked, and leave, as one: their scores are added up,
     and their cost is what the withdrawal of all of them costs, so that heads that make up for one another do not look cheap.
-    The limit is the quantile over such groups. A group is misaligned where all its heads are, and overloaded where one is.
-    Each of its heads has a reply, with the cost of the group.
+    The default limit is that of such groups. Each of its heads has a reply, with the cost of the group.
 
     ValueError if the quota is more than the live heads or no number of whole groups, if a part of a group is gone, if a live
     head's score is not finite, or if costs and mask disagree on who is live.
@@ -221,8 +182,8 @@ def negotiate(
     open_quota = _Quota.of(quota, keep)
     _check_live(scores, costs.costs(), keep)
     _check_groups(open_quota, keep, group_size)
-    limit = thresholds.limit(_group_costs(costs, keep, group_size))
-    heeded = states if heed_states and not everyone_consents else None
+    if limit is None:
+        limit = consent_limit(_group_costs(costs, keep, group_size))
 
     def members(first: int) -> range:
         return range(first, first + group_size)
@@ -230,10 +191,9 @@ def negotiate(
     def state_of(layer: int, head: int) -> HeadState:
         return HeadState.ACTIVE if states is None else states[layer][head]
 
-    def urgency(place: list[int]) -> tuple[bool, float, list[int]]:
+    def order(place: list[int]) -> tuple[float, list[int]]:
         layer, first = place
-        late = heeded is None or any(heeded[layer][head] is not HeadState.MISALIGNED for head in members(first))
-        return late, float(scores[layer, first : first + group_size].sum()), place
+        return float(scores[layer, first : first + group_size].sum()), place
 
     replies: list[Reply] = []
     gone = 0
@@ -246,20 +206,16 @@ def negotiate(
             open_quota.take(layer)
             gone += 1
 
-    for layer, first in sorted(
-        keep[:, ::group_size].nonzero().mul(torch.tensor([1, group_size])).tolist(), key=urgency
-    ):
+    for layer, first in sorted(keep[:, ::group_size].nonzero().mul(torch.tensor([1, group_size])).tolist(), key=order):
         if not open_quota.left(layer):
             continue
         cost = costs.joint_cost(layer, members(first))
-        overloaded = heeded is not None and any(heeded[layer][h] is HeadState.OVERLOADED for h in members(first))
-        own_limit = limit * thresholds.overloaded_factor if overloaded else limit
-        yes = everyone_consents or cost <= own_limit
-        answer = Answer.CONSENTED if yes else Answer.REFUSED
+        yes = everyone_consents or cost <= limit
+        answer = HeadAnswer.CONSENTED if yes else HeadAnswer.REFUSED
         for number, head in enumerate(members(first)):
             place, left_cost = (gone + number, cost) if yes else (None, None)
             state = state_of(layer, head)
-            replies.append(Reply(layer, head, answer, state, len(replies), cost, own_limit, place, left_cost))
+            replies.append(Reply(layer, head, answer, state, len(replies), cost, limit, place, left_cost))
         if yes:
             leave(layer, first)
     while refused := [r for r in replies[::group_size] if r.left is None and open_quota.left(r.layer)]:
@@ -267,7 +223,7 @@ def negotiate(
         cheapest = min(refused, key=lambda reply: (joint[reply.rank], reply.rank))
         for number, rank in enumerate(members(cheapest.rank)):
             replies[rank] = replace(
-                replies[rank], answer=Answer.OVERRIDDEN, left=gone + number, left_cost=joint[cheapest.rank]
+                replies[rank], answer=HeadAnswer.OVERRIDDEN, left=gone + number, left_cost=joint[cheapest.rank]
             )
         leave(cheapest.layer, cheapest.head)
     return Negotiation(tuple(replies), keep, limit, costs)
@@ -287,40 +243,6 @@ def quota_of_level(level: float, keep: Tensor, scope: Scope = "model", group_siz
     if min(quota) < 0:
         raise ValueError(f"{int((~keep).sum())} heads are gone already, more than level {level} takes out")
     return quota if scope == "layer" else quota[0]
-
-
-def negotiate_levels(
-    scores: Tensor,
-    costs: CostModel,
-    keep: Tensor,
-    levels: Sequence[float],
-    thresholds: Thresholds,
-    *,
-    scope: Scope = "model",
-    states: States | None = None,
-    heed_states: bool = True,
-    everyone_consents: bool = False,
-) -> list[Negotiation]:
-    """One negotiation for each of the rising ``levels`` on the same scores and signals, each going on from the one before.
-
-    Every level ends with the number of heads that its rule asks for, so the keep masks are nested and as large as those of
-    any other variant. The threshold is that of the heads then live.
-    """
-    results: list[Negotiation] = []
-    for level in levels:
-        negotiation = negotiate(
-            scores,
-            costs,
-            keep,
-            quota_of_level(level, keep, scope),
-            thresholds,
-            states=states,
-            heed_states=heed_states,
-            everyone_consents=everyone_consents,
-        )
-        results.append(negotiation)
-        keep, costs = negotiation.keep, negotiation.costs
-    return results
 
 
 class _Quota:

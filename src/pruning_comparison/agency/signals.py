@@ -94,7 +94,7 @@ class LayerMoments:
 
 
 @dataclass(frozen=True)
-class Observations:
+class HeadMoments:
     """What one pass over calibration text has seen of a model's heads.
 
     ``moments`` per layer, None where a layer has no head left; ``utilisation`` [L, H] (see ``observe``), NaN for withdrawn
@@ -135,7 +135,7 @@ def observe(
     batch_size: int,
     utilisation: bool = True,
     exclude_first: bool = False,
-) -> Observations:
+) -> HeadMoments:
     """One streamed pass of a model over calibration ``windows`` [N, T] of token ids, at least two of two tokens each.
 
     The model may be physically pruned or of full size with the gates of lost heads closed (``mask_heads``); ``keep`` bool
@@ -193,11 +193,11 @@ def observe(
             raise ValueError(f"activations of layer {layer} are not finite; use a higher precision")
     ratio = torch.where(available > 0, used / available, torch.zeros_like(used))
     seen = keep.cpu() if utilisation else torch.zeros_like(keep.cpu())
-    return Observations(tuple(moments), ratio.masked_fill(~seen, torch.nan), keep.clone())
+    return HeadMoments(tuple(moments), ratio.masked_fill(~seen, torch.nan), keep.clone())
 
 
 def measure_signals(
-    observations: Observations,
+    observations: HeadMoments,
     costs: CostModel,
     *,
     ridge: float,
@@ -237,7 +237,7 @@ def written_products(moments: LayerMoments, *, centred: bool = True) -> Tensor:
     return by_feature.view(heads, moments.head_size, heads, moments.head_size).sum((1, 3))
 
 
-def written_energy(observations: Observations, *, centred: bool = False) -> Tensor:
+def written_energy(observations: HeadMoments, *, centred: bool = False) -> Tensor:
     """Energy per token that every head writes, |X_h W_h|^2 / S, [L, H]; 0 for withdrawn heads."""
     energy = torch.zeros(observations.keep.shape, dtype=torch.float64)
     for layer, moments in enumerate(observations.moments):
@@ -397,7 +397,7 @@ class CostModel:
 
 
 def cost_model(
-    observations: Observations, *, ridge: float, weights: Tensor | None = None, centred: bool = True
+    observations: HeadMoments, *, ridge: float, weights: Tensor | None = None, centred: bool = True
 ) -> CostModel:
     """The withdrawal costs of the observed heads.
 
@@ -436,7 +436,7 @@ def layer_sensitivity(fisher: Tensor, energy: Tensor) -> Tensor:
     return torch.where(written > 0, minded / written.clamp(min=1e-300), torch.zeros_like(written))
 
 
-def nats_weights(fisher: Tensor, fisher_tokens: int, observations: Observations) -> Tensor:
+def nats_weights(fisher: Tensor, fisher_tokens: int, observations: HeadMoments) -> Tensor:
     """Weights [L] for ``cost_model`` that make costs estimates in nats per token: half of ``layer_sensitivity``.
 
     ``fisher`` [L, H] is a sum over ``fisher_tokens`` tokens, of the same model and kind of text as the observations.

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.devices import fast_products
+from pruning_comparison.models.devices import fast_products
 from pruning_comparison.models.heads import attentions, blocks, last_norms
 
 Place = Literal["after attention", "after block"]

@@ -13,12 +13,12 @@ from typing import TypeVar
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency.consent import Reply, States, Thresholds, negotiate, quota_of_level, states
+from pruning_comparison.agency.consent import Reply, States, head_states, negotiate, quota_of_level
 from pruning_comparison.agency.signals import HeadSignals, cost_model, measure_signals, nats_weights, observe
-from pruning_comparison.devices import fast_products
-from pruning_comparison.pruning import mask_heads, masked_copy, remove_heads
-from pruning_comparison.scoring import HeadScores
-from pruning_comparison.selection import Scope, select_heads
+from pruning_comparison.models.devices import fast_products
+from pruning_comparison.pruning.selection import Scope, select_heads
+from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
+from pruning_comparison.scoring.scores import HeadScores
 
 _T = TypeVar("_T")
 
@@ -27,7 +27,7 @@ ROUND_LEVEL = 10.0
 
 
 @dataclass(frozen=True)
-class Hearing:
+class RoundRecord:
     """What a negotiated round was decided on, and how: signals and states before it, the replies of its heads.
 
     All of them are kept for as long as the path goes on, so none holds a cost model, which is as large as all attention.
@@ -43,15 +43,15 @@ class Hearing:
 class Round:
     """What a round left: the level it reached, the heads that stay (bool [L, H]), and the scores that chose them.
 
-    ``model`` is the physically pruned model. ``hearings`` are those of all rounds so far, where heads were asked at all, and
-    ``seconds`` what the rounds have taken.
+    ``model`` is the physically pruned model. ``round_records`` are those of all rounds so far, where heads were asked at
+    all, and ``seconds`` what the rounds have taken.
     """
 
     level: float
     keep: Tensor
     scores: HeadScores
     model: PreTrainedModel
-    hearings: tuple[Hearing, ...] = ()
+    round_records: tuple[RoundRecord, ...] = ()
     seconds: float = 0.0
 
 
@@ -131,10 +131,8 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         batch_size: int,
         all_heads: Tensor,
         scope: Scope,
-        thresholds: Thresholds | None = None,
         ridge: float = 0.1,
         everyone_consents: bool = False,
-        heed_states: bool = False,
         group_size: int = 1,
         scores_pruned: bool = False,
     ) -> None:
@@ -142,7 +140,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         they are the method's own scores.
 
         ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
-        ``everyone_consents`` and ``heed_states`` are those of ``consent.negotiate``.
+        ``everyone_consents`` is that of ``consent.negotiate``.
         """
         super().__init__(
             dense, score=score, all_heads=all_heads, scope=scope, group_size=group_size, scores_pruned=scores_pruned
@@ -151,22 +149,20 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         self._adapt = adapt
         self._windows = windows
         self._batch_size = batch_size
-        self._thresholds = thresholds or Thresholds()
         self._ridge = ridge
         self._everyone_consents = everyone_consents
-        self._heed_states = heed_states
         self._first_contributions: Tensor | None = None
 
     def _next(self, reached: Round, level: float) -> Round:
         started = time.perf_counter()
         scores = self._scores_on(reached)
-        keep, hearing = self._ask(reached, level, scores)
+        keep, round_record = self._ask(reached, level, scores)
         model = remove_heads(self._dense, keep)
         self._adapt(model)
         seconds = reached.seconds + time.perf_counter() - started
-        return Round(level, keep, scores, model, (*reached.hearings, hearing), seconds)
+        return Round(level, keep, scores, model, (*reached.round_records, round_record), seconds)
 
-    def _ask(self, reached: Round, level: float, scores: HeadScores) -> tuple[Tensor, Hearing]:
+    def _ask(self, reached: Round, level: float, scores: HeadScores) -> tuple[Tensor, RoundRecord]:
         """The heads that stay, and how that came about. What was observed, as large as all attention, is gone by then."""
         importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
         with fast_products(reached.model):
@@ -176,20 +172,18 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         signals = measure_signals(seen, costs, ridge=self._ridge, importance=importance)
         if self._first_contributions is None:
             self._first_contributions = signals.contribution
-        before = reached.hearings[-1].states if reached.hearings else None
-        now = states(signals, before, self._thresholds, start=self._first_contributions)
+        before = reached.round_records[-1].states if reached.round_records else None
+        now = head_states(signals, before, start=self._first_contributions)
         negotiation = negotiate(
             scores.scores,
             costs,
             reached.keep,
             quota_of_level(level, reached.keep, self._scope, self._group_size),
-            self._thresholds,
             states=now,
-            heed_states=self._heed_states,
             everyone_consents=self._everyone_consents,
             group_size=self._group_size,
         )
-        return negotiation.keep, Hearing(level, signals, now, negotiation.replies)
+        return negotiation.keep, RoundRecord(level, signals, now, negotiation.replies)
 
 
 def _grid_up_to(level: float) -> list[float]:

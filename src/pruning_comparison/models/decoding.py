@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from pruning_comparison.models.heads import (
     LAYOUTS,
     EmptiedAttention,
-    Layout,
+    FamilyLayout,
     attend_packed,
     blocks,
     family_of,
@@ -372,7 +372,7 @@ class _Layer:
         return self.output(seen.reshape(batch, -1))
 
 
-def _mixed(attention: Any, layout: Layout) -> tuple[Tensor, Tensor | None, Tensor | None]:
+def _mixed(attention: Any, layout: FamilyLayout) -> tuple[Tensor, Tensor | None, Tensor | None]:
     """Queries, keys and values as one projection, all queries first: matrix [E, (H + 2 K) D] and bias.
 
     Last the parameter that the matrix is a view of, None where it is a copy.

@@ -37,7 +37,7 @@ class UnsupportedModelError(ValueError):
 
 
 @dataclass(frozen=True)
-class Layout:
+class FamilyLayout:
     """Where one family keeps its attention.
 
     ``layers`` leads from the model to its list of blocks, ``attention`` from a block to its attention module; ``query``,
@@ -71,7 +71,7 @@ class Layout:
     last_norm: str | None = None
 
 
-_LLAMA = Layout(
+_LLAMA = FamilyLayout(
     layers="model.layers",
     attention="self_attn",
     query="q_proj",
@@ -84,9 +84,9 @@ _LLAMA = Layout(
     attention_norm="input_layernorm",
 )
 
-LAYOUTS: Mapping[str, Layout] = MappingProxyType(
+LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
     {
-        "gpt2": Layout(
+        "gpt2": FamilyLayout(
             layers="transformer.h",
             attention="attn",
             query="c_attn",
@@ -98,7 +98,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
             mlp_output="mlp.c_proj",
             attention_norm="ln_1",
         ),
-        "gpt_neox": Layout(
+        "gpt_neox": FamilyLayout(
             layers="gpt_neox.layers",
             attention="attention",
             query="query_key_value",
@@ -113,7 +113,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         ),
         "llama": _LLAMA,
         "mistral": _LLAMA,
-        "opt": Layout(
+        "opt": FamilyLayout(
             layers="model.decoder.layers",
             attention="self_attn",
             query="q_proj",
@@ -131,7 +131,7 @@ LAYOUTS: Mapping[str, Layout] = MappingProxyType(
         "qwen3": _LLAMA,
     }
 )
-"""Layout by the ``model_type`` of the Hugging Face config."""
+"""FamilyLayout by the ``model_type`` of the Hugging Face config."""
 
 
 @dataclass(frozen=True)
@@ -197,7 +197,7 @@ def family_of(config: Any) -> str | None:
     return None if model_type is None else str(model_type).removeprefix(PRUNED)
 
 
-def layout_of(model: PreTrainedModel) -> Layout:
+def layout_of(model: PreTrainedModel) -> FamilyLayout:
     """The layout of a loaded model's architecture; UnsupportedModelError if there is none."""
     check_supported(model.config)
     return LAYOUTS[str(family_of(model.config))]
@@ -289,7 +289,7 @@ def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -
         setattr(projection, name, size)
 
 
-def kept_columns(layout: Layout, grid: HeadGrid, keep: Tensor) -> dict[str, Tensor]:
+def kept_columns(layout: FamilyLayout, grid: HeadGrid, keep: Tensor) -> dict[str, Tensor]:
     """What a layer keeps of the projections that make queries, keys and values: sorted indices of their outputs, by name.
 
     ``keep`` bool [H]. A key-value head is kept as long as any query head that reads it is.
@@ -477,7 +477,7 @@ def _indices_below(count: int, values: Any) -> bool:
     )
 
 
-def _part_columns(layout: Layout, grid: HeadGrid) -> dict[str, Tensor]:
+def _part_columns(layout: FamilyLayout, grid: HeadGrid) -> dict[str, Tensor]:
     """For ``query``, ``key`` and ``value``: indices [heads, D] of each head's outputs in the projection that makes them."""
     counts = {"query": grid.n_heads, "key": grid.n_kv_heads, "value": grid.n_kv_heads}
     if layout.fused == "heads":

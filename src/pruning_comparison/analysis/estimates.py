@@ -1,0 +1,261 @@
+"""From measurements to estimates with intervals. Pure functions on tidy tables.
+
+Iterations and documents (or prompts) are crossed, not nested: the same documents come back in every iteration.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from pruning_comparison.analysis.random_effects import Estimate, crossed_interval
+from pruning_comparison.metrics import METRICS
+
+SUMMARY_COLUMNS = (
+    "model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit",
+)  # fmt: skip
+CONTRAST_COLUMNS = (
+    "model", "method", "level", "temperature", "metric", "contrast", "estimate", "ci_low", "ci_high", "n", "unit", "better",
+)  # fmt: skip
+_TEXT_METRICS = (
+    "generation_perplexity", "distinct_1", "distinct_2", "distinct_3", "distinct_2_adjusted", "seq_rep_4",
+    "compression_ratio",
+)  # fmt: skip
+_TIMING_METRICS = ("tokens_per_second", "first_token_latency_s", "time_per_output_token_s", "end_to_end_s")
+COST_METRICS = (
+    "adaptation_s", "adaptation_tokens", "adaptation_peak_memory_bytes", "adaptation_scratch_bytes", "negotiation_s",
+    "recovery_s", "recovery_tokens",
+)  # fmt: skip
+"""What making a variant cost; some variants have no such cost, so these are not compared."""
+_CELL_METRICS = ("parameter_bytes", "decode_bytes", "prefill_flops", *COST_METRICS)
+_RUN_METRICS = ("cache_bytes", "peak_memory_bytes")
+MISSING_COLUMNS = ("variant", "method", "level", "metric", "reason", "count")
+_CELL = ["variant", "method", "level"]
+
+
+def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
+    """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
+    rows = []
+    shown_alone = [*_perplexity_ratio(cells, measurements), *_word_perplexity(cells, measurements)]
+    for _, data in [*observations(cells, measurements), *shown_alone]:
+        metric = METRICS[data.metric]
+        for key, estimate in data.estimates():
+            variant, method, level, temperature = key
+            place = [model, variant, method, level, temperature, metric.name]
+            rows.append([*place, estimate.estimate, estimate.ci_low, estimate.ci_high, estimate.n, metric.unit])
+    rows.extend(_ceilings(model, rows))
+    table = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+    return table.sort_values(["method", "metric", "temperature", "level", "variant"], ignore_index=True)
+
+
+def contrast(
+    model: str, cells: pd.DataFrame, measurements: pd.DataFrame, variant: str = "agency", reference: str = "baseline"
+) -> pd.DataFrame:
+    """Paired differences of two variants, columns ``CONTRAST_COLUMNS``.
+
+    Pairs are of the same iteration, document or prompt, level and temperature. Positive metrics are compared by the mean log
+    ratio, given as per cent change; the others by the mean difference in their own unit.
+    """
+    rows = []
+    for _, data in observations(cells, measurements):
+        metric = METRICS[data.metric]
+        if metric.name in COST_METRICS:
+            continue
+        for (method, level, temperature), estimate in data.differences(variant, reference):
+            relative = data.log_scale
+            shown = estimate.map(lambda value: 100 * math.expm1(value)) if relative else estimate
+            rows.append(
+                [
+                    model, method, level, temperature, metric.name, f"{variant} vs {reference}", shown.estimate,
+                    shown.ci_low, shown.ci_high, shown.n, "%" if relative else metric.unit, metric.better,
+                ]
+            )  # fmt: skip
+    table = pd.DataFrame(rows, columns=list(CONTRAST_COLUMNS))
+    return table.sort_values(["method", "metric", "temperature", "level"], ignore_index=True)
+
+
+def missing_figures(measurements: pd.DataFrame) -> pd.DataFrame:
+    """What could not be measured, columns ``MISSING_COLUMNS``."""
+    absent = measurements[measurements["value"].isna()]
+    groups = absent.groupby(list(MISSING_COLUMNS[:-1]), dropna=False, as_index=False).size()
+    return groups.rename(columns={"size": "count"})
+
+
+@dataclass(frozen=True)
+class MetricTable:
+    """One metric in tidy form: ``variant, method, level, temperature, iteration, unit, x, model_id`` and a scale.
+
+    ``x`` is the logarithm where ``log_scale``. ``model_id`` is equal for observations that are the same by construction
+    (same weights, no new randomness), which then count once.
+    """
+
+    metric: str
+    table: pd.DataFrame
+    log_scale: bool
+    weights: str | None = None
+
+    def estimates(self) -> list[tuple[tuple[str, str, float, float], Estimate]]:
+        result: list[tuple[Any, Estimate]] = []
+        for key, group in self.table.groupby([*_CELL, "temperature"], dropna=False, sort=True):
+            estimate = _of_matrix(group, "x", "model_id")
+            if estimate is None:
+                continue
+            if self.weights is not None:
+                centre = float(np.average(group["x"], weights=group[self.weights]))
+                shift = centre - estimate.estimate
+                estimate = estimate.map(lambda value, shift=shift: value + shift)  # type: ignore[misc]
+            result.append((key, estimate.map(math.exp) if self.log_scale else estimate))
+        return result
+
+    def pairs(self, variant: str, reference: str) -> pd.DataFrame:
+        """Both variants on the same ``method, level, temperature, iteration, unit``: ``difference`` and ``pair``.
+
+        Repeats within an iteration are averaged. ``pair`` is equal for pairs that are the same by construction.
+        What is left of equal numbers by rounding is no difference.
+        """
+        keys = ["method", "level", "temperature", "iteration", "unit"]
+        means = self.table.groupby(["variant", *keys, "model_id"], dropna=False, as_index=False)["x"].mean()
+        of_variant, of_reference = (means[means["variant"] == name] for name in (variant, reference))
+        both = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
+        difference = both["x"] - both["x_reference"]
+        rounding = 1e-12 * (both["x"].abs() + both["x_reference"].abs())
+        result: pd.DataFrame = both.assign(
+            difference=difference.where(difference.abs() > rounding, 0.0),
+            pair=both["model_id"] + "|" + both["model_id_reference"],
+        )
+        return result
+
+    def differences(self, variant: str, reference: str) -> list[tuple[tuple[str, float, float], Estimate]]:
+        result: list[tuple[Any, Estimate]] = []
+        pairs = self.pairs(variant, reference)
+        for key, group in pairs.groupby(["method", "level", "temperature"], dropna=False, sort=True):
+            estimate = _of_matrix(group, "difference", "pair")
+            if estimate is not None:
+                result.append((key, estimate))
+        return result
+
+
+def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | None:
+    """Interval of one group; iterations that are identical by construction count once, incomplete units are left out."""
+    first = group.groupby(identity)["iteration"].transform("min")
+    distinct = group[group["iteration"] == first]
+    matrix = distinct.pivot_table(index="iteration", columns="unit", values=column, aggfunc="mean")
+    complete = matrix.dropna(axis=1)
+    if complete.empty:
+        complete = matrix.dropna(axis=0)
+    return None if complete.empty else crossed_interval(complete.to_numpy(dtype=np.float64))
+
+
+def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
+    """Every metric that the measurements hold, as observations."""
+    known = _known(cells, measurements)
+    result = [*_perplexity_observations(known)]
+    for metric in _TEXT_METRICS:
+        rows = known[known["metric"] == metric].assign(unit=lambda t: t["prompt"])
+        # New draws make new texts from the same model; only greedy decoding repeats itself.
+        drawn = np.where(rows["temperature"] > 0, "@" + rows["iteration"].astype(str), "")
+        rows = rows.assign(model_id=rows["fingerprint"] + drawn)
+        result.append(_scaled(metric, rows))
+        if f"{metric}_distance" in METRICS:
+            result.append(_distances(metric, rows))
+    for metric in (*_TIMING_METRICS, *_RUN_METRICS, *_CELL_METRICS):
+        rows = known[known["metric"] == metric]
+        rows = rows.assign(unit=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
+        result.append(_scaled(metric, rows))
+    return [(data.metric, data) for data in result if len(data.table)]
+
+
+def _known(cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
+    """Measurements that have a value, of cells that are done, with the cell's fingerprint."""
+    done = cells.loc[cells["status"] == "done", ["variant", "method", "iteration", "level", "fingerprint"]]
+    return measurements.dropna(subset=["value"]).merge(done, on=["variant", "method", "iteration", "level"])
+
+
+def _scaled(metric: str, rows: pd.DataFrame) -> MetricTable:
+    log_scale = METRICS[metric].log_scale
+    return MetricTable(metric, rows.assign(x=np.log(rows["value"]) if log_scale else rows["value"]), log_scale)
+
+
+def _perplexity_observations(known: pd.DataFrame) -> list[MetricTable]:
+    table = _document_losses(known)
+    per_token = table.assign(x=table["window_nats"] / table["window_tokens"])
+    per_byte = table.assign(x=table["window_nats"] / math.log(2) / table["window_bytes"])
+    return [
+        MetricTable("perplexity", per_token, True, "window_tokens"),
+        MetricTable("bits_per_byte", per_byte, False, "window_bytes"),
+    ]
+
+
+def _perplexity_ratio(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
+    """Perplexity over the same variant's at level 0, paired by document: for the summary alone, as it is no contrast."""
+    table = _document_losses(_known(cells, measurements))
+    keys = ["variant", "method", "iteration", "unit"]
+    dense = table.loc[table["level"] == 0, [*keys, "window_nats", "window_tokens"]]
+    both = table[table["level"] > 0].merge(dense, on=keys, suffixes=("", "_dense"))
+    change = both["window_nats"] / both["window_tokens"] - both["window_nats_dense"] / both["window_tokens_dense"]
+    return [("perplexity_ratio", MetricTable("perplexity_ratio", both.assign(x=change), True, "window_tokens"))]
+
+
+def _word_perplexity(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
+    """Loss per word, for the summary alone: as a contrast it would say what perplexity says. Older runs count no words."""
+    table = _document_losses(_known(cells, measurements))
+    table = table[table["window_words"] > 0]
+    per_word = table.assign(x=table["window_nats"] / table["window_words"])
+    return [("word_perplexity", MetricTable("word_perplexity", per_word, True, "window_words"))]
+
+
+def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
+    """Loss, tokens, bytes and words of every document that a cell was evaluated on."""
+    windows = {
+        name: known[known["metric"] == name].groupby([*_CELL, "iteration", "document", "fingerprint"])["value"]
+        for name in ("window_nats", "window_tokens", "window_bytes", "window_words")
+    }
+    table = pd.concat([group.sum().rename(name) for name, group in windows.items()], axis=1)
+    # A document of which a window has no finite loss is left out whole: the sum of the others would flatter the model.
+    whole = windows["window_nats"].size().reindex(table.index) == windows["window_tokens"].size().reindex(table.index)
+    table = table[whole].reset_index().rename(columns={"document": "unit"})
+    return table.assign(temperature=np.nan, model_id=table["fingerprint"])
+
+
+def _distances(metric: str, rows: pd.DataFrame) -> MetricTable:
+    """Distance from the dense model's value on the same prompt and draws; of logarithms where the metric is positive."""
+    keys = ["variant", "method", "iteration", "temperature", "unit"]
+    scaled = rows.assign(y=np.log(rows["value"]) if METRICS[metric].log_scale else rows["value"])
+    dense = scaled[scaled["level"] == 0].drop_duplicates(keys)[[*keys, "y"]]
+    both = scaled.merge(dense, on=keys, suffixes=("", "_dense"))
+    return MetricTable(f"{metric}_distance", both.assign(x=(both["y"] - both["y_dense"]).abs()), False)
+
+
+def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:
+    """What pruning can bring at best: the dense speed by the bytes left, the dense latency by the FLOPs left.
+
+    Bytes are those read per decoding step (parameters and cache), the bound of decoding on a memory-bound machine; FLOPs
+    those of reading the prompts, the bound of the first token on a compute-bound one.
+    """
+    table = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
+    names = ["decode_bytes", "cache_bytes", "prefill_flops", "tokens_per_second", "first_token_latency_s"]
+    wide = table[table["metric"].isin(names)].pivot_table(index=_CELL, columns="metric", values="estimate")
+    wide = wide.reindex(columns=names)
+    wide = wide.assign(read=wide["decode_bytes"] + wide["cache_bytes"]).reset_index()
+    dense = wide[wide["level"] == 0].set_index(["variant", "method"])
+    result: list[list[object]] = []
+    for row in wide.to_dict("records"):
+        key = (row["variant"], row["method"])
+        if key not in dense.index:
+            continue
+        at_zero = dense.loc[key]
+        for name, value in (
+            ("tokens_per_second_ceiling", at_zero["tokens_per_second"] * at_zero["read"] / row["read"]),
+            (
+                "first_token_latency_floor_s",
+                at_zero["first_token_latency_s"] * row["prefill_flops"] / at_zero["prefill_flops"],
+            ),
+        ):
+            if math.isfinite(value):
+                place = [model, *key, row["level"], math.nan, name]
+                result.append([*place, float(value), math.nan, math.nan, 1, METRICS[name].unit])
+    return result

@@ -1,0 +1,154 @@
+"""The model card of a pruned model: what was cut, what it costs, how it was made, and how it loads."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from pruning_comparison.models.heads import MODELING_FILE, head_grid, kept_heads, live_groups
+
+_ROUTES = (
+    (
+        "compact",
+        "with pruning-comparison",
+        "`load_pruned(folder)` from `pruning_comparison.checkpoint.forms`; runs no code of it",
+    ),
+    (
+        "compact",
+        "with transformers alone",
+        f"`AutoModelForCausalLM.from_pretrained(folder, trust_remote_code=True)`, which runs `{MODELING_FILE}`",
+    ),
+    ("plain", "as a plain checkpoint, without custom code", "form `plain`"),
+    ("padded", "padded with zeros to the dense model's shapes, without custom code", "form `padded`; saves nothing"),
+)
+
+
+@dataclass(frozen=True)
+class BeforeAndAfter:
+    """A figure of the dense model and of the pruned one; None where it could not be measured."""
+
+    label: str
+    unit: str
+    before: float | None
+    after: float | None
+
+
+def model_card(
+    model: Any, *, form: str, holds: Mapping[str, str | None], measured: Sequence[BeforeAndAfter] = ()
+) -> str:
+    """The README.md of a pruned model saved in ``form``: Markdown with the header that the hub reads.
+
+    ``holds`` gives, for each form, None or the reason why the model cannot have it. What ``prune`` has noted in the model's
+    config is told; what nobody has measured is said not to have been.
+    """
+    made: Mapping[str, Any] = getattr(model.config, "pruning", None) or {}
+    keep, grid = kept_heads(model.config), head_grid(model.config)
+    gone, total = int((~keep).sum()), grid.total
+    base = str(made.get("base_model", "the dense model"))
+    licence = made.get("licence")
+    parts = [
+        _header(made, licence),
+        f"# {_plain(base)} without {gone} of its {total} attention heads\n",
+        f"{gone} of {total} heads ({100 * gone / total:.1f} %) have been removed, in {grid.n_layers} layers of "
+        f"{grid.n_heads}{_format_method(made)}.\n",
+        "## How it loads\n",
+        _table(("", "", "holds for this model"), [_route_row(route, form, holds) for route in _ROUTES]),
+        f"This folder is in {form} form. Weights are safetensors only.\n",
+        "## What was cut\n",
+        _table(("layer", "heads left", "which, counted from 0", "key-value heads left"), _layer_rows(keep, grid)),
+        "## Before and after\n",
+        _format_measured(measured, form, made),
+        "## How it was made\n",
+        _table(
+            ("", ""),
+            [(_plain(name), _plain(_format_value(value))) for name, value in made.items() if name != "measured_on"],
+        )
+        if made
+        else "Not recorded: the model was not made by `prune`.\n",
+        "## Licence\n",
+        _format_licence(licence),
+    ]
+    return "\n".join(parts)
+
+
+def _header(made: Mapping[str, Any], licence: Any) -> str:
+    # A quoted JSON string is a YAML string, whatever is in it.
+    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, attention-heads]"]
+    if licence:
+        lines.insert(0, f"license: {json.dumps(str(licence))}")
+    if made.get("hub_model"):
+        lines.append(f"base_model: {json.dumps(str(made['hub_model']))}")
+    return "\n".join(["---", *lines, "---", ""])
+
+
+def _format_method(made: Mapping[str, Any]) -> str:
+    if "method" not in made:
+        return ""
+    return f", ranked by `{_plain(str(made['method']))}`, variant `{_plain(str(made['variant']))}`"
+
+
+def _route_row(route: tuple[str, str, str], form: str, holds: Mapping[str, str | None]) -> tuple[str, str, str]:
+    needed, title, how = route
+    reason = holds[needed]
+    if reason is not None:
+        return title, how, f"no: {_plain(reason)}"
+    return title, how, "yes, this folder" if needed == form else f"yes, saved in form {needed}"
+
+
+def _layer_rows(keep: Tensor, grid: Any) -> list[tuple[str, ...]]:
+    rows: list[tuple[str, ...]] = []
+    for layer, row in enumerate(keep):
+        heads = row.nonzero().flatten().tolist()
+        groups = live_groups(grid, row)
+        rows.append((str(layer), str(len(heads)), ", ".join(map(str, heads)) or "none", str(len(groups))))
+    return rows
+
+
+def _format_measured(measured: Sequence[BeforeAndAfter], form: str, made: Mapping[str, Any]) -> str:
+    if not measured:
+        return "Not measured.\n"
+    rows = []
+    for figure in measured:
+        change = (
+            f"{100 * (figure.after / figure.before - 1):+.1f} %" if figure.before and figure.after is not None else ""
+        )
+        rows.append((f"{figure.label} ({figure.unit})", _number(figure.before), _number(figure.after), change))
+    note = f"Measured on {_plain(str(made['measured_on']))}.\n" if "measured_on" in made else ""
+    if form == "padded":
+        note += "These figures are those of the compact form; padded, speed and bytes are the dense model's.\n"
+    return _table(("", "dense", "pruned", "change"), rows) + "\n" + note
+
+
+def _format_licence(licence: Any) -> str:
+    if licence:
+        return f"The base model's licence, {_plain(str(licence))}, holds for what is left of it.\n"
+    return (
+        "The base model's licence holds for what is left of it; which one that is was not stated where it was read.\n"
+    )
+
+
+def _number(value: float | None) -> str:
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def _format_value(value: Any) -> str:
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_format_value(item)}" for name, item in value.items())
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def _plain(text: str) -> str:
+    """Text that stays one cell of a table and one paragraph, and is no markup."""
+    one_line = " ".join(text.split())
+    return one_line.replace("\\", "\\\\").replace("|", "\\|").replace("<", "&lt;").replace("`", "'")
+
+
+def _table(heading: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    lines = [heading, ["---"] * len(heading), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"

@@ -1,0 +1,68 @@
+"""Numbers, units, lists and durations as people read them."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from difflib import get_close_matches
+
+
+def plain_number(value: float) -> str:
+    """A number with three significant digits and thousands separated; "missing" where there is none."""
+    if not math.isfinite(value):
+        return "missing" if math.isnan(value) else ("infinite" if value > 0 else "minus infinite")
+    if value == 0:
+        return "0"
+    if abs(value) < 1e-4 or abs(value) >= 1e15:
+        return f"{value:.2e}".replace("-", "\N{MINUS SIGN}")
+    digits = max(0, 2 - math.floor(math.log10(abs(value))))
+    text = f"{value:,.{digits}f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return text.replace("-", "\N{MINUS SIGN}")
+
+
+def with_unit(value: float, unit: str) -> str:
+    """A number and its unit, bytes and seconds scaled so that they read well."""
+    if not math.isfinite(value):
+        return plain_number(value)
+    if unit == "byte":
+        for power, word in ((9, "GB"), (6, "MB"), (3, "kB")):
+            if abs(value) >= 10**power:
+                return f"{plain_number(value / 10**power)} {word}"
+    if unit == "s" and 0 < abs(value) < 1:
+        return f"{plain_number(value * 1000)} ms"
+    return plain_number(value) if unit in ("1", "") else f"{plain_number(value)} {unit}"
+
+
+def interval_with_unit(low: float, high: float, unit: str) -> str:
+    """Both ends of an interval, the unit written once where both have the same."""
+    first, second = with_unit(low, unit), with_unit(high, unit)
+    number, _, word = first.partition(" ")
+    return f"{number if word and second.endswith(f' {word}') else first} to {second}"
+
+
+def per_cent(level: float) -> str:
+    """A level as words: "40 %"."""
+    return f"{level:g} %"
+
+
+def listed(parts: Sequence[str]) -> str:
+    """Parts of a sentence with commas and an "and"."""
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def format_duration(seconds: float) -> str:
+    """A time as people say it: "about 40 s", "about 3 min", "about 2 h 10 min"."""
+    if seconds < 90:
+        return f"about {max(1, round(seconds))} s"
+    minutes = round(seconds / 60)
+    return f"about {minutes} min" if minutes < 90 else f"about {minutes // 60} h {minutes % 60} min"
+
+
+def unknown_name(option: str, name: str, known: Iterable[str]) -> str:
+    """What to say of a name that is not among the ``known`` ones: the nearest of them, and all."""
+    names = list(known)
+    lowered = {one.lower(): one for one in names}
+    near = get_close_matches(name.lower(), lowered, n=1)
+    hint = f"Did you mean {lowered[near[0]]}? " if near else ""
+    return f"{option}: {name!r} is unknown. {hint}Choose from {', '.join(names)}."

@@ -1,0 +1,237 @@
+"""What a run would measure and what it could find out, said before anything is measured.
+
+Reads config, tokenizer and texts, never weights. How long a run takes is reckoned in ``expected``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, replace
+from typing import Any, cast
+
+from pruning_comparison.analysis.hypotheses import CLAIM_LEVEL, QUALITY_LEVEL
+from pruning_comparison.analysis.margins import Margins
+from pruning_comparison.analysis.random_effects import PLANNING, Components, detectable_effect, smallest_permutation_p
+from pruning_comparison.formatting import listed, per_cent, plain_number
+from pruning_comparison.models import HeadGrid
+from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds, parameter_count
+from pruning_comparison.pruning.selection import Scope, expected_heads_pruned
+from pruning_comparison.report.verdicts import TITLES
+from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.workspace import heads_leaving_together
+from pruning_comparison.spec import ComparisonSpec
+
+__all__ = ["ASSUMED", "format_plan", "plan_cost", "plan_run"]
+
+POWER = 0.8
+
+ASSUMED: Mapping[str, Components] = {
+    "E1": Components(0.0, 0.0, 0.0015),
+    "E2": Components(0.0001, 0.0045, 0.0003),
+    "E3": Components(0.0, 0.0, 0.003),
+    "E4": Components(0.0, 0.0, 0.004),
+}
+"""Variances of a pair's difference that a plan reckons with, on each expectation's scale (logarithms; for E3, distances).
+
+Those of the bundled model on 2 cores, rounded up: method entropy, three iterations, 16 documents of 256 tokens, 5 prompts of
+32 new tokens. Another model, text, method or machine has others, which is why a plan says "about".
+"""
+
+
+def plan_run(spec: ComparisonSpec, margins: Margins, inputs: Inputs) -> dict[str, Any]:
+    """What a run of ``spec``, whose ``inputs`` are prepared, would measure and find, as plain values."""
+    grid = inputs.preview.grid
+    documents = len({window.document for window in inputs.windows})
+    prompts = len(inputs.prompts)
+    timed = -(-prompts // spec.batch_size)
+    window = inputs.calibration.shape[1]
+    calibration = -(-spec.calibration_tokens // window)
+    return {
+        "model": inputs.preview.describe()["name"],
+        "layers": grid.n_layers,
+        "heads_per_layer": grid.n_heads,
+        "heads": grid.total,
+        "methods": list(spec.pruning_methods),
+        "variants": list(spec.variants),
+        "temperatures": list(spec.temperatures),
+        "iterations": spec.iterations,
+        "levels": [_level(spec, level, grid) for level in spec.pruning_levels],
+        "trajectories": len(list(spec.trajectories())),
+        "cells": len(list(spec.cells())),
+        "evaluation": {
+            "documents": documents,
+            "windows": len(inputs.windows),
+            "tokens": sum(window.targets for window in inputs.windows),
+        },
+        "calibration": {"windows_per_iteration": calibration, "tokens_per_iteration": calibration * window},
+        "prompts": prompts,
+        "timed_batches": timed,
+        "pairs": {
+            "iterations_x_documents": spec.iterations * documents,
+            "iterations_x_prompts": spec.iterations * prompts,
+            "iterations_x_timed_batches": spec.iterations * timed,
+        },
+        "power": POWER,
+        "margins": asdict(margins),
+        "expectations": _expectations(spec, margins, documents, prompts, timed),
+        "notes": _notes(spec, inputs),
+    }
+
+
+def plan_cost(spec: ComparisonSpec, inputs: Inputs) -> dict[str, Any]:
+    """Expected time by phase, memory and disk. Times a random model of the same shape, unless memory is short for it."""
+    parameters = parameter_count(inputs)
+    room = available_bytes()
+    fits = room is None or 8 * parameters < room
+    cost = expected(spec, inputs, measure_speeds(spec, inputs) if fits else None, parameters)
+    return cost if fits else {**cost, "reason": "a model of this size does not fit into this machine's free memory"}
+
+
+def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]:
+    together = heads_leaving_together(grid, spec.unit)
+    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, cast(Scope, spec.scope), together)
+    return {"level": level, "heads_pruned": gone, "achieved_level": 100 * gone / grid.total}
+
+
+def _expectations(
+    spec: ComparisonSpec, margins: Margins, documents: int, prompts: int, timed: int
+) -> list[dict[str, Any]]:
+    """Per expectation: pairs, the smallest p that sign flips attain, and the effect that is found with the power wanted.
+
+    The corrected significance is the hardest that Holm's correction can ask for: every method's expectations are one family,
+    with speed at equal perplexity, and diversity at each temperature.
+    """
+    if not {"agency", "baseline"} <= set(spec.variants):
+        return []
+    family = len(spec.pruning_methods) * (4 + len(spec.temperatures))
+    high = [level for level in spec.pruning_levels if level >= QUALITY_LEVEL]
+    pruned = [level for level in spec.pruning_levels if level > 0]
+    found = []
+    for name, unit, units, levels, margin, sign in (
+        ("E1", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.speed, 1),
+        ("E2", "document", documents, high, margins.quality, -1),
+        ("E3", "prompt", prompts, high, margins.diversity, -1),
+        ("E4", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.latency, -1),
+    ):
+        distance = detectable_effect(
+            spec.iterations, units, assumed_components(name, spec), alpha=CLAIM_LEVEL / family, wanted=POWER
+        )
+        ratio = name != "E3"
+        boundary = math.log1p(sign * margin) if ratio else sign * margin
+        effect = boundary + sign * distance
+        found.append(
+            {
+                "id": name,
+                "title": TITLES[name],
+                "levels": levels,
+                "unit": unit,
+                "iterations": spec.iterations,
+                "units": units,
+                "pairs": spec.iterations * units if levels else 0,
+                "smallest_p_flipping_iterations": smallest_permutation_p(spec.iterations),
+                "smallest_p_flipping_units": smallest_permutation_p(units),
+                "detectable": None if not levels or math.isinf(effect) else math.expm1(effect) if ratio else effect,
+                "scale": "relative" if ratio else "absolute",
+            }
+        )
+    return found
+
+
+def assumed_components(name: str, spec: ComparisonSpec) -> Components:
+    """What pairs of an expectation are taken to vary by; quality varies far more between iterations where chance ranks."""
+    usual = ASSUMED[name]
+    if name != "E2" or "random" not in spec.pruning_methods:
+        return usual
+    return replace(usual, iterations=max(usual.iterations, PLANNING["random heads, small effect"].iterations))
+
+
+def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
+    notes = []
+    if not {"agency", "baseline"} <= set(spec.variants):
+        notes.append("agency and baseline are not both in --variants, so no expectation can be answered.")
+    if not any(level >= QUALITY_LEVEL for level in spec.pruning_levels):
+        notes.append(
+            f"no level is {QUALITY_LEVEL:g} % or more, so the expectations about quality and diversity cannot be answered."
+        )
+    if spec.iterations == 1:
+        notes.append("with one iteration nothing is known about how much a repetition would differ.")
+    if len(spec.temperatures) == 1:
+        notes.append("with one temperature the question about temperature cannot be answered.")
+    if 0 in spec.temperatures:
+        notes.append("at temperature 0 nothing is drawn: iterations whose models are the same count once.")
+    if len(inputs.prompts) < spec.max_prompts:
+        notes.append(f"there are only {len(inputs.prompts)} prompts; --max_prompts asks for {spec.max_prompts}.")
+    return notes
+
+
+# In words
+
+
+def format_plan(plan: Mapping[str, Any]) -> str:
+    """The plan as text for a terminal."""
+    evaluation, calibration = plan["evaluation"], plan["calibration"]
+    iterations = plan["iterations"]
+    lines = [
+        f"{plan['model']}: {plan['layers']} layers of {plan['heads_per_layer']} heads, {plan['heads']} heads in all",
+        "",
+        *(f"{'' if number else 'levels':13}{_format_level(level)}" for number, level in enumerate(plan["levels"])),
+        f"measures     {_count(plan['trajectories'], 'trajectory', 'trajectories')}, {_count(plan['cells'], 'cell')}: "
+        f"{listed(plan['variants'])}; {listed(plan['methods'])}; {_count(iterations, 'iteration')}; "
+        f"temperatures {listed([f'{heat:g}' for heat in plan['temperatures']])}",
+        f"evaluation   {evaluation['tokens']:,} tokens in {_count(evaluation['windows'], 'window')} of "
+        f"{_count(evaluation['documents'], 'document')}",
+        f"calibration  {calibration['tokens_per_iteration']:,} tokens per iteration",
+        f"pairs        {_times(iterations, evaluation['documents'], 'document')}",
+        f"             {_times(iterations, plan['prompts'], 'prompt')}",
+        f"             {_times(iterations, plan['timed_batches'], 'timed batch', 'timed batches')}",
+        *(format_forecast(plan["expected"]) if "expected" in plan else []),
+    ]
+    if plan["expectations"]:
+        lines += [
+            "",
+            f"What can be found with power {plan['power']:g}, if pairs vary about as much as on the bundled model:",
+            "",
+            *_aligned([_HEADING, *(_format_expectation(row) for row in plan["expectations"])]),
+            "",
+            "The smallest p is what sign flips of whole iterations, and of whole documents or prompts, attain at best.",
+        ]
+    if plan["notes"]:
+        lines += ["", *(f"note: {note}" for note in plan["notes"])]
+    return "\n".join(lines)
+
+
+_HEADING = ("expectation", "at levels", "pairs", "smallest p", "supported if agency is really better by")
+
+
+def _format_expectation(row: Mapping[str, Any]) -> tuple[str, ...]:
+    levels = [f"{level:g}" for level in row["levels"]]
+    smallest = (
+        f"{plain_number(row['smallest_p_flipping_iterations'])}, {plain_number(row['smallest_p_flipping_units'])}"
+    )
+    if row["detectable"] is None:
+        effect = "nothing: no effect is large enough" if levels else "nothing: not measured"
+    else:
+        relative = row["scale"] == "relative"
+        size = abs(row["detectable"]) * (100 if relative else 1)
+        effect = f"about {plain_number(float(f'{size:.2g}'))}{' %' if relative else ''}"
+    return (f"{row['id']} {row['title'].lower()}", ", ".join(levels) or "none", str(row["pairs"]), smallest, effect)
+
+
+def _format_level(level: Mapping[str, Any]) -> str:
+    asked, reached = level["level"], level["achieved_level"]
+    off = "" if abs(asked - reached) < 1e-9 else f", which is {reached:.4g} %"
+    return f"{per_cent(asked)}: {_count(level['heads_pruned'], 'head')}{off}"
+
+
+def _count(number: int, word: str, plural: str = "") -> str:
+    return f"{number:,} {word if number == 1 else plural or word + 's'}"
+
+
+def _times(iterations: int, units: int, word: str, plural: str = "") -> str:
+    return f"{_count(iterations, 'iteration')} x {_count(units, word, plural)} = {iterations * units}"
+
+
+def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]

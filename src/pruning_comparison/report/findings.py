@@ -1,0 +1,314 @@
+"""What was measured, in plain sentences for readers who know no statistics: what pruning did, what it cost, what failed.
+
+Which of the two variants is better is not said here: that is for the verdicts (``verdicts.py``), whose statistics are
+made for it. A change is claimed only where the intervals leave a gap. Nothing is estimated here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import pandas as pd
+
+from pruning_comparison.formatting import interval_with_unit, listed, per_cent, plain_number, with_unit
+from pruning_comparison.variants import AGENCY_VS_BASELINE
+
+__all__ = ["Finding", "interval_with_unit", "listed", "per_cent", "plain_findings", "plain_number", "with_unit"]
+
+
+_DO_NOT_TELL = "the data do not tell"
+
+
+_ONE_OBSERVATION = "one observation, no interval"
+
+
+_Direction = Literal["higher", "lower", "unclear", "single"]
+
+
+_AGAINST_EXPECTATION: Mapping[tuple[str, str], str] = {
+    ("baseline", "higher"): "It was expected to slow down; it does not.",
+    ("agency", "lower"): "It was expected to keep its speed or gain; it does not.",
+}
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing the tables say: what it is about, the sentence, and the numbers that stand behind it."""
+
+    heading: str
+    sentence: str
+    evidence: str
+
+
+def _interval(row: Mapping[str, Any], unit: str) -> str:
+    low, high = float(row["ci_low"]), float(row["ci_high"])
+    n = "n unknown" if pd.isna(row["n"]) else f"n = {int(row['n'])}"
+    if math.isnan(low) or math.isnan(high):
+        return f"{with_unit(float(row['estimate']), unit)} (no interval, {n})"
+    return f"{with_unit(float(row['estimate']), unit)} [{interval_with_unit(low, high, unit)}], {n}"
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+def _measured(summary: pd.DataFrame, metric: str, method: str, variant: str) -> list[dict[str, Any]]:
+    """The rows with a finite estimate, by level and temperature."""
+    chosen = (summary["metric"] == metric) & (summary["method"] == method) & (summary["variant"] == variant)
+    rows = summary[chosen].sort_values(["level", "temperature"])
+    return [row for row in _records(rows) if math.isfinite(row["estimate"])]
+
+
+def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> _Direction:
+    """Whether two intervals leave a gap, and to which side the second lies. Overlap says nothing."""
+    if min(first["n"], second["n"]) < 2 or pd.isna(first["n"]) or pd.isna(second["n"]):
+        return "single"
+    if second["ci_low"] > first["ci_high"]:
+        return "higher"
+    return "lower" if second["ci_high"] < first["ci_low"] else "unclear"
+
+
+def _where(row: Mapping[str, Any], several_temperatures: bool) -> str:
+    place = per_cent(float(row["level"]))
+    return f"{place} (temperature {float(row['temperature']):g})" if several_temperatures else place
+
+
+def plain_findings(
+    summary: pd.DataFrame, contrasts: pd.DataFrame, cells: pd.DataFrame, manifest: Mapping[str, Any]
+) -> list[Finding]:
+    """Say what was found, method by method, then what holds for the run as a whole.
+
+    ``summary`` has one row per estimate, ``contrasts`` one per comparison with the baseline, ``cells`` one per
+    (variant, method, iteration, level). ``manifest`` supplies the number of heads where ``cells`` has none.
+    """
+    found: list[Finding] = []
+    for method in [str(name) for name in summary["method"].dropna().unique()]:
+        candidates = [
+            _quality_by_level(summary, method),
+            _change_of_speed(summary, method),
+            _by_temperature(summary, method),
+            _cost_of_adaptation(summary, method),
+        ]
+        found += [finding for finding in candidates if finding is not None]
+    closing = [_same_at_level_0(contrasts), _levels_reached(cells, manifest), _failures(cells)]
+    found += [finding for finding in closing if finding is not None]
+    return found
+
+
+def _quality_by_level(summary: pd.DataFrame, method: str) -> Finding | None:
+    """What pruning does to perplexity: each variant at each level beside the unpruned model, without setting them against
+    each other.
+    """
+    sentences, evidence = [], []
+    for variant in ("baseline", "agency"):
+        rows = _measured(summary, "perplexity", method, variant)
+        if rows:
+            sentences.append(_perplexity_told(summary, method, variant, rows))
+            evidence.append(f"{variant}: {_evidence(rows, False, '1')}")
+    if not sentences:
+        return None
+    explained = "Perplexity is how surprised a model is by text; lower is better."
+    return Finding(
+        f"{method}: what pruning does to quality", " ".join([explained, *sentences]), ". ".join(evidence) + "."
+    )
+
+
+def _perplexity_told(summary: pd.DataFrame, method: str, variant: str, rows: Sequence[Mapping[str, Any]]) -> str:
+    """One variant's perplexity at each level, beside its own value at level 0 where there is one."""
+    dense = next((row for row in rows if row["level"] == 0), None)
+    of_variant = (summary["variant"] == variant) & (summary["metric"] == "perplexity") & (summary["method"] == method)
+    absent = sorted(set(summary.loc[of_variant, "level"].dropna()) - {row["level"] for row in rows})
+    parts, unclear, single = [], [], False
+    for row in rows:
+        if row["level"] == 0:
+            continue
+        told = f"{plain_number(row['estimate'])} at {per_cent(row['level'])}"
+        if dense is not None:
+            way = _apart(dense, row)
+            single = single or way == "single"
+            if way == "unclear":
+                unclear.append(per_cent(row["level"]))
+            if dense["estimate"]:
+                told += f" ({plain_number(row['estimate'] / dense['estimate'])} times)"
+        parts.append(told)
+    if dense is None:
+        sentence = (
+            f"With heads pruned by {method}, the {variant} model's is {listed(parts)}. Level 0 was not measured, so "
+            f"{_DO_NOT_TELL} what pruning changed."
+        )
+    elif parts:
+        sentence = f"The {variant} model's is {plain_number(dense['estimate'])} unpruned and {listed(parts)}."
+    else:
+        sentence = f"The {variant} model's is {plain_number(dense['estimate'])} unpruned."
+    if absent:
+        sentence += f" It is missing at {listed([per_cent(level) for level in absent])}."
+    if unclear:
+        sentence += (
+            f" At {listed(unclear)} the interval overlaps that of level 0, so by these intervals {_DO_NOT_TELL} "
+            "whether pruning changed it there."
+        )
+    if single:
+        sentence += f" This is {_ONE_OBSERVATION}: how much of it is chance cannot be said."
+    return sentence
+
+
+def _evidence(rows: Sequence[Mapping[str, Any]], several_temperatures: bool, unit: str) -> str:
+    return "; ".join(f"at {_where(row, several_temperatures)}: {_interval(row, unit)}" for row in rows)
+
+
+def _change_of_speed(summary: pd.DataFrame, method: str) -> Finding | None:
+    """Whether speed at the highest level differs from speed at level 0, for each of the two, and what was possible."""
+    sentences, evidence = [], []
+    for variant in ("baseline", "agency"):
+        rows = _measured(summary, "tokens_per_second", method, variant)
+        dense = next((row for row in rows if row["level"] == 0), None)
+        if not rows or dense is None or rows[-1]["level"] == 0:
+            continue
+        top = rows[-1]
+        went = f"{plain_number(dense['estimate'])} to {plain_number(top['estimate'])} tokens per second"
+        between = f"from level 0 to {per_cent(top['level'])}"
+        change = {
+            "higher": f"The {variant} model gets faster: {went} {between}.",
+            "lower": f"The {variant} model gets slower: {went} {between}.",
+            "unclear": (
+                f"The {variant} model went from {went} {between}; the intervals overlap, so by these intervals "
+                f"{_DO_NOT_TELL} whether its speed changed."
+            ),
+            "single": f"The {variant} model went from {went} {between}: {_ONE_OBSERVATION} at a level.",
+        }
+        way = _apart(dense, top)
+        sentences.append(change[way])
+        if (variant, way) in _AGAINST_EXPECTATION:
+            sentences.append(_AGAINST_EXPECTATION[variant, way])
+        evidence.append(f"{variant}: {_evidence([dense, top], False, 'token/s')}")
+        ceiling = [
+            row
+            for row in _measured(summary, "tokens_per_second_ceiling", method, variant)
+            if row["level"] == top["level"]
+        ]
+        if ceiling:
+            evidence.append(f"the bytes left would allow {plain_number(ceiling[0]['estimate'])} token/s")
+    if not sentences:
+        return None
+    return Finding(f"{method}: what pruning does to speed", " ".join(sentences), "; ".join(evidence))
+
+
+def _by_temperature(summary: pd.DataFrame, method: str) -> Finding | None:
+    """Generation perplexity at the highest level beside the unpruned model's, temperature by temperature."""
+    measured = {
+        variant: _measured(summary, "generation_perplexity", method, variant) for variant in ("baseline", "agency")
+    }
+    rows = [row for of_variant in measured.values() for row in of_variant]
+    temperatures = sorted({float(row["temperature"]) for row in rows if not pd.isna(row["temperature"])})
+    top = max((float(row["level"]) for row in rows), default=0.0)
+    if len(temperatures) < 2 or top == 0:
+        return None
+    told, evidence = [], []
+    for temperature in temperatures:
+        parts: list[str] = []
+        for variant, of_variant in measured.items():
+            here = [row for row in of_variant if row["temperature"] == temperature]
+            dense = next((row for row in here if row["level"] == 0), None)
+            pruned = next((row for row in here if row["level"] == top), None)
+            if dense is not None and not any(part.startswith("unpruned") for part in parts):
+                parts.insert(0, f"unpruned {plain_number(dense['estimate'])}")
+                evidence.append(f"unpruned, temperature {temperature:g}: {_interval(dense, '1')}")
+            if pruned is not None:
+                parts.append(f"{variant} {plain_number(pruned['estimate'])}")
+                evidence.append(f"{variant}, temperature {temperature:g}: {_interval(pruned, '1')}")
+        told.append(f"at temperature {temperature:g} {listed(parts)}")
+    sentence = (
+        f"How implausible the unpruned model finds the generated text (generation perplexity), with {per_cent(top)} of "
+        f"the heads pruned by {method}: {'; '.join(told)}."
+    )
+    return Finding(f"{method}: temperature", sentence, "; ".join(evidence))
+
+
+def _cost_of_adaptation(summary: pd.DataFrame, method: str) -> Finding | None:
+    seconds = _measured(summary, "adaptation_s", method, "agency")
+    tokens = {row["level"]: row for row in _measured(summary, "adaptation_tokens", method, "agency")}
+    seconds = [row for row in seconds if row["level"] > 0] or seconds
+    if not seconds and not tokens:
+        return None
+    parts = []
+    for level in sorted({row["level"] for row in seconds} | {level for level in tokens if level > 0}):
+        time = next((with_unit(row["estimate"], "s") for row in seconds if row["level"] == level), "time not measured")
+        text = f" and {plain_number(tokens[level]['estimate'])} tokens of text" if level in tokens else ""
+        parts.append(f"{time}{text} at {per_cent(level)}")
+    if not parts:
+        return None
+    asked = [row for row in _measured(summary, "negotiation_s", method, "agency") if row["level"] > 0]
+    evidence = [f"adaptation: {_evidence(seconds, False, 's') or 'missing'}"]
+    sentence = f"Agency's adaptation took {listed(parts)}."
+    if asked:
+        times = listed([f"{with_unit(row['estimate'], 's')} at {per_cent(row['level'])}" for row in asked])
+        sentence += f" Asking the heads, in all rounds up to a level, took {times}."
+        evidence.append(f"negotiation: {_evidence(asked, False, 's')}")
+    sentence += " The baseline has no such cost."
+    return Finding(f"{method}: what agency cost", sentence, "; ".join(evidence))
+
+
+def _same_at_level_0(contrasts: pd.DataFrame) -> Finding | None:
+    """Before anything is pruned both must be the same model; a perplexity that differs is a fault to look into."""
+    chosen = contrasts[
+        (contrasts["metric"] == "perplexity")
+        & (contrasts["level"] == 0)
+        & (contrasts["contrast"] == AGENCY_VS_BASELINE)
+        & (contrasts["estimate"].abs() > 0.01)
+    ]
+    if chosen.empty:
+        return None
+    rows = _records(chosen)
+    sentence = (
+        "At level 0 nothing is pruned and both should be the same model, but their perplexities differ. "
+        "Look into this before trusting the rest."
+    )
+    return Finding(
+        "Not the same at level 0", sentence, "; ".join(f"{row['method']}: {_interval(row, '%')}" for row in rows)
+    )
+
+
+def _levels_reached(cells: pd.DataFrame, manifest: Mapping[str, Any]) -> Finding | None:
+    """Where the achieved level is not the requested one: rounding to whole heads, or more than that."""
+    done = cells[cells["status"] == "done"].dropna(subset=["level", "achieved_level"])
+    off = done[(done["level"] - done["achieved_level"]).abs() > 1e-6]
+    if off.empty:
+        return None
+    model = manifest.get("model")
+    heads = model.get("heads") if isinstance(model, Mapping) else None
+    rows = _records(off.drop_duplicates(["level", "achieved_level"]).sort_values(["level", "achieved_level"]))
+    pairs = [f"{per_cent(row['level'])} became {row['achieved_level']:.4g} %" for row in rows]
+    rounding = True
+    for row in rows:
+        total = row["heads_total"] if not pd.isna(row["heads_total"]) else heads
+        step = 50.0 / float(total) if total else 0.0
+        rounding = rounding and abs(row["level"] - row["achieved_level"]) <= step + 1e-6
+    reason = (
+        "because only whole heads can be pruned"
+        if rounding
+        else "by more than rounding to whole heads explains, unless the heads were counted within each layer"
+    )
+    sentence = f"The level reached differs from the level asked for, {reason}: {listed(pairs)}."
+    evidence = "; ".join(
+        f"{per_cent(row['level'])}: {plain_number(row['heads_pruned'])} of {plain_number(row['heads_total'])} heads"
+        for row in rows
+    )
+    return Finding("Levels asked for and reached", sentence, evidence)
+
+
+def _failures(cells: pd.DataFrame) -> Finding | None:
+    failed = cells[cells["status"] == "failed"]
+    if failed.empty:
+        return None
+    counts = failed["reason"].fillna("no reason recorded").astype(str).value_counts()
+    sentence = (
+        f"{len(failed)} of {len(cells)} cells failed, so their figures are missing from everything above and below."
+        if len(failed) > 1
+        else f"One of {len(cells)} cells failed, so its figures are missing from everything above and below."
+    )
+    return Finding(
+        "Cells that failed", sentence, "; ".join(f"{count} times: {reason}" for reason, count in counts.items())
+    )

@@ -1,0 +1,530 @@
+"""The verdicts in plain words: four expectations and five questions, each supported, refuted or inconclusive.
+
+The verdict of a row is the statistics' alone; a sentence claims what the verdict, its interval and its margin allow, and
+nothing beyond. An inconclusive one says how much more would settle it. Nothing is estimated here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import pandas as pd
+
+from pruning_comparison.formatting import listed, per_cent, plain_number
+from pruning_comparison.report.findings import Finding
+from pruning_comparison.variants import RETIRED, VARIANTS, Variant, reported_variant
+
+__all__ = ["TITLES", "Verdict", "exploratory_findings", "interval_shown", "part_findings", "shown", "verdicts"]
+
+_NOISE = 1e-12
+"""What rounding of floating-point numbers leaves of a difference that is none."""
+SUPPORTED, REFUTED, INCONCLUSIVE, REPORTED = "supported", "refuted", "inconclusive", "reported"
+
+
+@dataclass(frozen=True)
+class Verdict:
+    """One expectation or question answered, for a reader who knows no statistics.
+
+    ``about`` names method, temperature and model where the run has several; ``verdict`` is supported, refuted or
+    inconclusive, or "reported" for a question that asks for a figure and not whether something holds.
+    """
+
+    id: str
+    title: str
+    asked: str
+    about: str
+    verdict: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class _Asked:
+    """What an expectation or question asks, and how a difference between two variants is put into words.
+
+    ``claim`` has the places ``variant``, ``reference``, ``of_reference`` (the possessive) and ``size``; ``whether`` says the
+    same as an open question.
+    """
+
+    title: str
+    asked: str
+    claim: str = ""
+    more: str = "higher"
+    less: str = "lower"
+    place: str = ""
+
+
+_ASKED = {
+    "E1": _Asked(
+        "Speed",
+        "Expected: agency keeps or gains speed as heads are pruned, and is faster than the baseline.",
+        "{variant} generates text {size} than {reference}",
+        "faster",
+        "slower",
+        "with heads pruned",
+    ),
+    "E1p": _Asked(
+        "Speed at equal perplexity",
+        "The same, where both are pruned until their text is equally good.",
+        "at equal perplexity {variant} generates text {size} than {reference}",
+        "faster",
+        "slower",
+    ),
+    "E2": _Asked(
+        "Quality",
+        "Expected: agency keeps lower perplexity at high levels of pruning.",
+        "{variant}'s perplexity is {size} than {of_reference}",
+        place="with 40 % of the heads or more pruned",
+    ),
+    "E3": _Asked(
+        "Diversity",
+        "Expected: agency's text stays nearer to the unpruned model's diversity at high levels of pruning.",
+        "the distance of {variant}'s diversity (distinct-2) from the unpruned model's is {size} than {of_reference}",
+        "larger",
+        "smaller",
+        "with 40 % of the heads or more pruned",
+    ),
+    "E4": _Asked(
+        "Responsiveness",
+        "Expected: agency's first token comes sooner.",
+        "{variant}'s wait for the first token is {size} than {of_reference}",
+        "longer",
+        "shorter",
+        "with heads pruned",
+    ),
+    "Q1": _Asked(
+        "Resilience",
+        "Does agency improve resilience to pruning?",
+        "every further 10 % makes {variant}'s perplexity {size} relative to {of_reference}",
+    ),
+    "Q2": _Asked("Optimal level", "How many heads can go before quality suffers?"),
+    "Q3": _Asked(
+        "Temperature",
+        "How does temperature affect pruned models: does it change how the two compare?",
+    ),
+    "Q4": _Asked("Tight resources", "Is agency more beneficial the more is pruned?"),
+    "Q5": _Asked("Which metrics", "Which measurements benefit most from agency?"),
+}
+
+TITLES: Mapping[str, str] = {name: asked.title for name, asked in _ASKED.items()}
+"""What each expectation and question is called, in the order in which they are answered."""
+
+
+_METRIC_WORDS = {
+    "perplexity": "perplexity",
+    "bits_per_byte": "bits per byte",
+    "tokens_per_second": "speed",
+    "first_token_latency_s": "first-token latency",
+    "time_per_output_token_s": "time per token",
+    "end_to_end_s": "end-to-end time",
+    "distinct_2_distance": "diversity",
+    "seq_rep_4_distance": "repetition",
+    "generation_perplexity_distance": "plausibility of the generated text",
+    "peak_memory_bytes": "peak memory",
+}
+
+
+# Numbers in words
+
+
+def shown(row: Mapping[str, Any], column: str) -> str:
+    """A figure of a row of answers as the expert table shows it: log ratios as per cent, the others as they are."""
+    value = float(row[column])
+    if column == "margin":
+        return f"±{100 * value:g} %" if _is_ratio(row) else f"±{value:g}"
+    amount = _amount(row, value)
+    return f"{'+' if amount > 0 else ''}{plain_number(amount)}{_unit(row)}"
+
+
+def interval_shown(row: Mapping[str, Any]) -> str:
+    """The interval of a row of answers, both ends as ``shown``."""
+    if not _has_interval(row):
+        return "no interval"
+    return f"{shown(row, 'ci_low')} to {shown(row, 'ci_high')}"
+
+
+def _is_ratio(row: Mapping[str, Any]) -> bool:
+    return row["scale"] == "log_ratio" or str(row["unit"]).startswith("log ratio")
+
+
+def _amount(row: Mapping[str, Any], value: float) -> float:
+    amount = 100 * math.expm1(value) if _is_ratio(row) else value
+    return amount if abs(amount) > _NOISE else 0.0
+
+
+def _unit(row: Mapping[str, Any]) -> str:
+    return " %" if _is_ratio(row) else ""
+
+
+def _size(row: Mapping[str, Any], value: float, asked: _Asked) -> str:
+    """A difference as a size and a direction: "5 % lower"."""
+    amount = _amount(row, value)
+    return f"{plain_number(abs(amount))}{_unit(row)} {asked.more if amount > 0 else asked.less}"
+
+
+def _range(row: Mapping[str, Any], asked: _Asked) -> str:
+    """Both ends of the interval as sizes, the smaller change first where they point the same way."""
+    low, high = float(row["ci_low"]), float(row["ci_high"])
+    if low < 0 < high:
+        return f"{_size(row, low, asked)} to {_size(row, high, asked)}"
+    near, far = (high, low) if high <= 0 else (low, high)
+    return f"{plain_number(abs(_amount(row, near)))} to {_size(row, far, asked)}"
+
+
+def _has_interval(row: Mapping[str, Any]) -> bool:
+    return not (pd.isna(row["ci_low"]) or pd.isna(row["ci_high"]))
+
+
+# What one row says
+
+
+def _names(row: Mapping[str, Any]) -> dict[str, str]:
+    variant, _, reference = str(row["contrast"]).partition(" vs ")
+    name = reported_variant(reference).title
+    return {"variant": variant, "reference": name, "of_reference": f"{name}'s"}
+
+
+def _claim(row: Mapping[str, Any], asked: _Asked) -> str:
+    return asked.claim.format(**_names(row), size=_size(row, float(row["estimate"]), asked))
+
+
+def _gain_interval(row: Mapping[str, Any]) -> tuple[float, float]:
+    """The interval with more meaning better."""
+    low, high = float(row["ci_low"]), float(row["ci_high"])
+    return (low, high) if row["better"] == "higher" else (-high, -low)
+
+
+def _statement(row: Mapping[str, Any], asked: _Asked) -> str:
+    """What a row allows one to say, without a first capital and without a full stop."""
+    if row["verdict"] == INCONCLUSIVE:
+        return _open_statement(row, asked)
+    if not _has_interval(row):
+        return _claim(row, asked)
+    told = f"{_claim(row, asked)} (95 % interval: {_range(row, asked)})"
+    if row["verdict"] == SUPPORTED:
+        return told
+    low, high = _gain_interval(row)
+    margin = 0.0 if pd.isna(row["margin"]) else float(row["margin"])
+    if high < 0 and row["reason"] != "no difference":
+        return told
+    if row["reason"] == "no difference" or max(-low, high) <= margin:
+        names = _names(row)
+        return (
+            f"{names['variant']} and {names['reference']} differ by too little to matter: the interval is "
+            f"{_range(row, asked)}, and less than {shown(row, 'margin')} counts as no difference"
+        )
+    return f"{told}: a gain that matters does not fit the data"
+
+
+def _open_statement(row: Mapping[str, Any], asked: _Asked) -> str:
+    if pd.isna(row["estimate"]):
+        return "this was not measured"
+    if not _has_interval(row):
+        return f"{_claim(row, asked)} in this sample, but there is too little data for an interval"
+    if not any(_amount(row, float(row[column])) for column in ("estimate", "ci_low", "ci_high")):
+        names = _names(row)
+        return f"{names['variant']} and {names['reference']} do not differ at all in this sample{_why_open(row)}"
+    return f"{_claim(row, asked)} in this sample, but anything from {_range(row, asked)} fits the data{_why_open(row)}"
+
+
+def _why_open(row: Mapping[str, Any]) -> str:
+    """Why a row is open although its interval leaves out zero, or lies inside the margin; else nothing."""
+    low, high = float(row["ci_low"]), float(row["ci_high"])
+    margin = 0.0 if pd.isna(row["margin"]) else float(row["margin"])
+    bounds = (math.log1p(-margin), math.log1p(margin)) if _is_ratio(row) else (-margin, margin)
+    gain = low > bounds[1] if row["better"] == "higher" else high < bounds[0]
+    if gain or _gain_interval(row)[1] < 0 or (margin > 0 and bounds[0] < low and high < bounds[1]):
+        return ", which would be clear if it were the only thing tested; among so many it may be chance"
+    if low > 0 or high < 0:
+        return f", and less than {shown(row, 'margin')} would count as no difference"
+    return ""
+
+
+def _more(row: Mapping[str, Any]) -> str:
+    """How much more would settle an inconclusive row, in a few words; nothing where that is not known or would not do."""
+    unit = row["unit_name"] if isinstance(row["unit_name"], str) else "unit"
+    ways = [
+        f"{_round_up(row[column]):,} more {word}{'' if row[column] == 1 else 's'}"
+        for column, word in (("more_iterations", "iteration"), ("more_units", unit))
+        if not pd.isna(row[column]) and row[column] >= 1
+    ]
+    return f"about {' or '.join(ways)}" if ways else ""
+
+
+def _round_up(count: float) -> int:
+    """Two significant digits of a large number: it is an estimate."""
+    step = 10 ** max(0, len(str(int(count))) - 2)
+    return int(math.ceil(count / step) * step)
+
+
+def _more_sentence(row: Mapping[str, Any]) -> str:
+    more = _more(row)
+    if more:
+        return f" {_capital(more)} would settle it, if the difference is as large as it looks now."
+    if row["reason"] == "wide interval":
+        unit = row["unit_name"] if isinstance(row["unit_name"], str) else "unit"
+        return f" More iterations alone, or more {unit}s alone, would not settle it; more of both might."
+    return ""
+
+
+def _where(row: Mapping[str, Any], place: str) -> str:
+    """Where a row holds: the levels, the method, and the temperature if there is one."""
+    heat = "" if pd.isna(row["temperature"]) else f" at temperature {float(row['temperature']):g}"
+    by = f"by {row['method']}{heat}"
+    return f"{place} {by}" if place else f"with heads pruned {by}"
+
+
+def _sentence(row: Mapping[str, Any], asked: _Asked, disappointed: str) -> str:
+    """One whole sentence, or two: where, what, and what that means for the expectation."""
+    if pd.isna(row["estimate"]):
+        return f"This was not measured{_because(row)}, so nothing can be said."
+    place = _where(row, asked.place)
+    told = f"{_capital(place)}, {_statement(row, asked)}."
+    if row["verdict"] == INCONCLUSIVE:
+        return f"The data do not decide. {told}{_more_sentence(row)}"
+    return f"{told} {disappointed}" if row["verdict"] == REFUTED else told
+
+
+def _because(row: Mapping[str, Any]) -> str:
+    reason = row["reason"]
+    return f" ({reason})" if isinstance(reason, str) and reason and reason != "missing" else ""
+
+
+def _capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
+
+
+# The verdicts
+
+
+def verdicts(answers: pd.DataFrame, optimal: pd.DataFrame) -> list[Verdict]:
+    """Every expectation and question in order, for each model, method and temperature that has an answer of its own.
+
+    ``answers`` has columns ``HYPOTHESIS_COLUMNS``, ``optimal`` ``OPTIMUM_COLUMNS``; exploratory rows of ``answers`` are
+    passed over. One that has no row at all is inconclusive, since it was not measured. Nothing comes of empty tables.
+    """
+    rows = _records(answers[answers["kind"] != "exploratory"])
+    if not rows:
+        return []
+    levels = _records(optimal)
+    places = list(dict.fromkeys((str(row["model"]), str(row["method"])) for row in rows))
+    named = _Named(len({model for model, _ in places}) > 1, len({method for _, method in places}) > 1)
+    found: list[Verdict] = []
+    for name, asked in _ASKED.items():
+        for model, method in places:
+            here = [r for r in rows if (r["id"], str(r["model"]), str(r["method"])) == (name, model, method)]
+            there = [r for r in levels if (str(r["model"]), str(r["method"])) == (model, method)]
+            about = named.about(model, method)
+            if name == "Q2":
+                found.append(_optimal_level(asked, about, there))
+            elif name in ("Q4", "Q5") and here:
+                found.extend(_over_metrics(name, asked, about, here))
+            elif here:
+                several = len(here) > 1
+                found.extend(
+                    _one(name, asked, named.about(model, method, row if several else None), row) for row in here
+                )
+            elif name != "E1p":
+                found.append(Verdict(name, asked.title, asked.asked, about, INCONCLUSIVE, _NOT_MEASURED))
+    return found
+
+
+_NOT_MEASURED = "This was not measured, so nothing can be said."
+_DISAPPOINTED = {
+    "worse": "This is the opposite of what was expected.",
+    "otherwise": "The expectation is not met.",
+}
+
+
+@dataclass(frozen=True)
+class _Named:
+    """Which of model and method have to be named, because there are several."""
+
+    model: bool
+    method: bool
+
+    def about(self, model: str, method: str, row: Mapping[str, Any] | None = None) -> str:
+        parts = [model] if self.model else []
+        if self.method:
+            parts.append(method)
+        if row is not None and not pd.isna(row["temperature"]):
+            parts.append(f"temperature {float(row['temperature']):g}")
+        return ", ".join(parts)
+
+
+def _one(name: str, asked: _Asked, about: str, row: Mapping[str, Any]) -> Verdict:
+    if name == "Q3":
+        sentence = _temperature_sentence(row)
+    elif name == "Q1":
+        sentence = _sentence(row, asked, "So agency is not more resilient here, but less.")
+    else:
+        worse = _has_interval(row) and _gain_interval(row)[1] < 0
+        sentence = _sentence(row, asked, _DISAPPOINTED["worse" if worse else "otherwise"])
+    return Verdict(name, asked.title, asked.asked, about, str(row["verdict"]), sentence)
+
+
+def _optimal_level(asked: _Asked, about: str, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+    """Q2: per variant the highest level within the tolerance, how sure that is, and the knee."""
+    known = [row for row in rows if not pd.isna(row["highest_level"])]
+    if not known:
+        return Verdict("Q2", asked.title, asked.asked, about, INCONCLUSIVE, _NOT_MEASURED)
+    tolerance = f"{100 * float(known[0]['tolerance']):g} %"
+    at: dict[float, list[str]] = {}
+    sure = []
+    for row in known:
+        name = reported_variant(str(row["variant"])).title
+        at.setdefault(float(row["highest_level"]), []).append(name)
+        if not pd.isna(row["share"]):
+            sure.append(f"{100 * float(row['share']):.0f} % for {name}")
+    told = [
+        f"{per_cent(level) if level > 0 else 'none of the levels above 0'} for {listed(names)}"
+        for level, names in sorted(at.items(), reverse=True)
+    ]
+    sentence = (
+        f"The highest level at which perplexity certainly (with 95 % confidence) rises by less than {tolerance} is "
+        f"{listed(told)}."
+    )
+    if sure:
+        sentence += f" Of resampled data, {listed(sure)} lead to the same level."
+    knees = [row for row in known if not pd.isna(row["knee_level"])]
+    if knees:
+        bends = [f"{per_cent(row['knee_level'])} for {reported_variant(str(row['variant'])).title}" for row in knees]
+        sentence += f" The best trade of speed for quality (the knee) is at {listed(bends)}."
+    return Verdict("Q2", asked.title, asked.asked, about, REPORTED, sentence)
+
+
+def _temperature_sentence(row: Mapping[str, Any]) -> str:
+    """Q3 asks for any change, so that a supported answer may be to agency's favour or not."""
+    if pd.isna(row["estimate"]):
+        why = "It takes two temperatures" if row["reason"] == "too little data" else "This was not measured"
+        return f"{why}, so nothing can be said."
+    helped = "better" if float(row["estimate"]) < 0 else "worse"
+    claim = (
+        f"the higher the temperature, the {helped} agency does against the baseline as more is pruned, by how far the text "
+        "strays from the unpruned model's"
+    )
+    figures = f"95 % interval of the change: {interval_shown(row)} in log generation perplexity per 10 % of the heads"
+    if row["verdict"] == INCONCLUSIVE:
+        if not _has_interval(row):
+            return f"The data do not decide: there is too little of it for an interval.{_more_sentence(row)}"
+        clear = float(row["ci_low"]) > 0 or float(row["ci_high"]) < 0
+        but = (
+            "which would be clear if it were the only thing tested; among so many it may be chance"
+            if clear
+            else "but no change fits the data as well"
+        )
+        return (
+            "The data do not decide whether temperature changes how the two compare. "
+            f"In this sample {claim}, {but} ({figures}).{_more_sentence(row)}"
+        )
+    return f"{_capital(_where(row, ''))}, {claim} ({figures})."
+
+
+def _over_metrics(name: str, asked: _Asked, about: str, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+    """Q4 and Q5 ask metric by metric: one verdict for the metrics that it holds for, one for those it does not, one for
+    those that are open.
+    """
+    heads = {
+        ("Q4", SUPPORTED): "The more is pruned, the larger agency's gain is in {}.",
+        ("Q4", REFUTED): "The more is pruned, the smaller agency's gain is, or the larger its loss, in {}.",
+        ("Q4", INCONCLUSIVE): "The data do not decide whether agency's gain grows with the level in {}.",
+        ("Q5", SUPPORTED): "Agency does better than the baseline in these, the largest effect first: {}.",
+        ("Q5", REFUTED): "Agency does worse than the baseline in {}.",
+        ("Q5", INCONCLUSIVE): "The data do not decide about {}.",
+    }
+    found = []
+    for word in (SUPPORTED, REFUTED, INCONCLUSIVE):
+        chosen = [row for row in rows if row["verdict"] == word]
+        if chosen:
+            sentence = heads[name, word].format(listed([_metric_told(name, row) for row in chosen]))
+            found.append(Verdict(name, asked.title, asked.asked, about, word, sentence))
+    return found
+
+
+def _metric_told(name: str, row: Mapping[str, Any]) -> str:
+    metric = _METRIC_WORDS.get(str(row["metric"]), str(row["metric"]).replace("_", " "))
+    if row["verdict"] == INCONCLUSIVE:
+        more = "not measured" if pd.isna(row["estimate"]) else _more(row)
+        return f"{metric} ({more})" if more else metric
+    if name == "Q4":
+        return f"{metric} ({shown(row, 'estimate')} for every further 10 %)"
+    return f"{metric} ({plain_number(float(row['estimate']))})"
+
+
+def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
+    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
+
+
+# What each part of agency brings
+
+
+def part_findings(answers: pd.DataFrame) -> list[Finding]:
+    """What each part of agency brings to quality: agency against the variant that lacks it, one finding per method.
+
+    A part that makes no difference that matters is said to bring nothing. Contrasts of variants were not asked beforehand,
+    so these are hints. Nothing comes of a run without such variants.
+    """
+    asked = _ASKED["E2"]
+    rows = [
+        row
+        for row in _records(answers[answers["kind"] == "exploratory"])
+        if row["id"] == "E2" and not pd.isna(row["estimate"])
+    ]
+    found = []
+    for model, method in dict.fromkeys((row["model"], row["method"]) for row in rows):
+        by_contrast = {row["contrast"]: row for row in rows if (row["model"], row["method"]) == (model, method)}
+        told, figures = [], []
+        for variant in (*VARIANTS.values(), *RETIRED.values()):
+            row = by_contrast.get(f"agency vs {variant.name}")
+            if row is not None and variant.lacks is not None:
+                told.append(_part_told(row, variant))
+                figures.append(f"{variant.name}: {shown(row, 'estimate')} [{interval_shown(row)}], n = {int(row['n'])}")
+        if told:
+            place = _capital(_where(next(iter(by_contrast.values())), asked.place))
+            sentence = f"{place}, perplexity tells what each part brings (hints and no verdicts). {' '.join(told)}"
+            found.append(Finding(f"{method}: what each part of agency brings", sentence, "; ".join(figures)))
+    return found
+
+
+def _part_told(row: Mapping[str, Any], variant: Variant) -> str:
+    asked, part = _ASKED["E2"], variant.lacks
+    size = f"agency's perplexity is {_size(row, float(row['estimate']), asked)} than where {variant.instead}"
+    if row["verdict"] == INCONCLUSIVE:
+        return f"{part}: the data do not decide; in this sample {size}."
+    interval = f"(95 % interval: {_range(row, asked)})"
+    if row["verdict"] == SUPPORTED:
+        return f"{part} {'help' if variant.plural else 'helps'}: {size} {interval}."
+    if row["reason"] == "no difference":
+        verb = "bring" if variant.plural else "brings"
+        return f"{part} {verb} nothing that matters: {size} {interval}, and less than {shown(row, 'margin')} does not count."
+    return f"{part} {'do' if variant.plural else 'does'} harm: {size} {interval}."
+
+
+# Exploratory contrasts
+
+
+def exploratory_findings(answers: pd.DataFrame) -> list[Finding]:
+    """What exploratory rows of answers say, one finding for each contrast, method and model: hints and no verdicts."""
+    rows = [row for row in _records(answers[answers["kind"] == "exploratory"]) if row["id"] in _ASKED]
+    found = []
+    for model, method, contrast in dict.fromkeys((row["model"], row["method"], row["contrast"]) for row in rows):
+        here = [row for row in rows if (row["model"], row["method"], row["contrast"]) == (model, method, contrast)]
+        asked = [(row, _ASKED[row["id"]]) for row in here if _ASKED[row["id"]].claim]
+        clear = [(row, words) for row, words in asked if row["verdict"] != INCONCLUSIVE]
+        told = [f"{_capital(_where(row, words.place))}, {_statement(row, words)}." for row, words in clear]
+        unclear = list(dict.fromkeys(words.title.lower() for row, words in asked if row["verdict"] == INCONCLUSIVE))
+        if unclear:
+            told.append(f"The data do not decide about {listed(unclear)}.")
+        if told:
+            sentence = " ".join(["Not asked beforehand, so these are hints and no verdicts.", *told])
+            figures = "; ".join(
+                f"{words.title.lower()}: {shown(row, 'estimate')} [{interval_shown(row)}], n = {int(row['n'])}"
+                for row, words in asked
+                if not pd.isna(row["estimate"])
+            )
+            found.append(
+                Finding(f"{method}: {str(contrast).replace(' vs ', ' against ')} (exploratory)", sentence, figures)
+            )
+    return found

@@ -1,0 +1,125 @@
+"""One cell of a comparison, top to bottom: rank, select, remove, adapt, measure."""
+
+from __future__ import annotations
+
+import hashlib
+from dataclasses import replace
+from typing import cast
+
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison.agency import AdaptationCost, RecoveryCost, adapt, recover
+from pruning_comparison.pruning import (
+    Scope,
+    expected_heads_pruned,
+    mask_heads,
+    masked_copy,
+    remove_heads,
+    select_heads,
+)
+from pruning_comparison.run.measure_cell import measure_quality
+from pruning_comparison.run.pruned_model import KeptHeads, PrunedModel
+from pruning_comparison.run.workspace import Workspace, at_precision
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.store import CellResult
+from pruning_comparison.variants import variant_named
+
+
+def run_cell(workspace: Workspace, cell: Cell) -> tuple[PrunedModel, CellResult]:
+    """Makes a cell's model and measures its quality. Its speed is measured later, in turns with the other variants'."""
+    pruned = build(workspace, cell)
+    return pruned, measure_quality(workspace, cell, pruned)
+
+
+def build(workspace: Workspace, cell: Cell) -> PrunedModel:
+    """The model that a cell measures: ranks heads, selects those that stay, removes the others, adapts the survivors."""
+    variant = variant_named(cell.variant)
+    if variant.selection == "once" or (variant.negotiates and cell.level == 0):
+        scores = workspace.ranking(cell.method, cell.iteration)
+        scope = cast(Scope, workspace.spec.scope)
+        keep = select_heads(scores.scores, cell.level, scope, group_size=workspace.group_size)
+        return replace(remove_and_adapt(workspace, cell, keep), scores=scores)
+    reached = workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
+    pruned = replace(remove_and_adapt(workspace, cell, reached.keep), scores=reached.scores)
+    if not reached.round_records or bool(reached.keep.all()):
+        return pruned
+    return replace(pruned, round_records=reached.round_records, negotiation_s=reached.seconds)
+
+
+def rebuild(workspace: Workspace, cell: Cell, kept: KeptHeads) -> PrunedModel:
+    """The model of a cell that has been measured, from the heads it has kept: nothing is scored or negotiated again.
+
+    AssertionError if it does not come out as the one that was measured.
+    """
+    pruned = remove_and_adapt(workspace, cell, kept.keep)
+    if pruned.fingerprint != kept.fingerprint:
+        raise AssertionError(
+            f"made again, the model is {pruned.fingerprint}; the one that was measured is {kept.fingerprint}"
+        )
+    return pruned
+
+
+def remove_and_adapt(workspace: Workspace, cell: Cell, keep: Tensor) -> PrunedModel:
+    """The dense model with these heads, bool [L, H], alone and, for variants that do, the survivors adapted."""
+    spec = workspace.spec
+    check_count(keep, cell.level, spec, workspace.group_size)
+    if bool(keep.all()):
+        return PrunedModel(workspace.dense, keep, "dense")
+    compact = remove_heads(workspace.reference, keep)
+    identity = [keep.numpy().tobytes()]
+    cost = _adapt_survivors(workspace, cell, compact, identity)
+    compact, recovery = _recover(workspace, cell, compact, identity)
+    fingerprint = hashlib.sha256(b"|".join(identity)).hexdigest()[:16]
+    if spec.execution == "masked":
+        model = at_precision(masked_copy(workspace.reference, compact, keep), spec.precision, workspace)
+        mask_heads(model, keep)
+    else:
+        model = at_precision(compact, spec.precision, workspace)
+    return PrunedModel(model, keep, fingerprint, cost=cost, recovery=recovery)
+
+
+def _adapt_survivors(
+    workspace: Workspace, cell: Cell, compact: PreTrainedModel, identity: list[bytes]
+) -> AdaptationCost | None:
+    """Adapts a pruned model in place, where its variant does, and adds to its ``identity`` the text it has read."""
+    spec = workspace.spec
+    if not variant_named(cell.variant).adapts or spec.adaptation == "none":
+        return None
+    identity.append(workspace.calibration(cell.iteration).numpy().tobytes())
+    return adapt(
+        workspace.dense_stream(cell.iteration),
+        compact,
+        steps=spec.adaptation,
+        ridge=spec.ridge,
+        mlp_ridge=spec.mlp_ridge,
+        measure_peak=spec.memory_logging,
+        allow_new_bias=spec.new_bias,
+    )
+
+
+def _recover(
+    workspace: Workspace, cell: Cell, compact: PreTrainedModel, identity: list[bytes]
+) -> tuple[PreTrainedModel, RecoveryCost | None]:
+    """The model after the spec's steps of distillation, the same for every variant; as it is where there are none."""
+    spec = workspace.spec
+    if not spec.recovery_steps:
+        return compact, None
+    identity.append(f"recovered {cell.iteration}".encode())
+    return recover(
+        workspace.reference,
+        compact,
+        workspace.calibration(cell.iteration),
+        steps=spec.recovery_steps,
+        batch_size=spec.quality_batch_size,
+        learning_rate=spec.recovery_rate,
+        generator=workspace.generator("recovery", cell.iteration),
+    )
+
+
+def check_count(keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1) -> None:
+    """AssertionError if the mask does not prune exactly as many heads as the rule asks for."""
+    layers, heads = keep.shape
+    expected = expected_heads_pruned(level, layers, heads, cast(Scope, spec.scope), group_size)
+    if int((~keep).sum()) != expected:
+        raise AssertionError(f"level {level} prunes {int((~keep).sum())} heads; the rule asks for {expected}")

@@ -1,0 +1,197 @@
+"""A comparison from its spec to its journal: what is there, what is missing, who measures it, what is kept."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.models import preview_model
+from pruning_comparison.run.inputs import Inputs, content_hashes, prepare
+from pruning_comparison.run.launchers import Begun, Launcher, Timed, Work, format_timing, launch_serially
+from pruning_comparison.run.provenance import hardware, versions
+from pruning_comparison.run.pruned_model import KeptHeads
+from pruning_comparison.run.reuse import reuse
+from pruning_comparison.run.saved_models import model_folder
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store.records import CellResult, Measurement
+from pruning_comparison.store.run_folder import (
+    create_run,
+    read_manifest,
+    stored_runs,
+    unfinished_run,
+    write_manifest,
+)
+from pruning_comparison.texts import load_documents, load_prompts
+
+Report = Callable[[str], None]
+
+
+def run_comparison(
+    spec: ComparisonSpec,
+    *,
+    output_dir: Path,
+    report: Report = lambda message: None,
+    on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
+    on_measured: Callable[[Cell, Sequence[Measurement]], None] = lambda cell, measurements: None,
+    code_commit: str | None = None,
+    raise_failures: bool = False,
+    save_models: bool = False,
+    launcher: Launcher = launch_serially,
+) -> Path:
+    """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
+
+    ``save_models`` also keeps every pruned model, in ``model_folder``. ``launcher`` says who measures: results are the
+    same, so a run may be continued with another one.
+
+    A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead); the run then
+    stays unfinished, so that the same command tries it again. Interrupted is raised on Ctrl-C, after what was measured has
+    been kept.
+    """
+    if save_models and spec.execution != "compact":
+        raise InputError(
+            f"--save_models: nothing is removed with --execution={spec.execution}. Leave one of the two out."
+        )
+    inputs = prepare(spec)
+    folder = open_run(spec, inputs, output_dir, code_commit, report)
+    with RunStore(folder, lock=True) as store:
+        reuse(spec, inputs, store, report)
+        work = missing_work(spec, inputs, store, save_models=save_models, say=report, raise_failures=raise_failures)
+        total = sum(1 for _ in spec.cells()) + sum(1 for _ in spec.levels())
+        done = total - len(work.cells) - len(work.timings)
+        failed = 0
+        try:
+            for event in launcher(work):
+                if isinstance(event, Begun):
+                    on_progress(done, total, event.what)
+                elif isinstance(event, CellResult):
+                    store.write_cell(event, code_commit)
+                    on_measured(event.cell, event.measurements)
+                    done += 1
+                    if event.status == "failed":
+                        failed += 1
+                        report(f"failed: {event.cell.describe()}: {event.reason}")
+                elif isinstance(event, Timed):
+                    method, iteration, level = event.level
+                    store.write_timings(method, iteration, level, event.rows, complete=event.complete)
+                    for variant in spec.variants:
+                        rows = [row for name, row in event.rows if name == variant]
+                        on_measured(Cell(variant, method, iteration, level), rows)
+                    done += 1
+                    if event.reason is not None:
+                        failed += 1
+                        report(f"failed: {format_timing(event.level)}: {event.reason}")
+                else:
+                    failed += 1
+                    report(f"failed: {event.what}: {event.reason}")
+        except KeyboardInterrupt:
+            raise Interrupted(
+                f"{done} of {total} steps are kept in {folder}. The same command continues.", folder
+            ) from None
+        on_progress(done, total, "done")
+        manifest = read_manifest(folder)
+        if not failed:
+            write_manifest(folder, {**manifest, "finished": _now()})
+    return folder
+
+
+def missing_work(
+    spec: ComparisonSpec,
+    inputs: Inputs,
+    store: RunStore,
+    *,
+    save_models: bool,
+    say: Report,
+    raise_failures: bool,
+) -> Work:
+    """What a run still lacks. Levels are timed anew where a cell failed before."""
+    cells = frozenset(spec.cells()) - store.finished_cells()
+    models = frozenset(
+        cell
+        for cell in spec.cells()
+        if save_models and cell.level > 0 and not model_folder(store.folder, cell).is_dir()
+    )
+    timings = frozenset(spec.levels()) - store.finished_timings()
+
+    def known(cell: Cell) -> KeptHeads | None:
+        found = store.known(cell)
+        return None if found is None else KeptHeads(torch.tensor(found[0]), found[1])
+
+    parts = frozenset(store.parts())
+    return Work(spec, inputs, store.folder, cells, parts, timings, models, known, say, raise_failures)
+
+
+def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit: str | None, report: Report) -> Path:
+    """The run folder to write to: an unfinished one of the same spec, else a new one."""
+    spec_hash = spec.content_hash(dict(inputs.digests))
+    folder = unfinished_run(output_dir, spec_hash, report)
+    if folder is not None:
+        manifest = read_manifest(folder)
+        report(f"continuing {folder}")
+        warnings = []
+        if manifest.get("commit") != code_commit:
+            warnings.append(f"continued at commit {code_commit} after starting at {manifest.get('commit')}")
+        for part, now in (("versions", versions()), ("hardware", hardware(spec))):
+            if manifest.get(part) != now:
+                warnings.append(f"continued with other {part}, so that cells of one run may differ in rounding")
+        for warning in warnings:
+            report(f"warning: {warning}")
+        known = manifest.get("warnings", [])
+        if set(warnings) - set(known):
+            write_manifest(folder, {**manifest, "warnings": [*known, *(w for w in warnings if w not in known)]})
+        return folder
+    for other, manifest in stored_runs(output_dir):
+        if manifest.get("finished") is None and manifest.get("spec_hash") != spec_hash:
+            changed = _changed(manifest, spec, inputs)
+            report(f"{other} is unfinished and stays as it is: {', '.join(changed)} differ. This starts a new run")
+            break
+    manifest = {
+        "spec": spec.as_dict(),
+        "spec_hash": spec_hash,
+        "inputs": dict(inputs.digests),
+        "model": inputs.preview.describe(),
+        "versions": versions(),
+        "hardware": hardware(spec),
+        "commit": code_commit,
+        "started": _now(),
+        "finished": None,
+        "warnings": _warnings(spec),
+    }
+    return create_run(output_dir, manifest)
+
+
+def _changed(manifest: Mapping[str, Any], spec: ComparisonSpec, inputs: Inputs) -> list[str]:
+    """Names of the settings and of the contents that differ from those of a stored run."""
+    found = []
+    read = manifest.get("inputs")
+    pairs = ((manifest["spec"], spec.as_dict()), (read if isinstance(read, dict) else {}, dict(inputs.digests)))
+    for stored, now in pairs:
+        found += [name for name in now if stored.get(name) != now[name]]
+    return found or ["settings of another version"]
+
+
+def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
+    """Whether ``run_comparison`` would continue an unfinished run."""
+    digests = content_hashes(
+        preview_model(spec.model_name),
+        load_prompts(spec.prompt_file, spec.max_prompts),
+        load_documents(spec.eval_text, option="--eval_text"),
+        load_documents(spec.calibration_text, option="--calibration_text"),
+    )
+    return unfinished_run(output_dir, spec.content_hash(digests)) is not None
+
+
+def _warnings(spec: ComparisonSpec) -> list[str]:
+    warnings = []
+    if spec.device == "cpu" and spec.precision == "float16":
+        warnings.append("float16 on a CPU is slow and its speed says nothing about a GPU")
+    return warnings
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

@@ -1,0 +1,91 @@
+"""Everything that a spec names, read and checked before any weight is loaded."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from pruning_comparison.errors import InputError
+from pruning_comparison.measure.perplexity import EvaluationWindow, evaluation_windows
+from pruning_comparison.models import ModelPreview, preview_model
+from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.texts import (
+    Document,
+    check_enough,
+    digest,
+    load_documents,
+    load_prompts,
+    tokenize,
+    whole_windows,
+)
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """Everything a spec names, read and checked against the model's config, before any weight is loaded.
+
+    ``calibration`` [M, T] are all windows of calibration text, from which each iteration draws.
+    """
+
+    preview: ModelPreview
+    prompts: Sequence[str]
+    prompt_ids: Sequence[Sequence[int]]
+    windows: Sequence[EvaluationWindow]
+    calibration: Tensor
+    digests: Mapping[str, str]
+
+
+def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
+    """Reads config, tokenizer and texts, and checks that they fit the spec. InputError where they do not.
+
+    ``identify`` also takes the content hashes, which reads the weights of a local model through once.
+    """
+    preview = preview_model(spec.model_name)
+    prompts = load_prompts(spec.prompt_file, spec.max_prompts)
+    prompt_ids = [tokenize(preview.tokenizer, prompt)[0] for prompt in prompts]
+    for number, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True), start=1):
+        if not ids:
+            raise InputError(f"--prompt_file: prompt {number} ({prompt[:40]!r}) has no tokens. Write some text.")
+        if len(ids) >= preview.context:
+            raise InputError(
+                f"--prompt_file: prompt {number} ({prompt[:40]!r}...) has {len(ids)} tokens, which fill the context of "
+                f"{preview.context} tokens of {spec.model_name}. Shorten it."
+            )
+        if len(ids) + spec.num_tokens > preview.context:
+            raise InputError(
+                f"--num_tokens: prompt {number} has {len(ids)} tokens, and {spec.num_tokens} more exceed the context of "
+                f"{preview.context} tokens of {spec.model_name}. Ask for at most {preview.context - len(ids)}."
+            )
+    evaluation = load_documents(spec.eval_text, option="--eval_text")
+    calibration = load_documents(spec.calibration_text, option="--calibration_text")
+    shared = {document.text for document in evaluation} & {document.text for document in calibration}
+    if shared:
+        raise InputError(
+            f"--calibration_text: {len(shared)} of its documents are also in the evaluation text. Nothing that is "
+            "evaluated may be calibrated on; give other documents."
+        )
+    windows = evaluation_windows(
+        evaluation,
+        preview.tokenizer,
+        window=min(spec.eval_window, preview.context),
+        stride=min(spec.eval_stride, preview.context),
+        tokens=spec.eval_tokens,
+    )
+    calibration_windows = whole_windows(calibration, preview.tokenizer, min(spec.calibration_window, preview.context))
+    check_enough(calibration_windows, spec.calibration_tokens)
+    digests = content_hashes(preview, prompts, evaluation, calibration) if identify else {}
+    return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests)
+
+
+def content_hashes(
+    preview: ModelPreview, prompts: list[str], evaluation: list[Document], calibration: list[Document]
+) -> dict[str, str]:
+    """Content hashes of everything that a run reads."""
+    return {
+        "prompts": digest(prompts),
+        "eval_text": digest([document.text for document in evaluation]),
+        "calibration_text": digest([document.text for document in calibration]),
+        "model": preview.identity(),
+    }

@@ -1,0 +1,47 @@
+"""All work in this process, level by level, so that models are timed as soon as they are measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from transformers import PreTrainedModel
+
+from pruning_comparison.run.attempts import attempt, attempt_rebuild, attempt_timing
+from pruning_comparison.run.launchers.work import Begun, Event, Timed, Trouble, Work, format_timing
+from pruning_comparison.run.saved_models import save_model
+from pruning_comparison.run.workspace import load_workspace
+from pruning_comparison.spec import Cell
+
+
+def launch_serially(work: Work) -> Iterator[Event]:
+    """Measures the cells in the order of ``ComparisonSpec.cells``."""
+    spec = work.spec
+    if not work:
+        return
+    work.say(f"loading {spec.model_name}")
+    workspace = load_workspace(spec, work.inputs)
+    for place in spec.levels():
+        method, iteration, level = place
+        to_time = place in work.timings
+        models: dict[str, PreTrainedModel] = {}
+        for variant in spec.variants:
+            cell = Cell(variant, method, iteration, level)
+            if not (to_time or cell in work.cells or cell in work.models):
+                continue
+            yield Begun(cell.describe())
+            known = work.known(cell)
+            if known is None or cell in work.cells:
+                pruned, result = attempt(workspace, cell, known, raise_failures=work.raise_failures)
+                yield result
+            else:
+                pruned, reason = attempt_rebuild(workspace, cell, known, raise_failures=work.raise_failures)
+                if reason is not None:
+                    yield Trouble(cell.describe(), reason)
+            if pruned is not None:
+                models[variant] = pruned.model
+                if cell in work.models:
+                    save_model(workspace, pruned, cell, work.folder)
+        if to_time and models:
+            yield Begun(format_timing(place))
+            rows, reason = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
+            yield Timed(place, rows, reason is None and len(models) == len(spec.variants), reason)

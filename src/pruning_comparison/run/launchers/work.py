@@ -1,0 +1,79 @@
+"""What is handed out, and what comes back."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.pruned_model import KeptHeads
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.store.records import CellResult, Measurement
+
+TimingKey = tuple[str, int, float]
+"""(method, iteration, level): what all variants are timed at together."""
+
+
+def format_timing(level: TimingKey) -> str:
+    """What is under way, as people say it; iterations are counted from 1."""
+    method, iteration, at = level
+    return f"timing, {method}, iteration {iteration + 1}, level {at:g} %"
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a run still lacks: ``cells`` to measure, ``timings`` to take, and ``models`` to save in the run's ``folder``.
+
+    Of the cells in ``parts`` heads and perplexity are there, and texts are missing. ``known`` reads, from the journal,
+    heads and fingerprint of a cell that has been measured, or of a part; None of any other. False where nothing is lacking.
+    """
+
+    spec: ComparisonSpec
+    inputs: Inputs
+    folder: Path
+    cells: frozenset[Cell]
+    parts: frozenset[Cell]
+    timings: frozenset[TimingKey]
+    models: frozenset[Cell]
+    known: Callable[[Cell], KeptHeads | None]
+    say: Callable[[str], None]
+    raise_failures: bool = False
+
+    def __bool__(self) -> bool:
+        return bool(self.cells or self.timings or self.models)
+
+
+@dataclass(frozen=True)
+class Begun:
+    """Something is under way; its first word names the phase, a variant or "timing"."""
+
+    what: str
+
+
+@dataclass(frozen=True)
+class Timed:
+    """Timings of all variants at one level. Those that are not ``complete`` are taken again by the same command."""
+
+    level: TimingKey
+    rows: Sequence[tuple[str, Measurement]]
+    complete: bool
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
+class Trouble:
+    """A model that has been measured could not be made again."""
+
+    what: str
+    reason: str
+
+
+Event = Begun | CellResult | Timed | Trouble
+
+
+class Launcher(Protocol):
+    """Does the work, and gives every result as soon as it is there. It writes nothing but ``models``."""
+
+    def __call__(self, work: Work) -> Iterator[Event]: ...

@@ -1,0 +1,144 @@
+"""One pruned model to keep, made as a comparison makes its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+
+from pruning_comparison.checkpoint.model_card import BeforeAndAfter
+from pruning_comparison.errors import InputError
+from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
+from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
+from pruning_comparison.models import ModelPreview
+from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
+from pruning_comparison.pruning.surgery import converted_copy
+from pruning_comparison.run.cell import build
+from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.measure_cell import time_level
+from pruning_comparison.run.provenance import hardware
+from pruning_comparison.run.pruned_model import PrunedModel
+from pruning_comparison.run.saved_models import note_pruning
+from pruning_comparison.run.workspace import Workspace
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.texts import Document, check_enough, load_documents, whole_windows
+
+
+def prune(
+    model: PreTrainedModel,
+    tokenizer: Any,
+    *,
+    level: float,
+    method: str = "fisher",
+    variant: str = "agency",
+    calibration: str | Sequence[str] = "bundled:calibration",
+    **settings: Any,
+) -> PreTrainedModel:
+    """A copy of a dense model without ``level`` per cent of its heads, physically pruned, in the model's precision.
+
+    ``method`` ranks the heads and ``variant`` says how they leave and whether the survivors adapt, as in a comparison.
+    ``calibration`` is text that scores and adaptation may see: the name of a bundled text, a file or a folder, or texts
+    themselves. ``settings`` are those of ``ComparisonSpec``, such as ``calibration_tokens``, ``seed`` or ``new_bias``. What
+    was done stands in the copy's ``config.pruning``; the model itself stays as it is. The copy is for ``save_pruned``.
+
+    InputError for settings that cannot work, a model that has been pruned before, or a family that is not supported.
+    """
+    given = isinstance(calibration, str)
+    spec = spec_of_one(
+        level,
+        method,
+        variant,
+        model_name=str(getattr(model.config, "_name_or_path", "") or type(model).__name__),
+        device=str(model.device),
+        precision=str(model.dtype).removeprefix("torch."),
+        threads=torch.get_num_threads(),
+        calibration_text=calibration if given else "texts that were given",
+        **settings,
+    )
+    try:
+        dense = bool(kept_heads(model.config).all())
+    except UnsupportedModelError as error:
+        raise InputError(str(error)) from error
+    if not dense:
+        raise InputError("the model has been pruned before. Prune its dense original to the higher level instead.")
+    documents = (
+        load_documents(calibration, option="calibration")
+        if isinstance(calibration, str)
+        else [Document(str(number), text) for number, text in enumerate(calibration)]
+    )
+    preview = ModelPreview(spec.model_name, spec.model_name, model.config, tokenizer)
+    windows = whole_windows(documents, tokenizer, min(spec.calibration_window, preview.context))
+    check_enough(windows, spec.calibration_tokens)
+    reference = model if model.dtype == torch.float32 else converted_copy(model, torch.float32)
+    workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}), reference, model)
+    return build_one(workspace).model
+
+
+def spec_of_one(level: float, method: str, variant: str, **settings: Any) -> ComparisonSpec:
+    """The spec of a comparison that consists of one pruned model. InputError for settings that cannot work."""
+    unknown = sorted(set(settings) - {field.name for field in fields(ComparisonSpec)})
+    if unknown:
+        raise InputError(f"prune knows no setting {unknown[0]!r}. Those of ComparisonSpec are meant.")
+    if not level > 0:
+        raise InputError(f"--level: {level} must be above 0 and below 100 per cent. Give a level such as 30.")
+    asked = {"pruning_levels": (level,), "pruning_methods": (method,), "variants": (variant,), "iterations": 1}
+    spec = ComparisonSpec(**{**settings, **asked})
+    if spec.execution != "compact":
+        raise InputError(f"--execution: {spec.execution!r} removes nothing. Leave it out: a model to keep is compact.")
+    return spec
+
+
+def build_one(workspace: Workspace) -> PrunedModel:
+    """The pruned model of a spec of one, with what was done noted in its config."""
+    spec = workspace.spec
+    cell = Cell(spec.variants[0], spec.pruning_methods[0], 0, spec.pruning_levels[-1])
+    pruned = build(workspace, cell)
+    if bool(pruned.keep.all()):
+        total = workspace.grid.total
+        raise InputError(
+            f"--level: {spec.pruning_levels[-1]:g} per cent of {total} heads is none. Give at least {100 / total:.2g}."
+        )
+    note_pruning(workspace, pruned, cell)
+    return pruned
+
+
+def measure_one(workspace: Workspace, pruned: PrunedModel) -> list[BeforeAndAfter]:
+    """Perplexity, speed and bytes of the dense model and of the pruned one, measured as a comparison measures them."""
+    spec = workspace.spec
+    models = {"dense": workspace.dense, "pruned": pruned.model}
+    perplexities = []
+    for model in models.values():
+        losses = measure_perplexity(model, workspace.inputs.windows, batch_size=spec.quality_batch_size)
+        perplexity = perplexity_of(losses)
+        perplexities.append(perplexity if math.isfinite(perplexity) else None)
+    timings = time_level(workspace, models, 0)
+
+    def mean(variant: str, metric: str) -> float | None:
+        rows = [row for name, row in timings if name == variant and row.metric == metric]
+        values = [row.value for row in rows if row.value is not None]
+        return sum(values) / len(values) if values and len(values) == len(rows) else None
+
+    figures = [BeforeAndAfter("perplexity", "on the evaluation text", *perplexities)]
+    for label, unit, metric in (
+        ("speed", "tokens per second", "tokens_per_second"),
+        ("first-token latency", "s", "first_token_latency_s"),
+        ("key-value cache", "bytes, after a timed prompt", "cache_bytes"),
+    ):
+        figures.append(BeforeAndAfter(label, unit, mean("dense", metric), mean("pruned", metric)))
+    for label, count in (("parameters", parameter_bytes), ("parameters read per decoding step", decode_bytes)):
+        figures.append(BeforeAndAfter(label, "bytes", *(count(model) for model in models.values())))
+    machine = hardware(spec)
+    inputs, plural = workspace.inputs, "" if spec.threads == 1 else "s"
+    where = machine.get("gpu") or f"{machine['processor']}, {spec.threads} thread{plural}"
+    window = min(spec.eval_window, inputs.preview.context)
+    pruned.model.config.pruning["measured_on"] = (
+        f"{where}, {spec.precision}; perplexity over {len(inputs.windows)} windows of at most {window} tokens of "
+        f"{Path(spec.eval_text).name}; speed over {len(inputs.prompts)} prompts of {spec.num_tokens} new tokens, batch "
+        f"{spec.batch_size}"
+    )
+    return figures

@@ -1,0 +1,209 @@
+"""A loaded comparison, and what of it has been computed once and is needed again."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison.agency import (
+    DenseStream,
+    NegotiatedTrajectory,
+    ProgressiveTrajectory,
+    adapt,
+)
+from pruning_comparison.measure.perplexity import WindowLoss
+from pruning_comparison.methods import IMPORTANCE
+from pruning_comparison.models import HeadGrid, LoadedModel, load_model
+from pruning_comparison.pruning.selection import Scope
+from pruning_comparison.pruning.surgery import converted_copy
+from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
+from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.store.records import GeneratedText, Measurement
+from pruning_comparison.texts import (
+    sample_windows,
+)
+from pruning_comparison.variants import VARIANTS, Variant
+
+
+@dataclass
+class Workspace:
+    """A loaded comparison: the dense model, its inputs, and what has been computed once and is needed again."""
+
+    spec: ComparisonSpec
+    inputs: Inputs
+    reference: PreTrainedModel
+    dense: PreTrainedModel
+    _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
+    _calibration: dict[int, Tensor] = field(default_factory=dict)
+    _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
+    _negotiated: dict[tuple[str, str, int], NegotiatedTrajectory] = field(default_factory=dict)
+    _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
+    _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
+    _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
+
+    @property
+    def grid(self) -> HeadGrid:
+        return self.inputs.preview.grid
+
+    @property
+    def group_size(self) -> int:
+        """How many heads leave together."""
+        return heads_leaving_together(self.grid, self.spec.unit)
+
+    def generator(self, purpose: str, iteration: int) -> torch.Generator:
+        """An independent stream of random numbers for each purpose and iteration."""
+        seed = hashlib.sha256(f"{self.spec.seed}/{purpose}/{iteration}".encode()).digest()
+        return torch.Generator().manual_seed(int.from_bytes(seed[:8], "big") % 2**63)
+
+    def calibration(self, iteration: int) -> Tensor:
+        """This iteration's calibration windows [N, T]."""
+        if iteration not in self._calibration:
+            self._calibration[iteration] = sample_windows(
+                self.inputs.calibration, self.spec.calibration_tokens, self.generator("calibration", iteration)
+            )
+        return self._calibration[iteration]
+
+    def score_windows(self, iteration: int) -> Tensor:
+        """The part of this iteration's calibration windows that heads are scored on, [N, T]."""
+        windows = self.calibration(iteration)
+        tokens = self.spec.score_tokens
+        return windows if tokens is None else windows[: -(-tokens // windows.shape[1])]
+
+    def dense_stream(self, iteration: int) -> DenseStream:
+        """What adaptation aims at, on this iteration's calibration text. Only the latest is kept: it may be large."""
+        if iteration not in self._dense_streams:
+            for stream in self._dense_streams.values():
+                stream.close()
+            self._dense_streams.clear()
+            self._dense_streams[iteration] = DenseStream(
+                self.reference, self.calibration(iteration), batch_size=self.spec.quality_batch_size
+            )
+        return self._dense_streams[iteration]
+
+    def ranking(self, method: str, iteration: int) -> HeadScores:
+        """The method's scores on the dense model, computed once per iteration."""
+        key = (method, iteration if self.spec.method(method).varies else 0)
+        if key not in self._rankings:
+            self._rankings[key] = self._score(self.reference, method, iteration)
+        return self._rankings[key]
+
+    def progressive(self, method: str, iteration: int) -> ProgressiveTrajectory:
+        """The path of ``baseline-progressive``. Only the latest is kept: cells come trajectory by trajectory."""
+        key = (method, iteration)
+        if key not in self._progressive:
+            self._progressive.clear()
+            self._progressive[key] = ProgressiveTrajectory(
+                self.reference,
+                score=lambda model: self._rank_again(model, method, iteration),
+                all_heads=self.grid.all_heads(),
+                scope=cast(Scope, self.spec.scope),
+                group_size=self.group_size,
+                scores_pruned=self.spec.method(method).runs_on_pruned,
+            )
+        return self._progressive[key]
+
+    def negotiated(self, variant: Variant, method: str, iteration: int) -> NegotiatedTrajectory:
+        """The path of a variant whose heads are asked; variants that ask alike share one. Only the latest are kept."""
+        rules = negotiation_rules(variant)
+        key = (rules, method, iteration)
+        if key not in self._negotiated:
+            for other in [other for other in self._negotiated if other[1:] != key[1:]]:
+                del self._negotiated[other]
+            dense = self.dense_stream(iteration)
+            windows = self.score_windows(iteration)
+            # Rounds only have to find the heads; what is measured is adapted with all there is.
+            steps = "refit" if self.spec.adaptation == "refit-mlp" else self.spec.adaptation
+
+            def adapt_round(model: PreTrainedModel) -> None:
+                adapt(
+                    dense,
+                    model,
+                    steps=steps,
+                    ridge=self.spec.ridge,
+                    most_tokens=windows.numel(),
+                    allow_new_bias=self.spec.new_bias,
+                )
+
+            def importance(model: PreTrainedModel) -> Tensor:
+                return self._rank_again(model, IMPORTANCE, iteration).scores
+
+            self._negotiated[key] = NegotiatedTrajectory(
+                self.reference,
+                score=lambda model: self._rank_again(model, method, iteration),
+                importance=None if method == IMPORTANCE else importance,
+                adapt=adapt_round,
+                windows=windows,
+                batch_size=self.spec.quality_batch_size,
+                all_heads=self.grid.all_heads(),
+                scope=cast(Scope, self.spec.scope),
+                ridge=self.spec.ridge,
+                everyone_consents=VARIANTS[rules].consent == "always",
+                group_size=self.group_size,
+                scores_pruned=self.spec.method(method).runs_on_pruned,
+            )
+        return self._negotiated[key]
+
+    def trajectory(self, variant: Variant, method: str, iteration: int) -> ProgressiveTrajectory:
+        """The path of a variant whose heads leave in rounds."""
+        if variant.negotiates:
+            return self.negotiated(variant, method, iteration)
+        return self.progressive(method, iteration)
+
+    def _rank_again(self, model: PreTrainedModel, method: str, iteration: int) -> HeadScores:
+        """The method's scores on a model that has been pruned further.
+
+        What "auto" chose for the dense model stays: the direction of entropy, and the precision of gradients.
+        """
+        dense = self.ranking(method, iteration)
+        if model is self.reference:
+            return dense
+        return self._score(model, method, iteration, dense.details)
+
+    def _score(
+        self, model: PreTrainedModel, method: str, iteration: int, decided: Mapping[str, Any] | None = None
+    ) -> HeadScores:
+        settings = ScoreSettings(
+            batch_size=self.spec.quality_batch_size,
+            generator=self.generator("random ranking", iteration),
+            entropy_direction=self.spec.entropy_direction,
+            smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
+            scope=cast(Scope, self.spec.scope),
+            group_size=self.group_size,
+        )
+        return score_heads(
+            self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
+        )
+
+
+def heads_leaving_together(grid: HeadGrid, unit: str) -> int:
+    """How many heads leave at once: one, or all that read the same keys and values where ``unit`` is "kv_group"."""
+    return grid.group_size if unit == "kv_group" else 1
+
+
+def negotiation_rules(variant: Variant) -> str:
+    """The first variant that asks its heads by the same rules: those that ask alike share one path."""
+    return next(name for name, one in VARIANTS.items() if one.negotiates and one.consent == variant.consent)
+
+
+def load_workspace(spec: ComparisonSpec, inputs: Inputs) -> Workspace:
+    """Loads the weights. Scores and adaptation work in float32 whatever the precision that is measured."""
+    torch.set_num_threads(spec.threads)
+    loaded: LoadedModel = load_model(inputs.preview, device=spec.device, dtype=torch.float32)
+    return Workspace(spec, inputs, loaded.model, at_precision(loaded.model, spec.precision))
+
+
+def at_precision(model: PreTrainedModel, precision: str, workspace: Workspace | None = None) -> PreTrainedModel:
+    """The model in the precision to measure in: itself where it already is, else a converted copy.
+
+    What it has in common with the workspace's reference model, the copy has in common with the workspace's dense one.
+    """
+    dtype = getattr(torch, precision)
+    like = None if workspace is None else (workspace.reference, workspace.dense)
+    return model if model.dtype == dtype else converted_copy(model, dtype, like=like)

@@ -1,0 +1,100 @@
+"""Scores by attention entropy.
+
+Dimension letters: N windows, T time, L layers, H heads.
+"""
+
+from __future__ import annotations
+
+import math
+from contextlib import suppress
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison.measure.perplexity import window_losses
+from pruning_comparison.models.heads import (
+    attentions,
+    kept_heads,
+)
+from pruning_comparison.pruning.selection import Scope, select_heads
+from pruning_comparison.pruning.surgery import mask_heads
+from pruning_comparison.scoring.entropy_attention import entropies_in_place_of_maps
+from pruning_comparison.scoring.scores import HeadScores
+
+
+class _NothingMoreWanted(Exception):
+    """Ends a forward pass from within."""
+
+
+@torch.inference_mode()
+def mean_attention_entropy(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
+    """Mean entropy of each head's attention in [0, 1], [L, H], over ``windows`` [N, T] of token ids.
+
+    At each position the entropy is divided by the log of the number of positions up to it, so that 1 is uniform attention;
+    the first position, where log 1 = 0, is left out. Maps are made block by block and reduced at once: no [batch, H, T, T]
+    exists, see ``entropy_attention``, and a pass ends with the last attention. Heads that a pruned model has lost get 0.
+    Follows the attention entropy of Ghader and Monz (2017, "What does attention in neural machine translation pay attention
+    to?"), normalised.
+    """
+    keep = kept_heads(model.config)
+    last = max((layer for layer, kept in enumerate(keep) if kept.any()), default=-1)
+    total = torch.zeros(keep.shape, dtype=torch.float64)
+    positions = torch.arange(2, windows.shape[1] + 1, device=model.device, dtype=torch.float32).log()
+
+    def add(layer: int) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> Any:
+            entropies = outputs[1]
+            if entropies is not None:
+                total[layer, keep[layer]] += (entropies[..., 1:] / positions).double().mean(-1).sum(0).cpu()
+            if layer == last:
+                raise _NothingMoreWanted
+            return (outputs[0], None, *outputs[2:])
+
+        return hook
+
+    with entropies_in_place_of_maps(model):
+        handles = [a.register_forward_hook(add(layer)) for layer, a in enumerate(attentions(model))]
+        try:
+            for batch in windows.split(batch_size):
+                with suppress(_NothingMoreWanted):
+                    model(input_ids=batch.to(model.device), use_cache=False, logits_to_keep=1)
+        finally:
+            for handle in handles:
+                handle.remove()
+    return total / len(windows)
+
+
+def score_entropy(
+    model: PreTrainedModel,
+    windows: Tensor,
+    *,
+    batch_size: int,
+    entropy_direction: str,
+    smallest_level: float,
+    scope: Scope,
+    group_size: int = 1,
+) -> HeadScores:
+    """Scores by attention entropy. ``entropy_direction`` says which heads leave first: "high", "low" or "auto".
+
+    Published evidence contradicts itself on the direction, so "auto" takes the one that costs less loss on every other
+    calibration window when ``smallest_level`` per cent of the heads are cut; both losses are recorded. On all windows the
+    two trials would cost more than the scores themselves.
+    """
+    entropy = mean_attention_entropy(model, windows, batch_size=batch_size)
+    by_direction = {"high": -entropy, "low": entropy}
+    if entropy_direction != "auto":
+        return HeadScores(by_direction[entropy_direction], {"entropy_direction": entropy_direction})
+    losses = {}
+    for name, scores in by_direction.items():
+        with mask_heads(model, select_heads(scores, smallest_level, scope, group_size=group_size)):
+            nats, tokens = window_losses(model, list(windows[::2]), batch_size=batch_size)
+        losses[name] = float(nats.sum() / tokens.sum())
+    best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)
+    details = {
+        "entropy_direction": best,
+        "entropy_direction_level": smallest_level,
+        "entropy_direction_losses_nats": losses,
+    }
+    return HeadScores(by_direction[best], details)

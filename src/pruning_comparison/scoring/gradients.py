@@ -1,0 +1,168 @@
+"""Scores from gradients of the loss with respect to every head's gate: Taylor and Fisher.
+
+Dimension letters: N windows, B batch, T time, L layers, H heads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from scipy import stats
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning_comparison.models.devices import gains_from_bfloat16
+from pruning_comparison.models.heads import (
+    head_grid,
+    live_heads,
+    output_projections,
+)
+from pruning_comparison.pruning.surgery import converted_copy
+from pruning_comparison.scoring.scores import HeadScores
+
+LEAST_RANK_AGREEMENT = 0.99
+"""Spearman correlation over all heads from which on scores from bfloat16 gradients may stand in for float32 ones."""
+
+
+_MOST_LOGIT_BYTES = 64 * 2**20
+"""Of a batch that is differentiated, in float32: a backward pass holds many times as much. One window is always taken."""
+
+
+_AGREEMENT_WINDOWS = 8
+
+
+# Below this, comparing the precisions first costs about what the faster pass then saves.
+_LEAST_WINDOWS_FOR_BFLOAT16 = 32
+
+
+def gate_gradients(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Iterator[Tensor]:
+    """Gradients of every sequence's loss with respect to every head's gate, batch after batch, float64 [B, L, H] on the CPU.
+
+    A gate multiplies what its head hands to the output projection; all gates stand at 1. Each sequence of ``windows`` [N, T]
+    has gates of its own, so that one backward pass gives the gradients of all sequences of a batch apart. The loss is the
+    *summed* negative log-likelihood of the T - 1 next tokens, in nats: minus the log-likelihood of the sequence, whose
+    squared gradient is its Fisher information. (The mean per token would differ by a factor that all heads share.)
+
+    Nothing is kept from one batch to the next, so memory does not grow with N, and batches are at most so large that their
+    logits take ``_MOST_LOGIT_BYTES``. The parameters need no gradients and get none. ValueError for a model that has lost
+    heads physically.
+    """
+    logit_bytes = 4 * windows.shape[1] * model.config.get_text_config().vocab_size
+    for batch in windows.split(max(1, min(batch_size, _MOST_LOGIT_BYTES // logit_bytes))):
+        yield _batch_gate_gradients(model, batch)
+
+
+def _batch_gate_gradients(model: PreTrainedModel, ids: Tensor) -> Tensor:
+    """One batch of ``gate_gradients``: ids [B, T] to [B, L, H]. Works under a caller's ``inference_mode``, too."""
+    with torch.inference_mode(False), torch.enable_grad():
+        ids = ids.clone().to(model.device)
+        nothing_follows = torch.full_like(ids[:, :1], -100)
+        targets = torch.cat([ids[:, 1:], nothing_follows], 1)
+        with _sequence_gates(model, len(ids)) as gates:
+            logits = model(input_ids=ids, use_cache=False).logits.flatten(0, 1)
+            precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+            loss = nn.functional.cross_entropy(precise, targets.flatten(), reduction="sum", ignore_index=-100)
+            gradients = torch.autograd.grad(loss, gates)
+    return torch.stack(gradients, 1).cpu().double()
+
+
+@contextmanager
+def _sequence_gates(model: PreTrainedModel, batch: int) -> Iterator[Sequence[Tensor]]:
+    """Open gates for each sequence of a batch, one tensor [B, H] for each layer.
+
+    Gates, and so the sums in their gradients, are in float32 where the model computes in less.
+    """
+    grid = head_grid(model.config)
+    dtype = torch.promote_types(model.dtype, torch.float32)
+    gates: list[Tensor] = []
+    handles = []
+    try:
+        for projection, live in zip(output_projections(model), live_heads(model), strict=True):
+            if projection is None or live != grid.n_heads:
+                raise ValueError("gates need a model with all its heads; this one has been pruned physically")
+            gate = torch.ones(batch, grid.n_heads, dtype=dtype, device=model.device, requires_grad=True)
+            handles.append(projection.register_forward_pre_hook(_multiply_heads(gate, grid.head_size)))
+            gates.append(gate)
+        yield gates
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+def _multiply_heads(gate: Tensor, head_size: int) -> Callable[[nn.Module, tuple[Any, ...]], tuple[Any, ...]]:
+    """A forward pre-hook that multiplies the first input [B, T, H * D] by ``gate`` [B, H], in the gate's precision."""
+
+    def hook(module: nn.Module, inputs: tuple[Any, ...]) -> tuple[Any, ...]:
+        factors = gate.repeat_interleave(head_size, 1).unsqueeze(1)
+        return ((inputs[0] * factors).to(inputs[0].dtype), *inputs[1:])
+
+    return hook
+
+
+def score_taylor(
+    model: PreTrainedModel, windows: Tensor, *, batch_size: int, gradient_precision: str = "auto"
+) -> HeadScores:
+    """Sum over the sequences of |dLoss/dgate|, [L, H]: how far closing the gate moves the losses, to first order.
+
+    The head importance of Michel et al. (2019, "Are sixteen heads really better than one?"), without their scaling within
+    layers; Molchanov et al. (2019, "Importance estimation for neural network pruning") rank gates by the same expansion.
+    ``gradient_precision`` as in ``score_fisher``.
+    """
+    return _score_by_gradients(lambda gradients: gradients.abs(), model, windows, batch_size, gradient_precision)
+
+
+def score_fisher(
+    model: PreTrainedModel, windows: Tensor, *, batch_size: int, gradient_precision: str = "auto"
+) -> HeadScores:
+    """Sum over the sequences of (dLoss/dgate)^2, [L, H]: the diagonal of the gates' empirical Fisher information.
+
+    Half of it approximates the loss that closing the gate costs, where the gradients cancel over the sequences: Kwon et al.
+    (2022, "A fast post-training pruning framework for transformers").
+
+    ``gradient_precision`` is "float32" (the model as it is), "bfloat16" or "auto", which tries bfloat16 where the processor
+    has instructions for it and there is enough to do. Either way the ranks decide: where the scores of the first windows in
+    both precisions correlate by less than ``LEAST_RANK_AGREEMENT`` (Spearman), everything is computed as the model is.
+    ``details`` names the precision that the scores come from, and the correlation, None where none could be computed.
+    """
+    return _score_by_gradients(lambda gradients: gradients.square(), model, windows, batch_size, gradient_precision)
+
+
+def _score_by_gradients(
+    weigh: Callable[[Tensor], Tensor], model: PreTrainedModel, windows: Tensor, batch_size: int, precision: str
+) -> HeadScores:
+    """Sum over the sequences of ``weigh(gradients)``, in the precision that ``score_fisher`` explains."""
+
+    def scores_of(gated: PreTrainedModel, some: Tensor) -> Tensor:
+        grid = head_grid(gated.config)
+        total = torch.zeros(grid.n_layers, grid.n_heads, dtype=torch.float64)
+        for gradients in gate_gradients(gated, some, batch_size=batch_size):
+            total += weigh(gradients).sum(0)
+        return total
+
+    agreement = None
+    if _tries_bfloat16(model, windows, precision):
+        rounded, few = converted_copy(model, torch.bfloat16), windows[:_AGREEMENT_WINDOWS]
+        agreement = rank_agreement(scores_of(model, few), scores_of(rounded, few))
+        if agreement is not None and agreement >= LEAST_RANK_AGREEMENT:
+            model = rounded
+    scores = scores_of(model, windows)
+    name = str(model.dtype).removeprefix("torch.")
+    return HeadScores(scores, {"gradient_precision": name, "gradient_precision_spearman": agreement})
+
+
+def rank_agreement(one: Tensor, other: Tensor) -> float | None:
+    """Spearman correlation of two sets of scores [L, H] over all heads; None where it is not defined."""
+    if any(not bool(scores.isfinite().all()) or bool(scores.min() == scores.max()) for scores in (one, other)):
+        return None
+    return float(stats.spearmanr(one.flatten().tolist(), other.flatten().tolist()).statistic)
+
+
+def _tries_bfloat16(model: PreTrainedModel, windows: Tensor, precision: str) -> bool:
+    if precision not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f"unknown gradient precision {precision!r}; choose one of auto, float32, bfloat16")
+    if precision != "auto":
+        return precision == "bfloat16" and model.dtype != torch.bfloat16
+    return len(windows) >= _LEAST_WINDOWS_FOR_BFLOAT16 and gains_from_bfloat16(model)

@@ -1,0 +1,39 @@
+"""What a run leaves on the disk: records, the journal, the run folder, and reading them back."""
+
+from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store.records import CellResult, GeneratedText, Measurement
+from pruning_comparison.store.run_folder import (
+    JOURNAL,
+    MANIFEST,
+    check_writable,
+    create_run,
+    journal_damage,
+    latest_run,
+    point_latest,
+    read_manifest,
+    stored_runs,
+    unfinished_run,
+    write_atomically,
+    write_manifest,
+    write_table,
+)
+
+__all__ = [
+    "JOURNAL",
+    "MANIFEST",
+    "CellResult",
+    "GeneratedText",
+    "Measurement",
+    "RunStore",
+    "check_writable",
+    "create_run",
+    "journal_damage",
+    "latest_run",
+    "point_latest",
+    "read_manifest",
+    "stored_runs",
+    "unfinished_run",
+    "write_atomically",
+    "write_manifest",
+    "write_table",
+]

@@ -1,0 +1,321 @@
+"""The refit against brute force, and what it must leave alone."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from builders import random_masks, tiny_gpt2, tiny_model
+
+from pruning_comparison.agency import adaptation
+from pruning_comparison.agency.adaptation import adapt, ridge_towards
+from pruning_comparison.agency.streams import DenseStream
+from pruning_comparison.models.heads import attentions, blocks, input_major_weight, output_projections
+from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
+
+LAYERS, HEADS, WIDTH, SIZE = 3, 4, 32, 8
+MASKS = random_masks(LAYERS, HEADS)
+WINDOWS = torch.randint(1, 97, (12, 20), generator=torch.Generator().manual_seed(7))
+
+
+def caught(module, run, what="input"):
+    """What enters (or leaves) a module while ``run`` runs, [samples, features]."""
+    seen = []
+
+    def hook(module, inputs, outputs):
+        value = inputs[0] if what == "input" else outputs
+        seen.append(value[0] if isinstance(value, tuple) else value)
+
+    handle = module.register_forward_hook(hook)
+    run()
+    handle.remove()
+    return torch.cat(seen).flatten(0, -2)
+
+
+def brute_force(x, targets, weight, ridge, centre=True):
+    """Least squares on stacked rows: |T - X V - b|^2 + lambda |V - W|^2, b not penalised; b = 0 if not ``centre``."""
+    x, targets, weight = (t.double().numpy() for t in (x, targets, weight))
+    centred, goal = (x - x.mean(0), targets - targets.mean(0)) if centre else (x, targets)
+    strength = ridge * np.mean(np.sum(centred**2, 0))
+    rows = np.vstack([centred, np.sqrt(strength) * np.eye(x.shape[1])])
+    goals = np.vstack([goal, np.sqrt(strength) * weight])
+    solution = np.linalg.lstsq(rows, goals, rcond=None)[0]
+    return solution, targets.mean(0) - x.mean(0) @ solution
+
+
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied", "first layer emptied"])
+def test_every_layer_is_the_brute_force_solution(model, name):
+    """Layer by layer: X from the adapted pruned model, T = dense stream after attention less pruned stream before it."""
+    compact = remove_heads(model, MASKS[name])
+    original = remove_heads(model, MASKS[name])
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="refit", ridge=0.05)
+    changed = False
+    for layer in range(LAYERS):
+        changed = changed or not MASKS[name][layer].all()
+        block, dense_block = compact.transformer.h[layer], model.transformer.h[layer]
+        if not changed:
+            continue
+        dense_after = caught(dense_block.ln_2, lambda: model(WINDOWS))
+        pruned_before = caught(block.ln_1, lambda: compact(WINDOWS))
+        targets = dense_after - pruned_before
+        if not MASKS[name][layer].any():
+            torch.testing.assert_close(block.attn.bias, targets.mean(0), rtol=1e-3, atol=1e-4)
+            continue
+        x = caught(block.attn.c_proj, lambda: compact(WINDOWS))
+        weight, bias = brute_force(x, targets, original.transformer.h[layer].attn.c_proj.weight, 0.05)
+        np.testing.assert_allclose(block.attn.c_proj.weight.numpy(), weight, rtol=1e-3, atol=1e-4)
+        np.testing.assert_allclose(block.attn.c_proj.bias.numpy(), bias, rtol=1e-3, atol=1e-4)
+
+
+@pytest.mark.parametrize("allow_new_bias", [True, False])
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt_neox in sequence"])
+def test_other_families_are_the_brute_force_solution(family, name, allow_new_bias):
+    """T = dense stream after attention less pruned stream before it; in parallel blocks, the dense stream after the whole
+    block less the pruned stream before it and what the pruned MLP adds. Without a bias nothing is centred."""
+    model, mask = tiny_model(family), random_masks(3, 6)[name]
+    compact, original = remove_heads(model, mask), remove_heads(model, mask)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="refit", ridge=0.05, allow_new_bias=allow_new_bias)
+    with_bias = allow_new_bias or family == "gpt_neox"
+
+    def run():
+        compact(WINDOWS)
+
+    for layer in range(3):
+        block, dense_block = blocks(compact)[layer], blocks(model)[layer]
+        attention, pruned_before = attentions(compact)[layer], caught(block.input_layernorm, run)
+        if family == "gpt_neox":
+            dense_after = caught(dense_block, lambda: model(WINDOWS), "output")
+            targets = dense_after - pruned_before - caught(block.mlp, run, "output")
+        else:
+            targets = caught(dense_block.post_attention_layernorm, lambda: model(WINDOWS)) - pruned_before
+        if not mask[layer].any():
+            if with_bias:
+                torch.testing.assert_close(attention.bias, targets.mean(0), rtol=1e-3, atol=1e-4)
+            else:
+                assert attention.bias is None
+            continue
+        projection = output_projections(compact)[layer]
+        before = input_major_weight(output_projections(original)[layer])
+        weight, bias = brute_force(caught(projection, run), targets, before, 0.05, centre=with_bias)
+        np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=1e-4)
+        if with_bias:
+            np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=1e-4)
+        else:
+            assert projection.bias is None
+
+
+@pytest.mark.parametrize("allow_new_bias", [True, False])
+@pytest.mark.parametrize("name", ["uneven", "first layer emptied"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt", "opt with norms after"])
+def test_mlps_are_the_brute_force_solution(family, name, allow_new_bias):
+    """T = the sum that the dense block ends with, less what the pruned block has before its MLP adds to it."""
+    model, mask = tiny_model(family), random_masks(3, 6)[name]
+    compact, original = remove_heads(model, mask), remove_heads(model, mask)
+    adapt(
+        DenseStream(model, WINDOWS, batch_size=5),
+        compact,
+        steps="refit-mlp",
+        ridge=0.05,
+        mlp_ridge=0.2,
+        allow_new_bias=allow_new_bias,
+    )
+    outputs = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "gpt_neox": "mlp.dense_4h_to_h"}
+    with_bias = allow_new_bias or family != "llama"
+
+    def run():
+        compact(WINDOWS)
+
+    for layer in range(3):
+        if not changed_by(mask, layer):
+            continue
+        block, dense_block = blocks(compact)[layer], blocks(model)[layer]
+        projection = block.get_submodule(outputs.get(family, "fc2"))
+        if family == "opt with norms after":
+            dense_end = caught(dense_block.final_layer_norm, lambda m=model: m(WINDOWS))
+            before = caught(block.fc1, run)
+        else:
+            dense_end = caught(dense_block, lambda m=model: m(WINDOWS), "output")
+            before = caught(block, run) + caught(attentions(compact)[layer], run, "output")
+        z = caught(projection, run)
+        old = input_major_weight(blocks(original)[layer].get_submodule(outputs.get(family, "fc2")))
+        weight, bias = brute_force(z, dense_end - before, old, 0.2, centre=with_bias)
+        np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=2e-4)
+        if with_bias:
+            np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=2e-4)
+        else:
+            assert projection.bias is None
+
+
+def changed_by(mask, layer):
+    return not bool(mask[: layer + 1].all())
+
+
+@pytest.mark.parametrize("steps", ["bias", "gate"])
+def test_smaller_steps_are_the_brute_force_solution(model, steps):
+    mask = MASKS["uneven"]
+    compact, original = remove_heads(model, mask), remove_heads(model, mask)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps=steps, ridge=0.05)
+    changed = [layer for layer in range(LAYERS) if changed_by(mask, layer)]
+    assert changed
+    for layer in changed:
+        block = compact.transformer.h[layer]
+        targets = caught(model.transformer.h[layer].ln_2, lambda: model(WINDOWS)) - caught(
+            block.ln_1, lambda: compact(WINDOWS)
+        )
+        x, old = caught(block.attn.c_proj, lambda: compact(WINDOWS)), original.transformer.h[layer].attn.c_proj.weight
+        expected = old.double()
+        if steps == "gate":
+            written = torch.stack(
+                [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
+            )  # [S, E, heads]
+            centred = (written - written.mean(0)).flatten(0, 1)
+            goal = (targets - targets.mean(0)).flatten()[:, None]
+            ones = torch.ones(centred.shape[1], 1)
+            gates = brute_force(centred, goal, ones, 0.05, centre=False)[0]
+            assert gates.min() > 0
+            expected = expected * torch.tensor(gates).repeat_interleave(SIZE, 0)
+        bias = targets.double().mean(0) - x.double().mean(0) @ expected
+        torch.testing.assert_close(block.attn.c_proj.weight.double(), expected, rtol=1e-3, atol=1e-4)
+        torch.testing.assert_close(block.attn.c_proj.bias.double(), bias, rtol=1e-3, atol=1e-4)
+        assert block.mlp.c_proj.weight is model.transformer.h[layer].mlp.c_proj.weight
+
+
+def test_each_step_brings_the_stream_closer(model):
+    mask, dense = MASKS["uneven"], DenseStream(model, WINDOWS, batch_size=4)
+
+    def error(steps):
+        compact = remove_heads(model, mask)
+        adapt(dense, compact, steps=steps, ridge=1e-4, mlp_ridge=1e-4)
+        end = caught(compact.transformer.ln_f, lambda: compact(WINDOWS))
+        return float((end - caught(model.transformer.ln_f, lambda: model(WINDOWS))).square().mean())
+
+    errors = [error(steps) for steps in ("none", "bias", "refit", "refit-mlp")]
+    assert errors == sorted(errors, reverse=True)
+    assert errors[-1] < 0.5 * errors[0]
+
+
+def test_unknown_steps_are_refused(model):
+    with pytest.raises(ValueError, match="choose one of none, bias, gate, refit, refit-mlp"):
+        adapt(DenseStream(model, WINDOWS, batch_size=4), model, steps="magic")
+
+
+def test_a_stream_in_a_scratch_file_adapts_as_one_in_memory(model, monkeypatch, tmp_path):
+    in_memory = DenseStream(model, WINDOWS, batch_size=5)
+    monkeypatch.setattr("pruning_comparison.agency.streams.MOST_BYTES_IN_MEMORY", 0)
+    on_disk = DenseStream(model, WINDOWS, batch_size=5, scratch_folder=tmp_path)
+    # Two places for each layer, two bytes for each number.
+    assert (in_memory.scratch_bytes, on_disk.scratch_bytes) == (0, 2 * LAYERS * WINDOWS.numel() * WIDTH * 2)
+    for place in ("after attention", "after block"):
+        torch.testing.assert_close(on_disk.at(2, 1, place), in_memory.at(2, 1, place), rtol=1e-3, atol=1e-3)
+    models = [remove_heads(model, MASKS["uneven"]) for _ in range(2)]
+    costs = [adapt(dense, compact) for dense, compact in zip((in_memory, on_disk), models, strict=True)]
+    assert costs[1].scratch_bytes == on_disk.scratch_bytes
+    torch.testing.assert_close(models[0](WINDOWS).logits, models[1](WINDOWS).logits, rtol=1e-2, atol=2e-2)
+    on_disk.close()
+    assert not any(tmp_path.iterdir())
+
+
+def test_layers_with_other_masks_are_refitted_under_their_own():
+    """Full attention in the first layer, a window of 5 in the others: each walks on with the mask the model gives it."""
+    model = tiny_model("qwen3 with windows")
+    mask = torch.ones(3, 6, dtype=torch.bool)
+    mask[2, 0] = False
+    compact, original = remove_heads(model, mask), remove_heads(model, mask)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="refit", ridge=0.05)
+    targets = caught(blocks(model)[2].self_attn, lambda: model(WINDOWS), "output")
+    projection = output_projections(compact)[2]
+    x = caught(projection, lambda: compact(WINDOWS))
+    weight, _ = brute_force(x, targets, input_major_weight(output_projections(original)[2]), 0.05)
+    np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=1e-4)
+
+
+def test_a_refitted_layer_that_lost_no_head_is_in_the_masked_copy(model):
+    keep = MASKS["all kept"].clone()
+    keep[0, 1:3] = False
+    compact = remove_heads(model, keep)
+    adapt(DenseStream(model, WINDOWS, batch_size=4), compact, steps="refit", ridge=0.05)
+    assert not torch.equal(compact.transformer.h[2].attn.c_proj.weight, model.transformer.h[2].attn.c_proj.weight)
+    full = masked_copy(model, compact, keep)
+    mask_heads(full, keep)
+    torch.testing.assert_close(full(WINDOWS).logits, compact(WINDOWS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_adaptation_brings_the_logits_closer(model):
+    mask = MASKS["uneven"]
+    plain, adapted = remove_heads(model, mask), remove_heads(model, mask)
+    cost = adapt(DenseStream(model, WINDOWS, batch_size=4), adapted, steps="refit", ridge=0.01)
+    dense = model(WINDOWS).logits
+
+    def error(other):
+        return float((other(WINDOWS).logits - dense).square().mean())
+
+    assert error(adapted) < 0.7 * error(plain)
+    assert cost.tokens == WINDOWS.numel()
+    assert cost.seconds > 0
+
+
+def test_nothing_pruned_means_nothing_changed(model):
+    copy = remove_heads(model, MASKS["all kept"])
+    adapt(DenseStream(model, WINDOWS, batch_size=4), copy, steps="refit", ridge=0.05)
+    assert torch.equal(copy(WINDOWS).logits, model(WINDOWS).logits)
+
+
+def test_layers_before_the_first_pruned_one_and_the_dense_model_are_untouched(model):
+    before = {name: parameter.clone() for name, parameter in model.named_parameters()}
+    mask = MASKS["all kept"].clone()
+    mask[2, 1] = False
+    compact = remove_heads(model, mask)
+    adapt(DenseStream(model, WINDOWS, batch_size=4), compact, steps="refit", ridge=0.05)
+    assert compact.transformer.h[1].attn.c_proj.weight is model.transformer.h[1].attn.c_proj.weight
+    assert not torch.equal(compact.transformer.h[2].attn.c_proj.bias, model.transformer.h[2].attn.c_proj.bias)
+    for name, parameter in model.named_parameters():
+        assert torch.equal(parameter, before[name])
+
+
+def test_batches_do_not_matter(model):
+    models = [remove_heads(model, MASKS["uneven"]) for _ in range(2)]
+    for compact, batch in zip(models, (1, 12), strict=True):
+        adapt(DenseStream(model, WINDOWS, batch_size=batch), compact, steps="refit", ridge=0.05)
+    torch.testing.assert_close(models[0](WINDOWS).logits, models[1](WINDOWS).logits, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", MASKS)
+def test_masked_execution_computes_what_the_adapted_compact_model_does(model, name):
+    compact = remove_heads(model, MASKS[name])
+    adapt(DenseStream(model, WINDOWS, batch_size=4), compact, steps="refit", ridge=0.05)
+    full = masked_copy(model, compact, MASKS[name])
+    mask_heads(full, MASKS[name])
+    torch.testing.assert_close(full(WINDOWS).logits, compact(WINDOWS).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_singular_matrix_gets_more_ridge_never_a_nan():
+    x = torch.zeros(10, 4, dtype=torch.float64)
+    x[:, 0] = torch.arange(10)
+    x[:, 1] = x[:, 0]
+    weight = torch.ones(4, 3)
+    solution = ridge_towards(x.T @ x, x.T @ torch.ones(10, 3, dtype=torch.float64), weight, 1e-300)
+    assert torch.isfinite(solution).all()
+    assert torch.equal(
+        ridge_towards(torch.zeros(4, 4).double(), torch.zeros(4, 3).double(), weight, 0.1), weight.double()
+    )
+
+
+def test_infinite_ridge_returns_the_original_weights():
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(50, 4, generator=generator, dtype=torch.float64)
+    weight = torch.randn(4, 3, generator=generator)
+    solution = ridge_towards(x.T @ x, x.T @ torch.randn(50, 3, generator=generator, dtype=torch.float64), weight, 1e9)
+    torch.testing.assert_close(solution, weight.double(), rtol=1e-5, atol=1e-5)
+
+
+def test_coarse_precision_is_refused():
+    model = tiny_gpt2().to(torch.bfloat16)
+    with pytest.raises(ValueError, match="float32"):
+        adapt(DenseStream(model, WINDOWS, batch_size=4), model, steps="refit", ridge=0.1)
+
+
+@pytest.mark.parametrize("features", [1, 192, 193, 500])
+def test_products_in_blocks_are_the_whole_product(features):
+    x = torch.randn(40, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    torch.testing.assert_close(adaptation._gram(x), x.T @ x)

@@ -1,0 +1,416 @@
+"""The expectations and questions on synthetic tables whose answers are known beforehand."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pandas as pd
+import pytest
+
+from pruning_comparison.analysis.between_runs import RUN_COLUMNS, RunTables, compare_runs
+from pruning_comparison.analysis.hypotheses import (
+    EQUAL_COLUMNS,
+    HYPOTHESIS_COLUMNS,
+    OPTIMUM_COLUMNS,
+    Margins,
+    answers,
+    optimal_levels,
+    speed_at_equal_perplexity,
+    suggested_claim,
+    verdict,
+)
+from pruning_comparison.analysis.pairs import curve_area, curve_slope
+
+LEVELS = (0.0, 20.0, 40.0, 60.0, 80.0)
+COLUMNS = [
+    "variant", "method", "iteration", "level", "temperature", "prompt", "document", "window", "repeat", "metric", "value",
+    "reason",
+]  # fmt: skip
+
+
+def noise(*place):
+    """A number in [-1, 1] that depends on its place alone, with no pattern along any part of it."""
+    return 2 * np.random.default_rng([1 + int(part) for part in place]).random() - 1
+
+
+def run_of(
+    loss=lambda variant, level, i, d: level / 100,
+    speed=lambda variant, level, i, p: 0.0,
+    latency=lambda variant, level, i, p: 0.0,
+    distinct=lambda variant, level, i, p, t: 0.9,
+    judged=lambda variant, level, i, p, t: 4.0,
+    *,
+    levels=LEVELS,
+    iterations=4,
+    documents=10,
+    prompts=5,
+    temperatures=(0.7, 1.0),
+    fingerprint=None,
+    variants=("baseline", "agency"),
+    method="m",
+):
+    """Tables of a run from functions of the place; log perplexity, log speed and log latency, raw distinct-2."""
+    cells, rows = [], []
+    for variant in variants:
+        for level in levels:
+            for i in range(iterations):
+                place = {"variant": variant, "method": method, "iteration": i, "level": level}
+                name = "dense" if level == 0 else fingerprint or f"{variant} {level} {i}"
+                cells.append(place | {"status": "done", "fingerprint": name})
+                for d in range(documents):
+                    nats = 100 * (4 + loss(variant, level, i, d))
+                    for metric, value in (("window_nats", nats), ("window_tokens", 100), ("window_bytes", 400)):
+                        rows.append(place | {"document": f"d{d}", "metric": metric, "value": value})
+                for p in range(prompts):
+                    for repeat in range(2):
+                        here = place | {"prompt": p, "repeat": repeat}
+                        rows.append(
+                            here | {"metric": "tokens_per_second", "value": 50 * math.exp(speed(variant, level, i, p))}
+                        )
+                        wait = 0.01 * math.exp(latency(variant, level, i, p))
+                        rows.append(here | {"metric": "first_token_latency_s", "value": wait})
+                    for t in temperatures:
+                        here = place | {"prompt": p, "temperature": t}
+                        rows.append(here | {"metric": "distinct_2", "value": distinct(variant, level, i, p, t)})
+                        value = math.exp(judged(variant, level, i, p, t))
+                        rows.append(here | {"metric": "generation_perplexity", "value": value})
+    return pd.DataFrame(cells), pd.DataFrame(rows, columns=COLUMNS)
+
+
+def answer(table, name, **where):
+    rows = table[table["id"] == name]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    assert len(rows) == 1
+    return rows.iloc[0]
+
+
+def gain(effect, wobble=0.01):
+    """Agency's loss differs from the baseline's by ``effect`` and a little that varies over documents and iterations."""
+
+    def loss(variant, level, i, d):
+        shift = effect + wobble * noise(level, i, d) if variant == "agency" and level else 0.0
+        return level / 100 + shift
+
+    return loss
+
+
+def test_a_better_perplexity_is_supported_with_the_estimate_known_beforehand():
+    row = answer(answers("tiny", *run_of(gain(-0.2))), "E2")
+    expected = np.mean(
+        [-0.2 + 0.01 * noise(level, i, d) for level in (40, 60, 80) for i in range(4) for d in range(10)]
+    )
+    assert row["estimate"] == pytest.approx(expected)
+    assert row["ci_low"] < expected < row["ci_high"] < math.log(0.95)
+    assert (row["verdict"], row["reason"]) == ("supported", "better")
+    assert (row["n"], row["n_iterations"], row["n_units"], row["unit_name"]) == (40, 4, 10, "document")
+    assert (row["kind"], row["family"], row["contrast"]) == ("expectation", "expectations", "agency vs baseline")
+
+
+@pytest.mark.parametrize(
+    ("effect", "verdict_", "reason"),
+    [(0.2, "refuted", "worse"), (0.0, "refuted", "no difference"), (-0.03, "refuted", "no difference")],
+)
+def test_expectations_can_be_refuted(effect, verdict_, reason):
+    row = answer(answers("tiny", *run_of(gain(effect))), "E2")
+    assert (row["verdict"], row["reason"]) == (verdict_, reason)
+
+
+def test_an_effect_between_zero_and_the_margin_that_is_wide_stays_open_and_says_how_much_more_it_takes():
+    def loss(variant, level, i, d):
+        return level / 100 + ((-0.08 + 0.3 * noise(1, i) + 0.05 * noise(level, i, d)) if variant == "agency" else 0)
+
+    row = answer(answers("tiny", *run_of(loss)), "E2")
+    assert (row["verdict"], row["reason"]) == ("inconclusive", "wide interval")
+    assert row["more_iterations"] > 1
+    assert math.isnan(row["more_units"])
+
+
+def test_speed_and_latency_have_their_own_margins_and_directions():
+    def faster(variant, level, i, p):
+        return (0.1 + 0.005 * noise(level, i, p)) if variant == "agency" and level else 0.0
+
+    table = answers("tiny", *run_of(gain(-0.2), speed=faster, latency=faster))
+    assert answer(table, "E1")["verdict"] == "supported"
+    assert answer(table, "E4")["reason"] == "worse"
+    wide = answers("tiny", *run_of(gain(-0.2), speed=faster, latency=faster), margins=Margins(speed=0.2, latency=0.2))
+    assert answer(wide, "E1")["reason"] == "no difference"
+    assert answer(wide, "E4")["reason"] == "no difference"
+
+
+def test_diversity_is_answered_at_every_temperature():
+    def distinct(variant, level, i, p, t):
+        lost = level / 200 * (0.5 if variant == "agency" and t == 1.0 else 1.0)
+        return 0.9 - lost + (0.001 * noise(level, i, p) if level else 0)
+
+    table = answers("tiny", *run_of(distinct=distinct))
+    cool, warm = (answer(table, "E3", temperature=t) for t in (0.7, 1.0))
+    # Distances shrink by half of 0.2, 0.3 and 0.4: a mean of 0.15. The noise is the same in both variants.
+    assert warm["estimate"] == pytest.approx(-0.15, abs=1e-9)
+    assert cool["estimate"] == 0
+
+
+def test_slopes_are_per_ten_per_cent_of_the_heads():
+    table = answers("tiny", *run_of(lambda variant, level, i, d: level / (200 if variant == "agency" else 100)))
+    row = answer(table, "Q1")
+    assert row["estimate"] == pytest.approx(-0.05)
+    gained = answer(table, "Q4", metric="perplexity")
+    assert gained["estimate"] == pytest.approx(0.05)
+    assert gained["better"] == "higher"
+    # The mean of 0.005 * level over levels 0 to 80 by trapezoids is 0.2.
+    assert answer(table, "X:area")["estimate"] == pytest.approx(-0.2)
+    assert answer(table, "X:area")["kind"] == "exploratory"
+
+
+def test_temperature_interaction_by_hand():
+    """At 0.7 agency's distance is the baseline's; at 1.0 it is lower by 0.01 per level: a slope of -0.1 per 10 %."""
+
+    def judged(variant, level, i, p, t):
+        less = 0.01 * level if variant == "agency" and t == 1.0 else 0.0
+        return 4 + 0.02 * level - less + (0.02 * noise(level, i, p, variant == "agency", t * 10) if level else 0)
+
+    row = answer(answers("tiny", *run_of(judged=judged)), "Q3")
+    assert row["estimate"] == pytest.approx(-0.1, abs=0.01)
+    assert (row["verdict"], row["reason"]) == ("supported", "better")
+
+
+def test_effects_are_sorted_with_gains_first():
+    def faster(variant, level, i, p):
+        return (0.3 + 0.02 * noise(level, i, p)) if variant == "agency" and level else 0.0
+
+    table = answers("tiny", *run_of(gain(-0.2, 0.1), speed=faster, latency=faster))
+    rows = table[table["id"] == "Q5"]
+    known = rows["estimate"].dropna().tolist()
+    assert known == sorted(known, reverse=True)
+    by_metric = rows.set_index("metric")["estimate"]
+    assert by_metric["tokens_per_second"] > by_metric["perplexity"] > 0 > by_metric["first_token_latency_s"]
+
+
+def test_models_that_are_the_same_count_once():
+    cells, measurements = run_of(lambda v, level, i, d: level / 100 - (0.1 * level / 80 + 0.001 * d) * (v == "agency"))
+    cells["fingerprint"] = np.where(cells["level"] == 0, "dense", cells["variant"] + cells["level"].astype(str))
+    row = answer(answers("tiny", cells, measurements), "E2")
+    assert (row["n_iterations"], row["n_units"], row["n"]) == (1, 10, 10)
+
+
+def test_all_methods_of_a_run_share_their_family():
+    one = run_of(gain(-0.2))
+    two = run_of(gain(-0.2), method="n")
+    both = [pd.concat(parts, ignore_index=True) for parts in zip(one, two, strict=True)]
+    alone, together = answers("tiny", *one), answers("tiny", *both)
+    tests = together[together["family"] == "expectations"]["p"].notna().sum()
+    assert tests == 2 * alone[alone["family"] == "expectations"]["p"].notna().sum()
+    known = together[(together["family"] == "expectations") & together["p"].notna()].sort_values("p")
+    assert known.iloc[0]["p_holm"] == pytest.approx(min(1, tests * known.iloc[0]["p"]))
+
+
+def test_other_contrasts_are_exploratory():
+    cells, measurements = run_of(gain(-0.2), variants=("baseline-progressive", "agency"))
+    table = answers("tiny", cells, measurements, reference="baseline-progressive")
+    assert set(table["kind"]) == {"exploratory"}
+    assert answer(table, "E2")["contrast"] == "agency vs baseline-progressive"
+    assert answers("tiny", cells, measurements).empty
+
+
+@pytest.mark.parametrize(
+    ("settings", "name", "reason"),
+    [
+        ({"iterations": 1, "documents": 1}, "E2", "too little data"),
+        ({"levels": (0.0,)}, "E2", "too little data"),
+        ({"levels": (0.0,)}, "Q1", "too little data"),
+        ({"levels": (0.0, 20.0)}, "E2", "too little data"),
+        ({"levels": (0.0, 20.0)}, "E1p", "no perplexity that both reach"),
+        ({"temperatures": (1.0,)}, "Q3", "too little data"),
+        ({"temperatures": ()}, "E3", "missing"),
+    ],
+)
+def test_too_little_data_is_an_answer(settings, name, reason):
+    flat = {"loss": lambda *place: 0.0} if reason.startswith("no perp") else {}
+    row = answer(answers("tiny", *run_of(**flat, **settings)), name)
+    assert (row["verdict"], row["reason"]) == ("inconclusive", reason)
+
+
+def test_losses_that_are_missing_are_not_taken_for_chance():
+    cells, measurements = run_of(gain(-0.2))
+    lost = (measurements["metric"] == "window_nats") & (measurements["variant"] == "agency")
+    lost &= (measurements["level"] == 80) & measurements["document"].isin(["d1", "d2", "d3", "d4"])
+    measurements.loc[lost, "value"] = math.nan
+    row = answer(answers("tiny", cells, measurements), "E2")
+    assert (row["verdict"], row["reason"], row["n_units"]) == ("inconclusive", "missing", 6)
+
+
+def test_a_failed_level_is_missing_and_the_rest_is_shown():
+    cells, measurements = run_of(gain(-0.2))
+    gone = (cells["variant"] == "agency") & (cells["level"] == 80)
+    cells.loc[gone, "status"] = "failed"
+    measurements = measurements[~((measurements["variant"] == "agency") & (measurements["level"] == 80))]
+    row = answer(answers("tiny", cells, measurements), "E2")
+    assert (row["verdict"], row["reason"]) == ("inconclusive", "missing")
+    assert row["estimate"] == pytest.approx(-0.2, abs=0.01)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_holes_anywhere_never_stop_the_answers(seed):
+    generator = np.random.default_rng(seed)
+    cells, measurements = run_of(gain(-0.1), iterations=2, documents=3, prompts=2)
+    measurements = measurements[generator.random(len(measurements)) > 0.3 * generator.random()].copy()
+    measurements.loc[generator.random(len(measurements)) < 0.2 * generator.random(), "value"] = math.nan
+    cells.loc[generator.random(len(cells)) < 0.3 * generator.random(), "status"] = "failed"
+    table = answers("tiny", cells, measurements)
+    assert tuple(table.columns) == HYPOTHESIS_COLUMNS
+    assert set(table["verdict"]) <= {"supported", "refuted", "inconclusive"}
+    assert (table["reason"] != "").all()
+    optimal_levels("tiny", cells, measurements)
+    speed_at_equal_perplexity("tiny", cells, measurements)
+    compare_runs(RunTables("a", "tiny", cells, measurements), RunTables("b", "tiny", cells, measurements))
+
+
+def test_answers_to_nothing_measured():
+    cells, measurements = run_of()
+    table = answers("tiny", cells, measurements.iloc[:0])
+    assert set(table["verdict"]) == {"inconclusive"}
+
+
+def test_same_tables_same_answers():
+    tables = run_of(gain(-0.2))
+    pd.testing.assert_frame_equal(answers("tiny", *tables, seed=3), answers("tiny", *tables, seed=3))
+
+
+# The rule
+
+
+@pytest.mark.parametrize(
+    ("estimate", "inside", "sign", "expected"),
+    [
+        (0.5, False, 1, ("better", 0.2)),
+        (-0.5, False, -1, ("better", -0.2)),
+        (0.1, False, 1, ("no difference", 0.2)),
+        (-0.1, True, 1, ("no difference", -0.2)),
+        (-0.1, False, 1, ("worse", 0.0)),
+        (0.5, False, -1, ("worse", 0.0)),
+    ],
+)
+def test_what_an_estimate_suggests(estimate, inside, sign, expected):
+    assert suggested_claim(estimate, inside, (-0.2, 0.2), sign) == expected
+
+
+def test_interval_and_both_corrected_p_have_to_allow_a_difference():
+    assert verdict("better", True, 0.05, 0.025) == ("supported", "better")
+    assert verdict("worse", True, 0.05, 0.025) == ("refuted", "worse")
+    for clear, p_holm, p_claim in ((False, 0.01, 0.01), (True, 0.06, 0.01), (True, 0.01, 0.03)):
+        assert verdict("better", clear, p_holm, p_claim)[0] == "inconclusive"
+    assert verdict("no difference", True, 0.9, 0.01) == ("refuted", "no difference")
+
+
+def test_margins_are_shares():
+    with pytest.raises(ValueError, match="speed is 2"):
+        Margins(speed=2)
+
+
+# Curves
+
+
+def test_area_and_slope_of_a_curve_by_hand():
+    levels = np.array([0.0, 20.0, 60.0])
+    assert curve_area(levels, np.array([0.0, 1.0, 3.0])) == pytest.approx((20 * 0.5 + 40 * 2) / 60)
+    assert curve_slope(levels, 0.03 * levels + 1) == pytest.approx(0.3)
+
+
+def test_speed_at_equal_perplexity_by_hand():
+    """Log perplexity 0.01 a level for the baseline, 0.005 for agency; log speed 0.002 a level for both.
+
+    Both reach 0.4. Targets 0.1 to 0.4: levels 10 to 40 for the baseline, 20 to 80 for agency, so 0.02 to 0.08 faster.
+    """
+    tables = run_of(
+        lambda variant, level, i, d: level * (0.005 if variant == "agency" else 0.01) + 0.01 * d,
+        speed=lambda variant, level, i, p: 0.002 * level + 0.01 * p,
+    )
+    table = speed_at_equal_perplexity("tiny", *tables)
+    assert tuple(table.columns) == EQUAL_COLUMNS
+    assert table["baseline_level"].tolist() == pytest.approx([10, 20, 30, 40])
+    assert table["agency_level"].tolist() == pytest.approx([20, 40, 60, 80])
+    assert np.log(table["speed_ratio"]).tolist() == pytest.approx([0.02, 0.04, 0.06, 0.08])
+    assert np.log(table["perplexity"]).tolist() == pytest.approx([4.145, 4.245, 4.345, 4.445])
+    row = answer(answers("tiny", *tables), "E1p")
+    assert row["estimate"] == pytest.approx(0.05)
+
+
+def test_interval_of_speed_at_equal_perplexity_widens_with_what_varies():
+    def speed(variant, level, i, p):
+        return 0.002 * level + 0.1 * noise(i, variant == "agency")
+
+    def loss(variant, level, i, d):
+        return level * (0.005 if variant == "agency" else 0.01)
+
+    still = answer(answers("tiny", *run_of(loss, speed=lambda v, level, i, p: 0.002 * level)), "E1p")
+    row = answer(answers("tiny", *run_of(loss, speed=speed)), "E1p")
+    assert still["ci_high"] - still["ci_low"] < 1e-9
+    # The mean of four iterations' differences: Student's interval with three degrees of freedom.
+    differences = [0.1 * (noise(i, True) - noise(i, False)) for i in range(4)]
+    half = 3.182446 * np.std(differences, ddof=1) / 2
+    assert row["ci_high"] - row["ci_low"] == pytest.approx(2 * half, rel=1e-3)
+
+
+def test_optimal_level_is_the_last_one_within_the_tolerance():
+    """Losses of 0.001 a level: 0.04 at 40 is below log 1.05 = 0.0488, 0.06 at 60 is not."""
+    tables = run_of(
+        lambda variant, level, i, d: 0.001 * level + (0.002 * noise(level, i, d) if level else 0),
+        speed=lambda variant, level, i, p: {0: 0.0, 20: 0.3, 40: 0.4, 60: 0.42, 80: 0.43}[level],
+    )
+    table = optimal_levels("tiny", *tables)
+    assert tuple(table.columns) == OPTIMUM_COLUMNS
+    assert table["highest_level"].tolist() == [40, 40]
+    assert (table["share"] > 0.95).all()
+    # Shares of speed less shares of loss: 0.70 - 0.25, 0.93 - 0.50, 0.98 - 0.75, 0.
+    assert table["knee_level"].tolist() == [20, 20]
+    assert optimal_levels("tiny", *tables, margins=Margins(tolerance=0.01))["highest_level"].tolist() == [0, 0]
+
+
+def test_search_for_the_optimal_level_ends_at_a_level_without_data():
+    cells, measurements = run_of(lambda variant, level, i, d: 0.0001 * level * (1 + 0.1 * noise(level, i, d)))
+    measurements = measurements[measurements["level"] != 60]
+    row = optimal_levels("tiny", cells, measurements).iloc[0]
+    assert (row["highest_level"], row["levels"], row["reason"]) == (40, "0,20,40", "missing from level 60 on")
+
+
+# Two runs
+
+
+def test_two_runs_are_paired_where_they_can_be():
+    first = RunTables("here", "tiny", *run_of(lambda v, level, i, d: level / 100 + d / 10))
+    second = RunTables(
+        "there", "tiny", *run_of(lambda v, level, i, d: level / 100 + d / 10 - 0.2 + 0.01 * noise(level, i, d))
+    )
+    table = compare_runs(first, second)
+    assert tuple(table.columns) == RUN_COLUMNS
+    row = table[(table["metric"] == "perplexity") & (table["variant"] == "agency") & (table["level"] == 40)].iloc[0]
+    assert row["estimate"] == pytest.approx(-0.2, abs=0.005)
+    assert row["contrast"] == "there vs here"
+    assert row["ci_high"] - row["ci_low"] < 0.01
+    assert (row["kind"], row["reason"]) == ("exploratory", "better")
+
+
+def test_runs_without_a_common_document_are_compared_by_their_means():
+    cells, measurements = run_of(lambda v, level, i, d: level / 100 + 0.1 * noise(i, d))
+    other = measurements.assign(document=measurements["document"].map({f"d{d}": f"e{d}" for d in range(10)}))
+    table = compare_runs(RunTables("a", "x", cells, measurements), RunTables("b", "x", cells, other))
+    row = table[(table["metric"] == "bits_per_byte") & (table["variant"] == "agency") & (table["level"] == 40)].iloc[0]
+    assert row["estimate"] == pytest.approx(0)
+    assert row["ci_high"] > 0.001
+    assert "Welch" in row["test"]
+
+
+def test_perplexity_is_not_compared_across_tokenizers():
+    cells, measurements = run_of(iterations=2, documents=3, prompts=2)
+    tokens = measurements["metric"] == "window_tokens"
+    other = measurements.assign(value=measurements["value"].where(~tokens, 90))
+    table = compare_runs(RunTables("a", "x", cells, measurements), RunTables("b", "y", cells, other))
+    assert "perplexity" not in set(table["metric"])
+    assert "bits_per_byte" in set(table["metric"])
+
+
+def test_runs_of_other_methods_are_compared_all_the_same():
+    one, two = run_of(iterations=2, documents=3, prompts=2), run_of(iterations=2, documents=3, prompts=2, method="n")
+    table = compare_runs(RunTables("a", "x", *one), RunTables("b", "x", *two))
+    assert set(table["method"]) == {"n vs m"}

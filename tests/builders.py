@@ -1,0 +1,411 @@
+"""What tests are made of: tiny models, texts, tables and manifests, built from production's own columns.
+
+A column that production renames is renamed here as well, so that no fixture says what production no longer says.
+"""
+
+from __future__ import annotations
+
+import math
+import zlib
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, NoReturn
+
+import pandas as pd
+import pytest
+import torch
+from matplotlib.figure import Figure
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
+
+from pruning_comparison.analysis.estimates import CONTRAST_COLUMNS, MISSING_COLUMNS, SUMMARY_COLUMNS
+from pruning_comparison.analysis.head_maps import SIGNALS
+from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS
+from pruning_comparison.analysis.tradeoffs import EQUAL_COLUMNS, OPTIMUM_COLUMNS
+from pruning_comparison.metrics import METRICS
+from pruning_comparison.report.charts.style import to_png
+from pruning_comparison.report.page import render_report
+from pruning_comparison.run import attempts
+from pruning_comparison.run.pruned_model import PrunedModel
+from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.store.journal import RunStore, columns_of
+from pruning_comparison.store.records import CellResult
+from pruning_comparison.texts import load_documents
+
+NAN = math.nan
+TABLES = ("cells", "measurements", "heads", "signals", "replies", "texts")
+MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "scratch_bytes")
+"""Ends of names of metrics that a clock or the memory's meter measures."""
+
+CELL_COLUMNS, HEAD_COLUMNS, SIGNAL_COLUMNS, TEXT_COLUMNS = (
+    columns_of(name) for name in ("cells", "heads", "signals", "texts")
+)
+REPLY_COLUMNS = columns_of("replies")
+
+
+def tiny_gpt2(*, layers: int = 3, heads: int = 4, width: int = 32, context: int = 64, seed: int = 0) -> PreTrainedModel:
+    """A random GPT-2 with random biases and norms: zeros and ones would hide a forgotten bias."""
+    torch.manual_seed(seed)
+    config = GPT2Config(
+        vocab_size=97,
+        n_positions=context,
+        n_embd=width,
+        n_layer=layers,
+        n_head=heads,
+        bos_token_id=0,
+        eos_token_id=0,
+        resid_pdrop=0.0,
+        embd_pdrop=0.0,
+        attn_pdrop=0.0,
+    )
+    model = GPT2LMHeadModel._from_config(config, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.2)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+GROUPED = {"num_attention_heads": 6, "intermediate_size": 40, "head_dim": 12}
+
+FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
+    "gpt2": ("gpt2", {"n_head": 6, "attn_pdrop": 0.0, "resid_pdrop": 0.0, "embd_pdrop": 0.0}),
+    "llama": ("llama", {"num_attention_heads": 6, "num_key_value_heads": 2, "intermediate_size": 40}),
+    "llama with biases, not grouped": ("llama", {**GROUPED, "num_key_value_heads": 6, "attention_bias": True}),
+    "mistral": ("mistral", {**GROUPED, "num_key_value_heads": 3, "sliding_window": None}),
+    "mistral with a window": ("mistral", {**GROUPED, "num_key_value_heads": 2, "sliding_window": 5}),
+    "qwen2": (
+        "qwen2",
+        {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40, "tie_word_embeddings": True},
+    ),
+    "qwen3": ("qwen3", {**GROUPED, "num_key_value_heads": 2}),
+    "qwen3 with windows": (
+        "qwen3",
+        {**GROUPED, "num_key_value_heads": 3, "use_sliding_window": True, "sliding_window": 5, "max_window_layers": 1},
+    ),
+    "gpt_neox": ("gpt_neox", {"num_attention_heads": 6, "intermediate_size": 40, "use_parallel_residual": True}),
+    "gpt_neox in sequence": (
+        "gpt_neox",
+        {"num_attention_heads": 6, "intermediate_size": 40, "use_parallel_residual": False, "attention_bias": False},
+    ),
+    "opt": ("opt", {"num_attention_heads": 6, "ffn_dim": 40, "dropout": 0.0}),
+    "opt with norms after": (
+        "opt",
+        {
+            "num_attention_heads": 6,
+            "ffn_dim": 40,
+            "dropout": 0.0,
+            "do_layer_norm_before": False,
+            "word_embed_proj_dim": 20,
+        },
+    ),
+}
+"""Model type and settings of a small config for everything that a family can do differently."""
+
+
+def tiny_model(family: str, *, layers: int = 3, width: int = 48, seed: int = 0, **settings: Any) -> PreTrainedModel:
+    """A random model of one of ``FAMILIES``, or of a model type, with random biases and norms."""
+    model_type, defaults = FAMILIES.get(family, (family, {}))
+    shape = {"hidden_size": width, "num_hidden_layers": layers, "vocab_size": 97, "max_position_embeddings": 64}
+    special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
+    config = AutoConfig.for_model(model_type, **{**shape, **special, **defaults, **settings})
+    torch.manual_seed(seed)
+    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    for parameter in model.parameters():
+        parameter.data = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.2)
+    model.tie_weights()
+    return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
+
+
+def random_masks(layers: int, heads: int) -> dict[str, torch.Tensor]:
+    """Masks by name: uneven layers, an emptied first, middle and last layer, and all but one head gone."""
+    generator = torch.Generator().manual_seed(1)
+    uneven = torch.rand(layers, heads, generator=generator) > 0.5
+    uneven[:, 0] = True
+    masks = {"all kept": torch.ones(layers, heads, dtype=torch.bool), "uneven": uneven}
+    for name, layer in (("first", 0), ("middle", layers // 2), ("last", layers - 1)):
+        mask = uneven.clone()
+        mask[layer] = False
+        masks[f"{name} layer emptied"] = mask
+    one_left = torch.zeros(layers, heads, dtype=torch.bool)
+    one_left[layers - 1, 1] = True
+    masks["one head left"] = one_left
+    return masks
+
+
+def write_short_texts(folder: Path) -> dict[str, str]:
+    """The beginnings of bundled documents as folders of a user's own: a tokenizer of bytes takes long for them in full.
+
+    As settings of a comparison. No two documents are alike.
+    """
+    settings = {}
+    for option, name, characters in (("eval_text", "held_out", 400), ("calibration_text", "calibration", 3_000)):
+        (folder / name).mkdir(parents=True)
+        for document in load_documents(f"bundled:{name}", option=f"--{option}"):
+            (folder / name / f"{document.name}.txt").write_text(document.text[:characters], encoding="utf-8")
+        settings[option] = str(folder / name)
+    return settings
+
+
+def save_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2, model: PreTrainedModel | None = None) -> Path:
+    """A tiny model (GPT-2 unless given) with a byte-level tokenizer of 257 tokens, saved as a user's folder would be."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<|endoftext|>": 0}
+    for letter in sorted(pre_tokenizers.ByteLevel.alphabet()):
+        vocabulary[letter] = len(vocabulary)
+    tokenizer = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>").save_pretrained(folder)
+    if model is None:
+        torch.manual_seed(seed)
+        config = GPT2Config(
+            vocab_size=257, n_positions=128, n_embd=32, n_layer=layers, n_head=4, bos_token_id=0, eos_token_id=0
+        )
+        model = GPT2LMHeadModel(config)
+        for parameter in model.parameters():
+            parameter.data = torch.randn_like(parameter) * 0.3
+        model.tie_weights()
+    model.save_pretrained(folder)
+    return folder
+
+
+class Letters:
+    """A tokenizer of one token per character, so that offsets and bytes can be counted by hand."""
+
+    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Any]]:
+        return {
+            "input_ids": [ord(letter) % 96 + 1 for letter in text],
+            "offset_mapping": [(place, place + 1) for place in range(len(text))],
+        }
+
+
+def tiny_spec(folder: Path, **changes: Any) -> ComparisonSpec:
+    settings: dict[str, Any] = {
+        "model_name": str(folder),
+        "pruning_levels": (0, 50),
+        "pruning_methods": ("magnitude",),
+        "temperatures": (1.0,),
+        "num_tokens": 3,
+        "iterations": 1,
+        "max_prompts": 1,
+        "eval_tokens": 150,
+        "calibration_tokens": 128,
+        "calibration_window": 64,
+        "adaptation": "refit",
+        "eval_text": str(folder / "texts" / "held_out"),
+        "calibration_text": str(folder / "texts" / "calibration"),
+    }
+    return ComparisonSpec(**{**settings, **changes})
+
+
+def unmeasured(run: Path) -> bytes:
+    """Every table of a run as text, without what a clock or the memory's meter says."""
+    shown = []
+    with RunStore(run) as store:
+        for name in TABLES:
+            table = store.table(name)
+            if name == "measurements":
+                table = table[~table["metric"].str.endswith(MEASURED)]
+            shown.append(f"{name}\n{table.to_csv(index=False)}")
+    return "\n".join(shown).encode()
+
+
+def stopped(*arguments: object) -> NoReturn:
+    raise KeyboardInterrupt
+
+
+def failed_cell(variant: str, method: str, iteration: int, level: float, reason: str) -> tuple[Any, ...]:
+    """A row of the journal's cells, in its order of columns."""
+    known = {"variant": variant, "method": method, "iteration": iteration, "level": level}
+    row = {**dict.fromkeys(CELL_COLUMNS), **known, "status": "failed", "reason": reason}
+    return tuple(row.values())
+
+
+def no_model() -> PrunedModel:
+    """What stands for a pruned model where nothing is done with it."""
+    nothing: Any = None
+    return PrunedModel(nothing, torch.ones(1, 1, dtype=torch.bool), "dense")
+
+
+def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
+    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda spec, inputs: None)
+    monkeypatch.setattr(attempts, "run_cell", lambda w, cell: (no_model(), CellResult(cell, "done", fingerprint="x")))
+    monkeypatch.setattr(attempts, "time_level", lambda *arguments: [])
+
+
+def estimate_row(
+    metric: str, variant: str, level: float, value: float, low: float = NAN, high: float = NAN,
+    *, t: float = NAN, n: int = 15, method: str = "entropy", model: str = "tiny",
+) -> tuple[Any, ...]:  # fmt: skip
+    """A row of the summary."""
+    return (model, variant, method, float(level), t, metric, value, low, high, n, METRICS[metric].unit)
+
+
+def contrast_row(
+    metric: str, level: float, value: float, low: float = NAN, high: float = NAN,
+    *, t: float = NAN, n: int = 15, method: str = "entropy", model: str = "tiny", unit: str = "%",
+) -> tuple[Any, ...]:  # fmt: skip
+    """A row of the contrasts: agency against the baseline."""
+    return (
+        model,
+        method,
+        float(level),
+        t,
+        metric,
+        "agency vs baseline",
+        value,
+        low,
+        high,
+        n,
+        unit,
+        METRICS[metric].better,
+    )
+
+
+NASTY = "<script>alert('x')</script> & \"$quoted$\" \x00 \ud800 \u202eabc שלום \x1b[31m"
+
+
+def text_row(
+    variant: str, level: float, prompt: str, text: str,
+    *, iteration: int = 0, temperature: float = 1.0, method: str = "entropy",
+) -> tuple[Any, ...]:  # fmt: skip
+    """As in the journal, where ``prompt`` is a number and the prompt itself stands beside it."""
+    number = zlib.crc32(prompt.encode("utf-8", "surrogatepass"))
+    return (variant, method, iteration, float(level), temperature, number, prompt, text)
+
+
+def render_page(
+    *, summary: Sequence[Any] = (), contrasts: Sequence[Any] = (), cells: Sequence[Any] = (), missing: Sequence[Any] = (),
+    findings: Sequence[Any] = (), figures: Mapping[str, Figure] | None = None, manifest: Mapping[str, Any] | None = None,
+    texts: Sequence[Any] | None = None, verdicts: Sequence[Any] = (), answers: Sequence[Any] = (),
+    optimal: Sequence[Any] = (), equal: Sequence[Any] = (), heads: Sequence[Any] = (), agreed: pd.DataFrame | None = None,
+    narrow: Mapping[str, Figure] | None = None,
+) -> str:  # fmt: skip
+    rows = list(summary) or [
+        estimate_row("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
+        estimate_row("perplexity", "baseline", 50, 90.0, 80.0, 101.0),
+        estimate_row("perplexity", "agency", 50, 42.0, 40.0, 44.5),
+    ]
+    return render_report(
+        summary=pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS)),
+        contrasts=pd.DataFrame(list(contrasts), columns=list(CONTRAST_COLUMNS)),
+        cells=pd.DataFrame(list(cells), columns=CELL_COLUMNS),
+        missing=pd.DataFrame(list(missing), columns=list(MISSING_COLUMNS)),
+        verdicts=list(verdicts),
+        answers=pd.DataFrame(list(answers), columns=list(HYPOTHESIS_COLUMNS)),
+        optimal=pd.DataFrame(list(optimal), columns=list(OPTIMUM_COLUMNS)),
+        equal=pd.DataFrame(list(equal), columns=list(EQUAL_COLUMNS)),
+        findings=list(findings),
+        pictures={name: to_png(figure) for name, figure in (figures or {}).items()},
+        narrow_pictures={name: to_png(figure) for name, figure in (narrow or {}).items()},
+        manifest=manifest or {},
+        texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXT_COLUMNS),
+        heads=heads,
+        agreed=agreed,
+    )
+
+
+def heads_table(
+    gone: Mapping[tuple[str, str, int, float], set[tuple[int, int]]], *, layers: int = 2, heads: int = 2,
+    scores: Mapping[tuple[str, str, int], Sequence[float]] | None = None,
+) -> pd.DataFrame:  # fmt: skip
+    """``gone`` maps (variant, method, iteration, level) to the heads that are gone; scores are made to rank them."""
+    rows: list[tuple[Any, ...]] = []
+    for key, pruned in gone.items():
+        for layer in range(layers):
+            for head in range(heads):
+                score = layer * heads + head if scores is None else scores[key[:3]][layer * heads + head]
+                rows.append((*key, layer, head, float(score), int((layer, head) not in pruned)))
+    return pd.DataFrame(rows, columns=HEAD_COLUMNS)
+
+
+def asked_tables(variant: str = "agency") -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Two rounds of one iteration: (0, 1) refuses and is overridden later, (1, 0) consents at once."""
+    signals = [
+        (variant, "entropy", 0, 50.0, level, layer, head, state, *[value] * len(SIGNALS))
+        for level, states in (
+            (25.0, ("active", "overloaded", "active", "misaligned")),
+            (50.0, ("active", "active", "withdrawn", "active")),
+        )
+        for (layer, head), state, value in zip(
+            ((0, 0), (0, 1), (1, 0), (1, 1)), states, (1.0, 2.0, 4.0, 8.0), strict=True
+        )
+    ]
+    replies = [
+        (variant, "entropy", 0, 50.0, 25.0, 0, 1, "refused", "overloaded", 0),
+        (variant, "entropy", 0, 50.0, 25.0, 1, 0, "consented", "active", 1),
+        (variant, "entropy", 0, 50.0, 50.0, 0, 1, "overridden", "active", 0),
+    ]
+    return pd.DataFrame(signals, columns=SIGNAL_COLUMNS), pd.DataFrame(replies, columns=REPLY_COLUMNS)
+
+
+GONE = {
+    ("agency", "entropy", 0, 0.0): set(),
+    ("agency", "entropy", 0, 25.0): {(1, 0)},
+    ("agency", "entropy", 0, 50.0): {(1, 0), (0, 1)},
+}
+
+
+def token_ids(batch: int = 2, length: int = 11) -> torch.Tensor:
+    return torch.randint(1, 97, (batch, length), generator=torch.Generator().manual_seed(3))
+
+
+def stepwise_logits(model: Any, tokens: Tensor, mask: Tensor | None = None, first: int = 4) -> tuple[Tensor, Any]:
+    """Logits of cached decoding: ``first`` tokens at once, then one by one."""
+    steps: list[Tensor] = []
+    cache = None
+    for start, end in [(0, first), *((t, t + 1) for t in range(first, tokens.shape[1]))]:
+        positions = None
+        if mask is not None:
+            positions = (mask[:, :end].cumsum(1) - 1).clamp(min=0)[:, start:end]
+        output = model(
+            input_ids=tokens[:, start:end],
+            attention_mask=None if mask is None else mask[:, :end],
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        )
+        cache = output.past_key_values
+        steps.append(output.logits)
+    return torch.cat(steps, 1), cache
+
+
+class LargestTensor(TorchDispatchMode):
+    """Notes the bytes of the largest floating-point storage that any operation returns, backward passes included."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.bytes = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        sizes = [
+            t.untyped_storage().nbytes() for t in tree_leaves(result) if torch.is_tensor(t) and t.is_floating_point()
+        ]
+        self.bytes = max([self.bytes, *sizes])
+        return result
+
+
+GROUPS_OF_TWO_AND_THREE = torch.tensor(
+    [
+        # In groups of three: 3 and 1 left, 0 and 2, 2 and 2. In groups of two: 2, 2, 0; 0, 1, 1; 1, 2, 1.
+        [1, 1, 1, 1, 0, 0],
+        [0, 0, 0, 1, 1, 0],
+        [1, 0, 1, 1, 0, 1],
+    ],
+    dtype=torch.bool,
+)
+
+MASKS = {**random_masks(3, 6), "uneven groups": GROUPS_OF_TWO_AND_THREE}
+
+
+def left_padded(batch: int = 2, length: int = 11, pads: int = 3) -> tuple[Tensor, Tensor]:
+    tokens, visible = token_ids(batch, length), torch.ones(batch, length, dtype=torch.long)
+    tokens[0, :pads] = 0
+    visible[0, :pads] = 0
+    return tokens, visible

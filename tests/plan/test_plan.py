@@ -1,0 +1,242 @@
+"""The plan counts what a run would measure, by hand-made numbers, and reads no weights for it."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+
+import pytest
+from builders import save_tiny_model, write_short_texts
+from scipy import stats
+
+from pruning_comparison import cli
+from pruning_comparison.analysis.margins import Margins
+from pruning_comparison.models import loading
+from pruning_comparison.plan import plan as planning
+from pruning_comparison.plan.forecast import Speeds, expected, passes
+from pruning_comparison.plan.plan import ASSUMED, assumed_components, plan_run
+from pruning_comparison.run.inputs import prepare
+from pruning_comparison.spec import ComparisonSpec
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    root = tmp_path_factory.mktemp("plan")
+    for name, text in (("eval", "abcdefgh" * 20), ("calibration", "ijklmnop" * 80)):
+        (root / name).mkdir()
+        for number in range(4):
+            (root / name / f"{number}.txt").write_text(f"{number}{text}")
+    (root / "prompts.txt").write_text("one\ntwo\nthree\n")
+    save_tiny_model(root / "model")
+    return root
+
+
+def options(folder, *more):
+    return [
+        f"--model_name={folder / 'model'}", "--device=cpu", f"--eval_text={folder / 'eval'}",
+        f"--calibration_text={folder / 'calibration'}", f"--prompt_file={folder / 'prompts.txt'}", "--eval_tokens=10000",
+        "--eval_window=50", "--eval_stride=50", "--calibration_tokens=100", "--calibration_window=64", "--num_tokens=5",
+        "--threads=1", "--iterations=5", "--pruning_levels=0,25,60", "--batch_size=2", *more,
+    ]  # fmt: skip
+
+
+def plan(folder, capsys, *more):
+    assert cli.main(["plan", *options(folder, *more), "--json"]) == 0
+    return json.loads(capsys.readouterr().out)
+
+
+def test_every_count_by_hand(folder, capsys):
+    found = plan(folder, capsys, "--pruning_method=entropy,random")
+    assert (found["layers"], found["heads_per_layer"], found["heads"]) == (2, 4, 8)
+    # round(0.25 * 8) and round(0.6 * 8) heads
+    assert [(row["heads_pruned"], row["achieved_level"]) for row in found["levels"]] == [(0, 0), (2, 25.0), (5, 62.5)]
+    assert found["trajectories"] == 2 * 2 * 5
+    assert found["cells"] == 2 * 2 * 5 * 3
+    # Four documents of 161 bytes, a token each, in windows of 50, 50, 50 and 11, of which the first has no context.
+    assert found["evaluation"] == {"documents": 4, "windows": 16, "tokens": 4 * (49 + 49 + 49 + 10)}
+    # Two windows of 64 tokens are the least that hold 100.
+    assert found["calibration"] == {"windows_per_iteration": 2, "tokens_per_iteration": 128}
+    assert (found["prompts"], found["timed_batches"]) == (3, 2)
+    assert found["pairs"] == {
+        "iterations_x_documents": 20, "iterations_x_prompts": 15, "iterations_x_timed_batches": 10,
+    }  # fmt: skip
+
+
+def test_smallest_p_and_pairs_of_each_expectation(folder, capsys):
+    found = {row["id"]: row for row in plan(folder, capsys)["expectations"]}
+    assert list(found) == ["E1", "E2", "E3", "E4"]
+    assert [found[name]["pairs"] for name in found] == [10, 20, 15, 10]
+    assert [found[name]["levels"] for name in found] == [[25, 60], [60], [60], [25, 60]]
+    # Of n signs, two arrangements of 2^n are the most extreme.
+    assert {row["smallest_p_flipping_iterations"] for row in found.values()} == {2 / 2**5}
+    assert [found[name]["smallest_p_flipping_units"] for name in found] == [2 / 2**2, 2 / 2**4, 2 / 2**3, 2 / 2**2]
+
+
+def test_the_detectable_effect_is_found_four_times_in_five(folder, capsys):
+    """The power of Student's test at that effect, from scipy's noncentral t."""
+    rows = {row["id"]: row for row in plan(folder, capsys, "--margin_latency=3")["expectations"]}
+    effect = math.log1p(rows["E4"]["detectable"])
+    assert effect < math.log1p(-0.03)
+    parts = ASSUMED["E4"]
+    assert (parts.iterations, parts.units) == (0, 0)
+    # Neither iterations nor prompts vary, so the 5 x 2 pairs are ten observations; six answers share 0.025.
+    error, freedom = math.sqrt(parts.residual / 10), 9
+    critical = stats.t.ppf(1 - 0.025 / 6 / 2, freedom)
+    shift = (math.log1p(-0.03) - effect) / error
+    assert 1 - stats.nct.cdf(critical, freedom, shift) == pytest.approx(0.8, abs=1e-3)
+
+
+def test_more_data_and_smaller_margins_find_smaller_effects(folder):
+    def detectable(margins=None, **changes):
+        settings = {
+            "model_name": str(folder / "model"), "eval_text": str(folder / "eval"), "eval_window": 50, "eval_stride": 50,
+            "calibration_text": str(folder / "calibration"), "calibration_tokens": 100, "calibration_window": 64,
+            "num_tokens": 5, "prompt_file": str(folder / "prompts.txt"), **changes,
+        }  # fmt: skip
+        spec = ComparisonSpec(**settings)
+        rows = plan_run(spec, margins or Margins(), prepare(spec, identify=False))["expectations"]
+        return {row["id"]: abs(row["detectable"]) for row in rows}
+
+    few, many, small = (
+        detectable(iterations=3),
+        detectable(iterations=20),
+        detectable(Margins(0, 0, 0, 0), iterations=3),
+    )
+    assert all(small[name] < few[name] for name in few)
+    # Perplexity varies from document to document, so that more iterations of the same four documents tell little.
+    assert all(many[name] < few[name] for name in ("E1", "E3", "E4"))
+
+
+def test_neither_weights_nor_their_digests_are_read(folder, capsys, monkeypatch):
+
+    monkeypatch.setattr(
+        "pruning_comparison.run.workspace.load_model", lambda *a, **k: pytest.fail("weights were loaded")
+    )
+    monkeypatch.setattr(loading, "_file_digest", lambda path: pytest.fail("weights were read through"))
+    plan(folder, capsys)
+
+
+def test_the_words_carry_the_same_numbers_and_say_what_cannot_be_answered(folder, capsys):
+    assert cli.main(["plan", *options(folder, "--temperatures=0", "--pruning_levels=0,25", "--iterations=1")]) == 0
+    shown = capsys.readouterr().out
+    assert "2 layers of 4 heads, 8 heads in all" in shown
+    assert "25 %: 2 heads" in shown
+    assert "2 trajectories, 4 cells" in shown
+    assert "628 tokens in 16 windows of 4 documents" in shown
+    assert "1 iteration x 4 documents = 4" in shown
+    assert "1 iteration x 2 timed batches = 2" in shown
+    assert "no level is 40 % or more" in shown
+    assert "with one iteration nothing is known" in shown
+    assert "with one temperature" in shown
+    assert "at temperature 0 nothing is drawn" in shown
+    assert "E2 quality" in shown
+    assert "nothing: not measured" in shown
+
+
+def test_without_both_variants_there_is_nothing_to_find(folder, capsys):
+    found = plan(folder, capsys, "--variants=baseline")
+    assert found["expectations"] == []
+    assert any("not both in --variants" in note for note in found["notes"])
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["--margin_speed=-1"], "--margin_speed: -1.0 must be at least 0 and below 100"),
+        (["--margin_quality=100"], "--margin_quality: 100.0 must be at least 0 and below 100"),
+        (["--margin_diversity=1"], "--margin_diversity: 1.0 must be at least 0 and below 1"),
+        (["--tolerance=nan"], "--tolerance: nan must be at least 0"),
+        (["--margin_latency=wide"], "'wide' is not a number"),
+        (["--pruning_levels=0,100"], "100.0 must be at least 0 and below 100"),
+        (["--calibration_tokens=1000000"], "--calibration_tokens"),
+    ],
+)
+def test_bad_options_exit_2(folder, capsys, argv, message):
+    assert cli.main(["plan", *options(folder, *argv)]) == 2
+    assert message in capsys.readouterr().err
+
+
+def test_margins_are_shares_of_what_the_options_say_in_per_cent():
+    parser = cli.make_parser()
+    given = parser.parse_args(["run", "--margin_speed=3", "--margin_diversity=0.03", "--tolerance=7"])
+    assert cli._margins_of(given) == {"speed": 0.03, "diversity": 0.03, "tolerance": 0.07}
+    assert cli._margins_of(parser.parse_args(["report"])) == {}
+
+
+def test_the_help_states_the_margins_that_hold():
+    for margin, whole, meaning in cli.MARGIN_OPTIONS.values():
+        assert f"({getattr(Margins(), margin) * whole:g}, if not given)" in meaning
+
+
+def test_margins_do_not_change_what_a_run_is():
+    assert not set(vars(Margins())) & set(ComparisonSpec().as_dict())
+
+
+def test_the_plan_reads_the_same_inputs_as_a_run(folder, tmp_path):
+    spec = ComparisonSpec(model_name="bundled", num_tokens=3, **write_short_texts(tmp_path))
+    quick, full = prepare(spec, identify=False), prepare(spec)
+    assert quick.digests == {}
+    assert full.digests
+    assert [window.index for window in quick.windows] == [window.index for window in full.windows]
+
+
+def test_quality_is_planned_with_more_spread_between_iterations_where_chance_ranks():
+    by_score, by_chance = (
+        assumed_components("E2", ComparisonSpec(pruning_methods=methods))
+        for methods in (("entropy",), ("entropy", "random"))
+    )
+    assert by_chance.iterations > by_score.iterations
+    assert (by_chance.units, by_chance.residual) == (by_score.units, by_score.residual)
+    assert assumed_components("E1", ComparisonSpec(pruning_methods=("random",))) == ASSUMED["E1"]
+
+
+def test_passes_and_steps_are_counted_by_hand(folder):
+    spec = ComparisonSpec(
+        model_name=str(folder / "model"), device="cpu", precision="float32", pruning_levels=(0.0, 25.0, 60.0), iterations=5,
+        pruning_methods=("random",), temperatures=(0.7, 1.0), num_tokens=5, batch_size=2, quality_batch_size=1, threads=1,
+        eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"), eval_tokens=10_000, eval_window=50,
+        eval_stride=50, calibration_tokens=100, calibration_window=64, prompt_file=str(folder / "prompts.txt"),
+    )  # fmt: skip
+    counted = passes(spec, prepare(spec, identify=False))
+    models = 2 * 5 * 2  # variants, iterations, levels above 0
+    assert counted["evaluation_tokens"] == (models + 1) * 4 * 161  # the dense model once
+    # 3 prompts at 2 temperatures make 2 batches, since 4 quality batches are written at a time, 5 steps each; the dense
+    # model's texts are new in every iteration.
+    assert counted["text_steps"] == (models + 5) * 2 * 5
+    assert counted["text_tokens"] == (models + 5) * 2 * (3 + 3 + 5 + 3 * 5)
+    # Variants, iterations, levels, 2 batches of prompts; warm-up of 4 and twice 5 tokens.
+    assert counted["timed_steps"] == 2 * 5 * 3 * 2 * (4 + 2 * 5)
+    with_peaks = replace(spec, memory_logging=True)
+    assert passes(with_peaks, prepare(with_peaks, identify=False))["timed_steps"] == 2 * 5 * 3 * 2 * (5 + 2 * 5)
+    # Rounds to 10, 20, ... 60 % and one to 25 %: nothing to score under random, but Fisher's importance, signals, a refit.
+    assert counted["score_tokens"] == pytest.approx(5 * 100 * 7 * (2.0 + 1.2 + 0.9))
+    assert counted["adaptation_tokens"] == pytest.approx(5 * 2 * 100 * 0.9)
+
+
+def test_the_plan_says_time_memory_and_disk(folder, capsys, monkeypatch):
+    cost = plan(folder, capsys)["expected"]
+    assert 0 < sum(cost["seconds"].values()) < 600
+    assert 0.5e9 < cost["memory_bytes"] < 1e9
+    assert 4e6 < cost["disk_bytes"] < 20e6
+    assert cli.main(["plan", *options(folder)]) == 0
+    told = capsys.readouterr().out
+    assert "time         about" in told
+    assert "memory       about 0.5 GB" in told
+    monkeypatch.setattr(planning, "available_bytes", lambda: 1000)
+    assert cli.main(["plan", *options(folder)]) == 0
+    assert "time         unknown: a model of this size does not fit" in capsys.readouterr().out
+
+
+def test_seconds_follow_the_speeds(folder):
+    spec = ComparisonSpec(
+        model_name=str(folder / "model"), device="cpu", precision="float32", pruning_levels=(0.0,), iterations=1,
+        variants=("baseline",), num_tokens=5, threads=1, eval_text=str(folder / "eval"), eval_tokens=10_000,
+        calibration_text=str(folder / "calibration"), eval_window=50, eval_stride=50, calibration_tokens=100,
+        calibration_window=64, prompt_file=str(folder / "prompts.txt"), pruning_methods=("random",), temperatures=(1.0,),
+    )  # fmt: skip
+    found = expected(spec, prepare(spec, identify=False), Speeds(1.0, 100.0, 10_000.0), 1000)["seconds"]
+    assert found["perplexity"] == 4 * 161
+    assert found["texts"] == 5 * 10_000 + (3 + 3 + 5 + 3 * 5)
+    assert found["timing"] == 3 * (4 + 2 * 5) * 100
+    assert found["scores and negotiation"] == found["adaptation"] == 0

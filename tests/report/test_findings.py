@@ -1,0 +1,273 @@
+"""The sentences say what was measured and claim no more than the intervals allow; who is better is for the verdicts."""
+
+from __future__ import annotations
+
+import math
+
+import pandas as pd
+import pytest
+
+from pruning_comparison.formatting import interval_with_unit, plain_number, with_unit
+from pruning_comparison.metrics import METRICS
+from pruning_comparison.report.findings import Finding, plain_findings
+
+NAN = math.nan
+SUMMARY = ["model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit"]
+CONTRASTS = [
+    "model", "method", "level", "temperature", "metric", "contrast",
+    "estimate", "ci_low", "ci_high", "n", "unit", "better",
+]  # fmt: skip
+CELLS = [
+    "model",
+    "variant",
+    "method",
+    "iteration",
+    "level",
+    "achieved_level",
+    "heads_pruned",
+    "heads_total",
+    "status",
+    "reason",
+]
+
+
+def estimate(metric, variant, level, value, low=NAN, high=NAN, *, t=NAN, n=15):
+    return ("tiny", variant, "entropy", float(level), t, metric, value, low, high, n, METRICS[metric].unit)
+
+
+def contrast(metric, level, value, low=NAN, high=NAN, *, t=NAN, n=15, unit="%"):
+    better = METRICS[metric].better
+    return ("tiny", "entropy", float(level), t, metric, "agency vs baseline", value, low, high, n, unit, better)
+
+
+def findings(*, estimates=(), contrasts=(), cells=(), manifest=None) -> list[Finding]:
+    rows = list(estimates) or [estimate("perplexity", "agency", 0, 30.0)]
+    return plain_findings(
+        pd.DataFrame(rows, columns=SUMMARY),
+        pd.DataFrame(list(contrasts), columns=CONTRASTS),
+        pd.DataFrame(list(cells), columns=CELLS),
+        manifest or {},
+    )
+
+
+def one(heading: str, **tables) -> Finding:
+    (found,) = [finding for finding in findings(**tables) if heading in finding.heading]
+    return found
+
+
+# What pruning does to quality
+
+
+def test_perplexity_from_level_0_to_each_level_for_both_without_setting_them_against_each_other():
+    found = one(
+        "what pruning does to quality",
+        estimates=[
+            estimate("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
+            estimate("perplexity", "baseline", 10, 31.5, 29.0, 34.0),
+            estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0),
+            estimate("perplexity", "agency", 0, 30.0, 28.0, 32.0),
+            estimate("perplexity", "agency", 50, 45.0, 40.0, 50.0),
+        ],
+    )
+    assert found.sentence == (
+        "Perplexity is how surprised a model is by text; lower is better. "
+        "The baseline model's is 30 unpruned and 31.5 at 10 % (1.05 times) and 90 at 50 % (3 times). "
+        "At 10 % the interval overlaps that of level 0, so by these intervals the data do not tell whether pruning "
+        "changed it there. "
+        "The agency model's is 30 unpruned and 45 at 50 % (1.5 times)."
+    )
+    assert "baseline: at 0 %: 30 [28 to 32], n = 15" in found.evidence
+    assert "at 50 %: 90 [80 to 101], n = 15" in found.evidence
+
+
+def test_without_level_0_nothing_is_said_about_change():
+    found = one("what pruning does to quality", estimates=[estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0)])
+    assert "Level 0 was not measured, so the data do not tell what pruning changed." in found.sentence
+    assert "times" not in found.sentence
+
+
+def test_one_observation_is_called_that():
+    found = one(
+        "what pruning does to quality",
+        estimates=[estimate("perplexity", "baseline", 0, 30.0, n=1), estimate("perplexity", "baseline", 50, 90.0, n=1)],
+    )
+    assert "one observation, no interval" in found.sentence
+
+
+@pytest.mark.parametrize("value", [NAN, math.inf])
+def test_a_level_without_a_figure_is_named(value):
+    found = one(
+        "what pruning does to quality",
+        estimates=[
+            estimate("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
+            estimate("perplexity", "baseline", 50, value),
+        ],
+    )
+    assert "It is missing at 50 %." in found.sentence
+
+
+def test_differing_at_level_0_is_a_warning():
+    found = one("Not the same at level 0", contrasts=[contrast("perplexity", 0, 0.5, 0.4, 0.6)])
+    assert "both should be the same model" in found.sentence
+    same = findings(contrasts=[contrast("perplexity", 0, 0.0, 0.0, 0.0)])
+    assert not [finding for finding in same if "level 0" in finding.heading]
+
+
+# Speed, temperature, adaptation
+
+
+@pytest.mark.parametrize(
+    ("top", "expected"),
+    [
+        (
+            (40.0, 38.0, 42.0),
+            "The baseline model gets faster: 28 to 40 tokens per second from level 0 to 50 %. It was expected to slow down",
+        ),
+        ((20.0, 18.0, 22.0), "The baseline model gets slower: 28 to 20 tokens per second from level 0 to 50 %."),
+        ((29.0, 26.5, 31.5), "the data do not tell whether its speed changed"),
+    ],
+)
+def test_change_of_speed_with_the_level(top, expected):
+    found = one(
+        "what pruning does to speed",
+        estimates=[
+            estimate("tokens_per_second", "baseline", 0, 28.0, 27.0, 29.0),
+            estimate("tokens_per_second", "baseline", 50, *top),
+            estimate("tokens_per_second_ceiling", "baseline", 50, 36.0),
+        ],
+    )
+    assert expected in found.sentence
+    assert ("expected" in found.sentence) == (top[0] == 40.0)
+    assert "the bytes left would allow 36 token/s" in found.evidence
+
+
+def test_agency_that_loses_speed_goes_against_the_expectation():
+    found = one(
+        "what pruning does to speed",
+        estimates=[
+            estimate("tokens_per_second", "agency", 0, 28.0, 27.0, 29.0),
+            estimate("tokens_per_second", "agency", 50, 20.0, 19.0, 21.0),
+        ],
+    )
+    assert found.sentence.endswith("It was expected to keep its speed or gain; it does not.")
+
+
+def test_temperature_sets_the_pruned_models_beside_the_unpruned_one():
+    rows = [
+        estimate("generation_perplexity", variant, level, value, value - 1, value + 1, t=temperature)
+        for temperature, values in ((0.7, (6.0, 9.0, 7.0)), (1.0, (20.0, 40.0, 24.0)))
+        for variant, level, value in zip(("baseline", "baseline", "agency"), (0, 50, 50), values, strict=True)
+    ]
+    found = one(": temperature", estimates=[*rows, estimate("generation_perplexity", "baseline", 20, 8.0, t=0.7)])
+    assert found.sentence == (
+        "How implausible the unpruned model finds the generated text (generation perplexity), with 50 % of the heads "
+        "pruned by entropy: at temperature 0.7 unpruned 6, baseline 9 and agency 7; "
+        "at temperature 1 unpruned 20, baseline 40 and agency 24."
+    )
+    assert "agency, temperature 1: 24 [23 to 25], n = 15" in found.evidence
+    assert not [finding for finding in findings(estimates=rows[:3]) if "temperature" in finding.heading]
+
+
+def test_cost_of_adaptation():
+    found = one(
+        "what agency cost",
+        estimates=[
+            estimate("adaptation_s", "agency", 50, 12.5, 12.0, 13.0),
+            estimate("adaptation_tokens", "agency", 50, 49_000.0),
+            estimate("negotiation_s", "agency", 50, 90.0, 80.0, 100.0),
+        ],
+    )
+    assert "took 12.5 s and 49,000 tokens of text at 50 %" in found.sentence
+    assert "Asking the heads, in all rounds up to a level, took 90 s at 50 %." in found.sentence
+    assert "negotiation: at 50 %: 90 s [80 to 100 s]" in found.evidence
+
+
+# Levels and failures
+
+
+def cell(level, achieved, pruned, *, total=144, status="done", reason=None):
+    return ("tiny", "baseline", "entropy", 0, float(level), achieved, pruned, total, status, reason)
+
+
+def test_rounding_to_whole_heads_is_explained():
+    found = one("Levels asked for", cells=[cell(20, 100 * 29 / 144, 29), cell(50, 50.0, 72)])
+    assert found.sentence == (
+        "The level reached differs from the level asked for, because only whole heads can be pruned: "
+        "20 % became 20.14 %."
+    )
+    assert found.evidence == "20 %: 29 of 144 heads"
+
+
+def test_a_level_missed_by_more_than_rounding_is_said():
+    found = one("Levels asked for", cells=[cell(20, 25.0, 36)])
+    assert "more than rounding to whole heads explains" in found.sentence
+
+
+def test_levels_that_are_met_need_no_sentence():
+    assert not [finding for finding in findings(cells=[cell(50, 50.0, 72)]) if "Levels" in finding.heading]
+
+
+def test_failed_cells_are_counted_with_reasons():
+    failed = [cell(50, NAN, NAN, status="failed", reason=reason) for reason in ("out of memory", "out of memory", None)]
+    found = one("Cells that failed", cells=[cell(0, 0.0, 0), *failed])
+    assert found.sentence.startswith("3 of 4 cells failed")
+    assert "2 times: out of memory" in found.evidence
+    assert "1 times: no reason recorded" in found.evidence
+
+
+def test_neither_verdicts_nor_claims_of_who_is_better():
+    found = findings(
+        estimates=[
+            estimate(metric, variant, level, value, value - 1, value + 1)
+            for metric in ("perplexity", "tokens_per_second")
+            for variant, level, value in (("baseline", 0, 30.0), ("baseline", 50, 90.0), ("agency", 50, 45.0))
+        ],
+        contrasts=[contrast(name, 50, -50.0, -60.0, -40.0) for name in ("perplexity", "tokens_per_second")],
+    )
+    text = " ".join(f"{finding.heading} {finding.sentence} {finding.evidence}" for finding in found)
+    for word in ("supported", "refuted", "inconclusive", "than the baseline", "which is"):
+        assert word not in text
+    assert all(finding.sentence.endswith(".") for finding in found)
+
+
+def test_empty_tables_say_nothing():
+    empty = plain_findings(
+        pd.DataFrame(columns=SUMMARY), pd.DataFrame(columns=CONTRASTS), pd.DataFrame(columns=CELLS), {}
+    )
+    assert empty == []
+
+
+# Numbers in words
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.0, "0"), (29.46, "29.5"), (11_832.4, "11,832"), (0.01234, "0.0123"), (-35.2, "−35.2"), (1.0, "1"),
+        (0.000012, "1.20e−05"), (NAN, "missing"), (math.inf, "infinite"), (100.0, "100"), (0.5, "0.5"),
+    ],
+)  # fmt: skip
+def test_plain_number(value, text):
+    assert plain_number(value) == text
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "text"),
+    [
+        (0.0123, "s", "12.3 ms"), (2.5, "s", "2.5 s"), (498_000_000.0, "byte", "498 MB"), (3.0, "1", "3"),
+        (28.0, "token/s", "28 token/s"), (999.0, "byte", "999 byte"), (NAN, "s", "missing"),
+    ],
+)  # fmt: skip
+def test_with_unit(value, unit, text):
+    assert with_unit(value, unit) == text
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "unit", "text"),
+    [
+        (0.9, 1.1, "s", "900 ms to 1.1 s"), (24.8, 31.6, "token/s", "24.8 to 31.6 token/s"),
+        (-6.0, 6.0, "%", "−6 to 6 %"), (1.0, 2.0, "1", "1 to 2"),
+    ],
+)  # fmt: skip
+def test_interval_with_unit(low, high, unit, text):
+    assert interval_with_unit(low, high, unit) == text
