@@ -325,9 +325,10 @@ def heads_table(
 
 
 def asked_tables(variant: str = "agency") -> tuple[pd.DataFrame, pd.DataFrame]:
-    """Two rounds of one iteration: (0, 1) refuses and is overridden later, (1, 0) consents at once."""
+    """Signals and replies of two rounds: (0, 1) refuses and is overridden later, (1, 0) consents at once."""
+    key = {"variant": variant, "method": "entropy", "iteration": 0, "level": 50.0}
     signals = [
-        (variant, "entropy", 0, 50.0, level, layer, head, state, *[value] * len(SIGNALS))
+        {**key, "round_level": level, "layer": layer, "head": head, "state": state, **dict.fromkeys(SIGNALS, value)}
         for level, states in (
             (25.0, ("active", "overloaded", "active", "misaligned")),
             (50.0, ("active", "active", "withdrawn", "active")),
@@ -337,9 +338,20 @@ def asked_tables(variant: str = "agency") -> tuple[pd.DataFrame, pd.DataFrame]:
         )
     ]
     replies = [
-        (variant, "entropy", 0, 50.0, 25.0, 0, 1, "refused", "overloaded", 0),
-        (variant, "entropy", 0, 50.0, 25.0, 1, 0, "consented", "active", 1),
-        (variant, "entropy", 0, 50.0, 50.0, 0, 1, "overridden", "active", 0),
+        {
+            **key,
+            "round_level": level,
+            "layer": layer,
+            "head": head,
+            "answer": answer,
+            "state": state,
+            "asked_rank": rank,
+        }
+        for level, layer, head, answer, state, rank in (
+            (25.0, 0, 1, "refused", "overloaded", 0),
+            (25.0, 1, 0, "consented", "active", 1),
+            (50.0, 0, 1, "overridden", "active", 0),
+        )
     ]
     return pd.DataFrame(signals, columns=SIGNAL_COLUMNS), pd.DataFrame(replies, columns=REPLY_COLUMNS)
 

@@ -185,7 +185,7 @@ def test_timings_without_a_node_of_their_own_are_missing_with_the_reason(folder,
     script = (
         "import sys; from pathlib import Path\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
-        "from test_resume import tiny_spec; from pruning_comparison.run.comparison import run_comparison\n"
+        "from builders import tiny_spec; from pruning_comparison.run.comparison import run_comparison\n"
         "from pruning_comparison.run.launchers import RayLauncher\n"
         f"run_comparison(tiny_spec(Path({str(folder)!r}), threads=1), output_dir=Path({str(tmp_path)!r}),\n"
         f"    launcher=RayLauncher({address!r}, node_timeout_s=3), report=print)\n"
