@@ -22,8 +22,8 @@ from pruning_comparison.spec import (
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     PRECISIONS,
+    PRUNE_UNITS,
     SCOPES,
-    UNITS,
     ComparisonSpec,
     available_cores,
 )
@@ -244,7 +244,8 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")
     add(
         "unit",
-        help=f"{' or '.join(UNITS)}: heads leave one by one, or with all others that read the same keys and values",
+        default=default["prune_unit"],
+        help=f"{' or '.join(PRUNE_UNITS)}: heads leave one by one, or with all others that read the same keys and values",
     )
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads leave first under entropy")
     add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
@@ -346,6 +347,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values: dict[str, Any] = {
         field.name: getattr(options, field.name, field.default) for field in fields(ComparisonSpec)
     }
+    values["prune_unit"] = getattr(options, "unit", values["prune_unit"])
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _names(options.pruning_method)
