@@ -175,7 +175,8 @@ def would_resume(argv: Sequence[str]) -> bool:
             return False
         from pruning_comparison.run.comparison import would_resume as comparison_would_resume
 
-        return comparison_would_resume(_spec_of(options), Path(options.output_dir))
+        with Live(quiet=True):
+            return comparison_would_resume(_spec_of(options), Path(options.output_dir))
     except (PruningComparisonError, SystemExit):
         return False
 
@@ -400,7 +401,6 @@ def _run(options: argparse.Namespace) -> int:
             folder = run_comparison(
                 spec,
                 output_dir=output_dir,
-                report=live.say,
                 on_progress=live.progress,
                 on_measured=live.measured,
                 code_commit=commit_of(CHECKOUT),
@@ -413,7 +413,7 @@ def _run(options: argparse.Namespace) -> int:
                 _report_what_there_is(stopped.folder, options.save_outputs, margins)
             raise
         try:
-            report = write_results(folder, save_outputs=options.save_outputs, margins=margins, say=live.say)
+            report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"everything is measured and kept in {folder}; pruning-comparison report {folder} draws it.", folder
@@ -442,8 +442,8 @@ def _report(options: argparse.Namespace) -> int:
 
     output_dir = Path(options.output_dir)
     check_writable(output_dir)
-    with Live(quiet=options.quiet) as live:
-        report = write_comparison(first, second, output_dir=output_dir, say=live.say)
+    with Live(quiet=options.quiet):
+        report = write_comparison(first, second, output_dir=output_dir)
     print(f"report: {report}")
     return 0
 
@@ -513,8 +513,8 @@ def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
     from pruning_comparison.report.write import write_results
 
     folder, margins = _run_in(output_dir), _margins_of(options)
-    with Live(quiet=options.quiet) as live:
-        report = write_results(folder, save_outputs=options.save_outputs, margins=margins, say=live.say)
+    with Live(quiet=options.quiet):
+        report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
     print(f"report: {report}")
     return 0
 
