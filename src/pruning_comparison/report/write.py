@@ -227,7 +227,7 @@ def _results_json(
     document = {
         "manifest": manifest,
         "metrics": {
-            name: {"unit": metric.unit, "better": metric.better, "label": metric.label}
+            name: {"unit": metric.unit, "better": metric.direction, "label": metric.label}
             for name, metric in METRICS.items()
         },
         **{name: _records(table) for name, table in vars(tables).items()},
