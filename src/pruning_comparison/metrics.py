@@ -14,6 +14,8 @@ class Metric:
 
     ``better`` is "none" where neither direction is better in itself. ``log_scale`` metrics are positive and are averaged
     and compared as logarithms, so that a ratio is what is estimated.
+
+    ``revision`` is raised whenever the same inputs give another value; results of different revisions are never mixed.
     """
 
     name: str
@@ -21,6 +23,7 @@ class Metric:
     better: Better
     label: str
     log_scale: bool = False
+    revision: int = 1
 
 
 _ALL = (
