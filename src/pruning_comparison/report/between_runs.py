@@ -8,37 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from pruning_comparison.analysis.between_runs import RunTables, compare_runs
-from pruning_comparison.errors import StoreError
 from pruning_comparison.formatting import listed, per_cent
 from pruning_comparison.metrics import METRICS, Alike, Kind, in_role, metric_named, of_kind
 from pruning_comparison.report.findings import Finding
 from pruning_comparison.report.verdicts import interval_shown, shown
-from pruning_comparison.store.journal import RunStore
-from pruning_comparison.store.run_folder import read_manifest
+from pruning_comparison.store import Run
 
 __all__ = [
-    "Difference", "LeftOut", "StoredRun", "compare", "comparison_findings", "differences", "limits", "read_run",
+    "Difference", "LeftOut", "compare", "comparison_findings", "differences", "limits",
 ]  # fmt: skip
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A run as its folder holds it."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-    cells: pd.DataFrame
-    measurements: pd.DataFrame
-
-    @property
-    def model(self) -> str:
-        return str(self.manifest["spec"]["model_name"])
 
 
 @dataclass(frozen=True)
@@ -64,18 +47,6 @@ class LeftOut:
     note: str = ""
 
 
-def read_run(folder: Path) -> StoredRun:
-    """Manifest, cells and measurements of a run; StoreError where nothing has been measured yet."""
-    manifest = read_manifest(folder)
-    with RunStore(folder) as store:
-        cells, measurements = store.table("cells"), store.table("measurements")
-    if cells.empty or not (cells["status"] == "done").any():
-        raise StoreError(
-            f"{folder} holds no finished cell yet, so there is nothing to report. Run the comparison first."
-        )
-    return StoredRun(folder, manifest, cells, measurements)
-
-
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
     """What the manifests of two runs say differently: settings, contents, model, versions, machine, commit."""
     found: list[Difference] = []
@@ -95,17 +66,17 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     return found
 
 
-def limits(first: StoredRun, second: StoredRun) -> list[LeftOut]:
+def limits(first: Run, second: Run) -> list[LeftOut]:
     """What is not compared, or only with a reservation, and why."""
     return [
-        *_only_in_one(first.manifest["spec"], second.manifest["spec"]),
+        *_only_in_one(first.manifest.spec, second.manifest.spec),
         *_texts(first, second),
-        *_generation(first.manifest, second.manifest),
-        *_speed(first.manifest, second.manifest),
+        *_generation(first.manifest.as_dict(), second.manifest.as_dict()),
+        *_speed(first.manifest.as_dict(), second.manifest.as_dict()),
     ]
 
 
-def same_tokens(first: StoredRun, second: StoredRun) -> bool:
+def same_tokens(first: Run, second: Run) -> bool:
     """Whether both runs scored the same windows with as many tokens and bytes in each, so that a token means the same."""
     return _window_sizes(first.measurements) == _window_sizes(second.measurements)
 
@@ -137,8 +108,8 @@ def _only_in_one(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[LeftO
     return found
 
 
-def _texts(first: StoredRun, second: StoredRun) -> list[LeftOut]:
-    contents = [_mapping(run.manifest.get("inputs")).get("eval_text") for run in (first, second)]
+def _texts(first: Run, second: Run) -> list[LeftOut]:
+    contents = [run.manifest.inputs.get("eval_text") for run in (first, second)]
     if contents[0] != contents[1]:
         why = "the runs were evaluated on different texts, so there are no pairs of documents"
         return [LeftOut("perplexity and bits per byte", why, _compared("loss"))]
@@ -208,7 +179,7 @@ def _speed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[LeftOut]:
 # The comparison
 
 
-def compare(first: StoredRun, second: StoredRun, *, seed: int = 0) -> pd.DataFrame:
+def compare(first: Run, second: Run, *, seed: int = 0) -> pd.DataFrame:
     """The second run against the first: ``RUN_COLUMNS`` and "note", the reservations that a row is shown with.
 
     What ``limits`` leaves out is not in it.
@@ -226,9 +197,9 @@ def compare(first: StoredRun, second: StoredRun, *, seed: int = 0) -> pd.DataFra
     return kept.assign(note=notes)
 
 
-def _model_names(first: StoredRun, second: StoredRun) -> tuple[str, str]:
+def _model_names(first: Run, second: Run) -> tuple[str, str]:
     """The models' names, told apart by their digests where two models have the same."""
-    digests = [str(_mapping(run.manifest.get("inputs")).get("model")) for run in (first, second)]
+    digests = [str(run.manifest.inputs.get("model")) for run in (first, second)]
     if first.model == second.model and digests[0] != digests[1]:
         return f"{first.model} ({digests[0]})", f"{second.model} ({digests[1]})"
     return first.model, second.model
