@@ -18,6 +18,8 @@ from builders import save_tiny_model, stand_in, stopped, tiny_spec, unmeasured, 
 from processes import run_and_log
 
 from pruning_comparison.errors import Interrupted
+from pruning_comparison.methods import METHODS
+from pruning_comparison.metrics import METRICS
 from pruning_comparison.run import attempts as measuring
 from pruning_comparison.run import measure_cell
 from pruning_comparison.run.comparison import run_comparison
@@ -25,6 +27,7 @@ from pruning_comparison.spec import Cell
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import Reused
 from pruning_comparison.store.run_folder import read_manifest, write_manifest
+from pruning_comparison.variants import VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -150,6 +153,63 @@ def test_nothing_is_taken_over_from_other_versions_or_machines(folder, tmp_path,
     run = run_comparison(tiny_spec(folder), output_dir=tmp_path)
     write_manifest(run, replace(read_manifest(run), **{part: {"torch": "0.4"}}))
     assert read_manifest(run_comparison(tiny_spec(folder, iterations=2), output_dir=tmp_path)).reused == ()
+
+
+RAISED = {
+    "protocol": ("pruning_comparison.spec.PROTOCOL_REVISION", None, None),
+    "metric": ("pruning_comparison.spec.METRICS", METRICS, "perplexity"),
+    "method": ("pruning_comparison.methods.METHODS", METHODS, "magnitude"),
+    "variant": ("pruning_comparison.variants.VARIANTS", VARIANTS, "agency"),
+    "importance": ("pruning_comparison.methods.METHODS", METHODS, "fisher"),
+}
+"""What is raised, and the record whose revision that is."""
+
+
+def raise_revision(monkeypatch, what):
+    place, records, name = RAISED[what]
+    if records is None:
+        monkeypatch.setattr(place, 2)
+    else:
+        monkeypatch.setitem(records, name, replace(records[name], revision=2))
+
+
+@pytest.mark.parametrize(
+    ("what", "cells"),
+    [("protocol", 0), ("metric", 0), ("method", 4), ("variant", 4), ("importance", 4)],
+)
+def test_nothing_is_taken_over_from_another_revision(folder, tmp_path, monkeypatch, what, cells):
+    """Of two methods and two variants at two levels: all 8 cells, less those whose method or variant has changed.
+
+    Fisher scores tell how important the heads are that agency asks, whatever the method.
+    """
+    stand_in(monkeypatch)
+    spec = {"pruning_methods": ("magnitude", "random")}
+    run_comparison(tiny_spec(folder, **spec), output_dir=tmp_path)
+    raise_revision(monkeypatch, what)
+    run = run_comparison(tiny_spec(folder, **spec, iterations=2), output_dir=tmp_path)
+    assert sum(reused.counts["cells"] for reused in read_manifest(run).reused) == cells
+
+
+@pytest.mark.parametrize(
+    ("what", "said"),
+    [
+        ("protocol", "the protocol has revision 2, and had 1"),
+        ("metric", "metric perplexity has revision 2, and had 1"),
+        ("method", "method magnitude has revision 2, and had 1"),
+        ("variant", "variant agency has revision 2, and had 1"),
+        ("importance", "method fisher has revision 2, and had 1"),
+    ],
+)
+def test_a_run_of_another_revision_is_not_continued(folder, tmp_path, monkeypatch, caplog, what, said):
+    stand_in(monkeypatch)
+    with monkeypatch.context() as patch:
+        patch.setattr(measuring, "run_cell", stopped)
+        with pytest.raises(Interrupted) as cut:
+            run_comparison(tiny_spec(folder), output_dir=tmp_path)
+    raise_revision(monkeypatch, what)
+    caplog.clear()
+    assert run_comparison(tiny_spec(folder), output_dir=tmp_path) != cut.value.folder
+    assert f"whose results differ: {said}. It stays as it is and can be reported. This starts a new run" in caplog.text
 
 
 def test_a_changed_spec_says_what_differs_and_leaves_the_unfinished_run_alone(folder, tmp_path, monkeypatch, caplog):
