@@ -24,7 +24,6 @@ from pruning_comparison.measure import text_quality
 from pruning_comparison.measure.generation import Timing
 from pruning_comparison.measure.text_quality import WrittenText, text_functions
 from pruning_comparison.metrics import METRICS, RAW, Metric, Role, in_role, metric_named, of_kind, unit_of
-from pruning_comparison.report.charts.overview import comprehensive_summary
 from pruning_comparison.report.tables import method_tables
 from pruning_comparison.report.write import write_results
 from pruning_comparison.run.comparison import run_comparison
@@ -157,8 +156,6 @@ def test_an_unknown_name_raises_with_the_nearest():
     unknown = table.assign(metric="rhymes")
     with pytest.raises(InputError, match="metric: 'rhymes' is unknown"):
         method_tables(unknown, pd.DataFrame(columns=["method", "contrast", "metric", "level", "temperature"]))
-    with pytest.raises(InputError, match="metric: 'rhymes' is unknown"):
-        comprehensive_summary(unknown)
 
 
 def test_units_of_what_a_stored_run_of_0_1_0_holds():

@@ -420,9 +420,10 @@ def test_six_methods_and_six_variants_have_panels_of_their_own():
     render(figures["quality_metrics"])
 
 
-def test_a_metric_this_version_does_not_know_is_drawn_on_the_summary_page():
+def test_a_metric_this_version_does_not_know_is_refused_by_name():
     table = summary_of(estimate_row("perplexity", "baseline", 0, 2.0)).assign(metric="something_new", unit="1")
-    assert list(line(panel(charts.comprehensive_summary(table), "something_new"), "baseline").get_ydata()) == [2.0]
+    with pytest.raises(InputError, match="metric: 'something_new' is unknown"):
+        charts.comprehensive_summary(table)
 
 
 def test_two_models_in_one_table_are_refused():
