@@ -8,18 +8,29 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from pruning_comparison.errors import InputError
-from pruning_comparison.methods import METHODS, Method, method_named
+from pruning_comparison.methods import IMPORTANCE, METHODS, Method, method_named
+from pruning_comparison.metrics import METRICS
 from pruning_comparison.variants import VARIANTS, variant_named
 
-PRECISIONS = ("float32", "float16", "bfloat16")
-EXECUTIONS = ("compact", "masked")
-SCOPES = ("model", "layer")
-UNITS = ("head", "kv_group")
-ENTROPY_DIRECTIONS = ("auto", "high", "low")
-ADAPTATIONS = ("none", "bias", "gate", "refit", "refit-mlp")
+Precision = Literal["float32", "float16", "bfloat16"]
+Execution = Literal["compact", "masked"]
+Scope = Literal["model", "layer"]
+PruneUnit = Literal["head", "kv_group"]
+EntropyDirection = Literal["auto", "high", "low"]
+Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+PRUNE_UNITS: tuple[PruneUnit, ...] = get_args(PruneUnit)
+ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
+ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
+
+OPTION_OF_FIELD: Mapping[str, str] = {"pruning_methods": "pruning_method", "prune_unit": "unit"}
+"""Fields of a spec whose option has another name."""
 
 
 class Trajectory(NamedTuple):
@@ -53,7 +64,7 @@ class ComparisonSpec:
 
     model_name: str = "gpt2"
     device: str = "cpu"
-    precision: str = "float32"
+    precision: Precision = "float32"
     pruning_levels: tuple[float, ...] = (0.0, 20.0, 40.0, 60.0, 80.0)
     pruning_methods: tuple[str, ...] = ("entropy",)
     variants: tuple[str, ...] = ("baseline", "agency")
@@ -62,10 +73,10 @@ class ComparisonSpec:
     iterations: int = 3
     max_prompts: int = 5
     batch_size: int = 1
-    execution: str = "compact"
-    scope: str = "model"
-    unit: str = "head"
-    entropy_direction: str = "auto"
+    execution: Execution = "compact"
+    scope: Scope = "model"
+    prune_unit: PruneUnit = "head"
+    entropy_direction: EntropyDirection = "auto"
     seed: int = 0
     prompt_file: str | None = None
     eval_text: str = "bundled:held_out"
@@ -76,7 +87,7 @@ class ComparisonSpec:
     calibration_tokens: int = 16384
     calibration_window: int = 256
     score_tokens: int | None = None
-    adaptation: str = "refit-mlp"
+    adaptation: Adaptation = "refit-mlp"
     ridge: float = 0.1
     mlp_ridge: float = 0.3
     new_bias: bool = True
@@ -99,7 +110,7 @@ class ComparisonSpec:
             ("precision", PRECISIONS),
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
-            ("unit", UNITS),
+            ("prune_unit", PRUNE_UNITS),
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
         ):
@@ -209,6 +220,8 @@ class ComparisonSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ComparisonSpec:
         """The inverse of ``as_dict``; unknown names raise InputError."""
+        if "unit" in values:  # as runs of 0.1.0 have it
+            values = {"prune_unit" if name == "unit" else name: value for name, value in values.items()}
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -217,12 +230,12 @@ class ComparisonSpec:
         return cls(**plain)
 
     def content_hash(self, inputs: dict[str, str]) -> str:
-        """Identity of a run, 16 hexadecimal digits: the settings and the content hashes of the texts and the model.
+        """Identity of a run, 16 hexadecimal digits: settings, content hashes of the texts and the model, and revisions.
 
         File names do not count, their contents do, so that a run is continued after its inputs have moved and not after
         they have changed.
         """
-        return identity(self.as_dict(), inputs)
+        return identity(self.as_dict(), inputs, revisions_of(self).as_dict())
 
 
 _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
@@ -235,10 +248,84 @@ TEXT_AXES = frozenset({"max_prompts", "temperatures", "num_tokens", "batch_size"
 _NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
 
 
-def identity(settings: Mapping[str, Any], inputs: Mapping[str, str], *, without: Collection[str] = ()) -> str:
-    """Hash of settings (``as_dict``) and of the contents of what is read, 16 hexadecimal digits."""
+PROTOCOL_REVISION = 1
+"""Raised whenever it changes how a cell is measured: windows of text, sampling, timing, what is measured of a model."""
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """Revisions of what a run's results rest on: the protocol, the methods and variants it has, and all metrics.
+
+    Results of different revisions are never mixed within a run.
+    """
+
+    protocol: int
+    methods: Mapping[str, int]
+    variants: Mapping[str, int]
+    metrics: Mapping[str, int]
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Revisions:
+        """The inverse of ``as_dict``. ValueError for what are no revisions."""
+        tables = [raw.get(name) for name in ("methods", "variants", "metrics")]
+        numbers = [raw.get("protocol")]
+        for table in tables:
+            numbers += table.values() if isinstance(table, dict) else [None]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"revisions are {str(raw)[:60]!r}")
+        return cls(raw["protocol"], raw["methods"], raw["variants"], raw["metrics"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**self.of_every_cell(), "methods": dict(self.methods), "variants": dict(self.variants)}
+
+    def of_every_cell(self) -> dict[str, Any]:
+        """The part on which all cells rest, whatever their method and variant."""
+        return {"protocol": self.protocol, "metrics": dict(self.metrics)}
+
+    def named(self) -> dict[str, int]:
+        """Every revision by what it is of, in words."""
+        named = {"the protocol": self.protocol}
+        for kind, table in (("method", self.methods), ("variant", self.variants), ("metric", self.metrics)):
+            named |= {f"{kind} {name}": revision for name, revision in table.items()}
+        return named
+
+    def same_for(self, cell: Cell, other: Revisions) -> bool:
+        """Whether a cell's method and variant have the same revisions in both; False where one does not have them."""
+        mine, theirs = self.named(), other.named()
+        needed = [f"method {name}" for name in _methods_of((cell.method,), (cell.variant,))]
+        return all(
+            name in mine and name in theirs and mine[name] == theirs[name]
+            for name in (*needed, f"variant {cell.variant}")
+        )
+
+
+def revisions_of(spec: ComparisonSpec) -> Revisions:
+    """The revisions on which the results of a spec rest."""
+    return Revisions(
+        protocol=PROTOCOL_REVISION,
+        methods={name: spec.method(name).revision for name in _methods_of(spec.pruning_methods, spec.variants)},
+        variants={name: variant_named(name).revision for name in spec.variants},
+        metrics={name: metric.revision for name, metric in METRICS.items()},
+    )
+
+
+def _methods_of(methods: Collection[str], variants: Collection[str]) -> list[str]:
+    """The methods that are used: those that rank and, where heads are asked, the one that tells their importance."""
+    asked = any(variant_named(name).negotiates for name in variants)
+    return list(dict.fromkeys([*methods, IMPORTANCE] if asked else methods))
+
+
+def identity(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    revisions: Mapping[str, Any],
+    *,
+    without: Collection[str] = (),
+) -> str:
+    """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
     counted = {key: value for key, value in settings.items() if key not in _NAMES_OF_FILES and key not in without}
-    canonical = json.dumps({"settings": counted, "inputs": dict(inputs)}, sort_keys=True)
+    canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -249,7 +336,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def option_of(field: str) -> str:
+    """The option that sets a field of a spec: "--unit" for ``prune_unit``."""
+    return f"--{OPTION_OF_FIELD.get(field, field)}"
+
+
 def _require(condition: bool, field: str, value: object, problem: str, advice: str) -> None:
     if not condition:
-        option = "--" + {"pruning_methods": "pruning_method"}.get(field, field)
-        raise InputError(f"{option}: {value!r} {problem}. {advice}")
+        raise InputError(f"{option_of(field)}: {value!r} {problem}. {advice}")
