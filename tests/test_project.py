@@ -214,6 +214,19 @@ def test_the_citation_names_this_version_and_this_repository() -> None:
     assert {"cff-version", "message", "title", "authors"} <= set(citation)
 
 
+# Files that documents name
+
+PAGES = sorted([*ROOT.glob("*.md"), *(ROOT / "docs").rglob("*.md")])
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
+def test_a_file_that_a_document_names_is_there(page: Path) -> None:
+    """Paths in backticks that have a folder, from the checkout, from `src`, or from the package."""
+    text = re.sub(r"```.*?```", "", page.read_text("utf-8"), flags=re.DOTALL)
+    for name in re.findall(r"`((?:[\w.-]+/)+[\w.-]+\.(?:py|toml|html|json|ipynb))`", text):
+        assert any((place / name).exists() for place in (ROOT, SRC, SRC.parent)), name
+
+
 # make and the workflows
 
 

@@ -1,8 +1,7 @@
-"""The same log-likelihoods as lm-evaluation-harness on the same (context, target) spans. Needs the extra ``parity``."""
+"""The same log-likelihoods as lm-evaluation-harness on the same (context, target) spans. `make test-extras` installs it."""
 
 from __future__ import annotations
 
-import importlib.util
 import re
 import warnings
 
@@ -22,10 +21,7 @@ from pruning_comparison.run.measure_cell import window_measurements
 from pruning_comparison.texts import Document, load_documents, tokenize
 
 pytestmark = [
-    pytest.mark.skipif(
-        importlib.util.find_spec("lm_eval") is None,
-        reason="lm-evaluation-harness is not installed: pip install 'pruning-comparison[parity]'",
-    ),
+    pytest.mark.extras,
     # Other people's warnings; what is compared here are numbers.
     pytest.mark.filterwarnings("ignore"),
 ]

