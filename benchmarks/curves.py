@@ -53,7 +53,7 @@ def main() -> None:
 
 def draw(axes: Axes, run: Path) -> None:
     """One run's curves."""
-    model = json.loads((run / "manifest.json").read_text("utf-8"))["spec"]["model_name"]
+    model = read_manifest(run).spec["model_name"]
     rows = pd.read_csv(run / "summary.csv")
     rows = rows[(rows["metric"] == "perplexity_ratio")]
     shown = [variant for variant in VARIANTS if variant in set(rows["variant"])]

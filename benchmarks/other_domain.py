@@ -32,7 +32,7 @@ def main() -> None:
     parser.add_argument("--levels", default="50", help="comma-separated")
     parser.add_argument("--iteration", type=int, default=0)
     options = parser.parse_args()
-    stored = ComparisonSpec.from_dict(read_manifest(options.run)["spec"])
+    stored = ComparisonSpec.from_dict(dict(read_manifest(options.run).spec))
     spec = replace(stored, eval_text=options.eval_text, eval_tokens=options.eval_tokens)
     workspace = load_workspace(spec, prepare(spec, identify=False))
 

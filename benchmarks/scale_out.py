@@ -20,7 +20,7 @@ from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.launchers import Begun, Event, Launcher, RayLauncher, Work, launch_serially
 from pruning_comparison.run.provenance import hardware
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store import load_run
 from pruning_comparison.store.records import CellResult
 
 MEASURED = ("_s", "peak_memory_bytes", "scratch_bytes")
@@ -47,9 +47,9 @@ class Clocked:
 
 def results(run: Path) -> list[str]:
     """Everything that a clock or the memory's meter has not measured."""
-    with RunStore(run) as store:
-        tables = [store.table(name) for name in ("cells", "measurements", "heads", "signals", "replies", "texts")]
-    tables[1] = tables[1][~tables[1]["metric"].str.endswith(MEASURED)]
+    stored = load_run(run)
+    unmeasured = stored.measurements[~stored.measurements["metric"].str.endswith(MEASURED)]
+    tables = (stored.cells, unmeasured, stored.heads, stored.signals, stored.replies, stored.texts)
     return [table.to_csv(index=False) for table in tables]
 
 

@@ -35,7 +35,7 @@ METHOD = "random"
 def measure(folder: Path, first: Workspace, second: Workspace, labels: Sequence[str]) -> None:
     """Measures what one run's journal does not hold yet."""
     folder.mkdir(parents=True, exist_ok=True)
-    with RunStore(folder) as store:
+    with RunStore(folder, lock=True) as store:
         done = store.finished_timings()
         for iteration in range(first.spec.iterations):
             for level in first.spec.pruning_levels:

@@ -52,7 +52,7 @@ from pruning_comparison.run.launchers import serial
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.scoring import scores as scoring
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store import load_run
 
 SMALL = {
     "pruning_levels": (0, 50),
@@ -176,9 +176,8 @@ def ours(spec: ComparisonSpec) -> dict[str, Any]:
     """The same comparison by this package, its journal read back into the shape of the plain scripts' results."""
     with tempfile.TemporaryDirectory() as folder:
         run = run_comparison(spec, output_dir=Path(folder), raise_failures=True)
-        with RunStore(run) as store:
-            done, rows = store.table("cells"), store.table("measurements")
-            heads, texts = store.table("heads"), store.table("texts")
+        stored = load_run(run)
+    done, rows, heads, texts = stored.cells, stored.measurements, stored.heads, stored.texts
     key = ["variant", "iteration", "level"]
     found = []
     for place, of_cell in rows.groupby(key):

@@ -263,7 +263,7 @@ def contrast_row(
         high,
         n,
         unit,
-        METRICS[metric].better,
+        METRICS[metric].direction,
     )
 
 

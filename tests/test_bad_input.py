@@ -25,12 +25,12 @@ from pruning_comparison import cli, texts
 from pruning_comparison.checkpoint.forms import load_pruned
 from pruning_comparison.errors import InputError, ModelLoadError, StoreError
 from pruning_comparison.models import load_model, preview_model
-from pruning_comparison.report.between_runs import read_run
 from pruning_comparison.report.write import margins_of
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.run_folder import journal_damage, latest_run, read_manifest, unfinished_run
+from pruning_comparison.store.tables import load_run
 
 
 def cases(few, many):
@@ -308,7 +308,7 @@ def every_reader(run):
     latest_run(run.parent)
     unfinished_run(run.parent, "x")
     journal_damage(run)
-    for read in (read_run, lambda folder: margins_of(read_manifest(folder), None)):
+    for read in (load_run, lambda folder: margins_of(read_manifest(folder), None)):
         with suppress(StoreError):
             read(run)
 

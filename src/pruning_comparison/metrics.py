@@ -1,61 +1,452 @@
-"""Every figure this package reports: its name, unit, direction and label. Formulas stand where they are computed."""
+"""Every figure this package reports: one record per metric, from which everything else derives. Without torch.
+
+A metric of generated text is added by a record here, a function, and a test; CONTRIBUTING.md has a worked example.
+Functions are named and looked up when they are first needed, so that reading the records costs nothing.
+"""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+import importlib
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Literal
 
-Better = Literal["higher", "lower", "none"]
+from pruning_comparison.errors import InputError
+from pruning_comparison.formatting import unknown_name
+
+Kind = Literal["loss", "ratio", "text", "distance", "timing", "memory", "size", "cost", "bound"]
+Direction = Literal["higher", "lower", "none"]
+Scale = Literal["log", "linear"]
+Alike = Literal["tokenizer", "length", "dense model"]
+Role = Literal[
+    "main table", "quality chart", "temperature chart", "improvement chart", "radar", "tight resources", "which metrics",
+    "two runs",
+]  # fmt: skip
+
+MetricFunction = Callable[..., Any]
 
 
 @dataclass(frozen=True)
 class Metric:
     """One reported figure.
 
-    ``better`` is "none" where neither direction is better in itself. ``log_scale`` metrics are positive and are averaged
-    and compared as logarithms, so that a ratio is what is estimated.
+    ``kind`` says where it comes from:
+
+    * "loss": from the summed losses of evaluation windows, per document. ``compute`` takes the nats and the quantity
+      ``over`` (one of ``RAW``), as numbers or as columns, and returns the value, or its logarithm where the scale is "log".
+    * "ratio": another metric ``ratio_of`` over its value in the dense model.
+    * "text": of one generated text. ``compute`` takes any fields of ``measure.text_quality.WrittenText``, by name, and
+      ``settings``, and returns a float, or None where the text is too short for it.
+    * "distance": how far the text metric ``distance_of`` is from its value in the dense model, on the same prompt and draws.
+    * "timing", "memory": of one timed generation: fields of ``measure.generation.Timing``.
+    * "size": of a model; "cost": of making a variant; "bound": the best that pruning could bring.
+
+    ``direction`` is what is better, "none" where neither direction is better in itself. Metrics on the "log" scale are
+    positive and are averaged and compared as logarithms, so that a ratio is what is estimated. ``bounds`` are the lowest and
+    highest possible value: what is measured outside them is missing, with that as the reason.
+
+    ``label`` is the name in tables, ``short_label`` that above a panel, ``spoke`` that around the radar, ``phrase`` the
+    words inside a sentence; those not given follow from the label. ``roles`` are the charts, tables and questions that
+    choose this metric, with its place in each. ``compared``: variants are compared by it, and two runs as well where a
+    direction is better; ``alike`` is what two runs must share, beside texts and prompts, for it to mean the same in both.
+    ``on_request``: measured only where an option asks for it.
+
+    ``revision`` is raised whenever the same inputs give another value; results of different revisions are never mixed.
     """
 
     name: str
+    kind: Kind
     unit: str
-    better: Better
     label: str
-    log_scale: bool = False
+    direction: Direction = "none"
+    scale: Scale = "linear"
+    bounds: tuple[float, float] = (0.0, math.inf)
+    short_label: str = ""
+    spoke: str = ""
+    phrase: str = ""
+    compute: str | MetricFunction = ""
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    over: str = ""
+    ratio_of: str = ""
+    distance_of: str = ""
+    roles: Mapping[Role, int] = field(default_factory=dict)
+    compared: bool = True
+    alike: tuple[Alike, ...] = ()
+    on_request: bool = False
+    revision: int = 1
+
+    def __post_init__(self) -> None:
+        short = self.short_label or self.label
+        for name, value in (
+            ("short_label", short),
+            ("spoke", self.spoke or short),
+            ("phrase", self.phrase or f"{self.label[:1].lower()}{self.label[1:]}"),
+        ):
+            object.__setattr__(self, name, value)
+
+    @property
+    def cluster(self) -> Literal["document", "prompt"]:
+        """What is drawn anew, beside iterations, when its interval is estimated."""
+        return "document" if self.kind in ("loss", "ratio") else "prompt"
+
+    def possible(self, value: float) -> bool:
+        """Whether a finite value lies within the bounds, and has a logarithm where one is taken."""
+        low, high = self.bounds
+        return low <= value <= high and (self.scale == "linear" or value > 0)
+
+    def function(self) -> MetricFunction:
+        """The function ``compute``, imported where it is only named."""
+        if not isinstance(self.compute, str):
+            return self.compute
+        module_name, _, name = self.compute.partition(":")
+        found: MetricFunction = getattr(importlib.import_module(module_name), name)
+        return found
 
 
-_ALL = (
-    Metric("perplexity", "1", "lower", "Perplexity", log_scale=True),
-    Metric("perplexity_ratio", "1", "lower", "Perplexity, times the dense model's", log_scale=True),
-    Metric("word_perplexity", "1", "lower", "Perplexity per word", log_scale=True),
-    Metric("bits_per_byte", "bit/byte", "lower", "Bits per byte"),
-    Metric("generation_perplexity", "1", "none", "Generation perplexity (under the dense model)", log_scale=True),
-    Metric("distinct_1", "1", "none", "Distinct-1"),
-    Metric("distinct_2", "1", "none", "Distinct-2"),
-    Metric("distinct_3", "1", "none", "Distinct-3"),
-    Metric("distinct_2_adjusted", "1", "none", "Distinct-2, expectation-adjusted"),
-    Metric("seq_rep_4", "1", "none", "Repetition (seq-rep-4)"),
-    Metric("compression_ratio", "1", "none", "Compression ratio"),
-    Metric("distinct_2_distance", "1", "lower", "Distinct-2: distance from dense"),
-    Metric("seq_rep_4_distance", "1", "lower", "Seq-rep-4: distance from dense"),
-    Metric("generation_perplexity_distance", "1", "lower", "Log generation perplexity: distance from dense"),
-    Metric("tokens_per_second", "token/s", "higher", "Tokens per second", log_scale=True),
-    Metric("first_token_latency_s", "s", "lower", "First-token latency", log_scale=True),
-    Metric("time_per_output_token_s", "s", "lower", "Time per output token", log_scale=True),
-    Metric("end_to_end_s", "s", "lower", "End-to-end time", log_scale=True),
-    Metric("tokens_per_second_ceiling", "token/s", "higher", "Tokens per second that the bytes left allow"),
-    Metric("first_token_latency_floor_s", "s", "lower", "First-token latency that the FLOPs left allow"),
-    Metric("prefill_flops", "FLOP", "lower", "FLOPs of reading a prompt"),
-    Metric("decode_bytes", "byte", "lower", "Bytes read per decoding step"),
-    Metric("parameter_bytes", "byte", "lower", "Parameters in bytes"),
-    Metric("cache_bytes", "byte", "lower", "Key-value cache in bytes"),
-    Metric("peak_memory_bytes", "byte", "lower", "Peak memory while generating"),
-    Metric("adaptation_s", "s", "lower", "Adaptation time"),
-    Metric("adaptation_tokens", "token", "lower", "Adaptation tokens"),
-    Metric("adaptation_scratch_bytes", "byte", "lower", "Scratch file while adapting"),
-    Metric("recovery_s", "s", "lower", "Recovery time"),
-    Metric("recovery_tokens", "token", "lower", "Recovery tokens"),
-    Metric("negotiation_s", "s", "lower", "Negotiation time"),
-    Metric("adaptation_peak_memory_bytes", "byte", "lower", "Peak memory while adapting"),
-)
+METRICS: dict[str, Metric] = {
+    "perplexity": Metric(
+        "perplexity",
+        kind="loss",
+        unit="1",
+        label="Perplexity",
+        direction="lower",
+        scale="log",
+        bounds=(1.0, math.inf),
+        compute="pruning_comparison.measure.losses:mean_loss",
+        over="window_tokens",
+        alike=("tokenizer",),
+        roles={
+            "main table": 1,
+            "quality chart": 1,
+            "improvement chart": 1,
+            "radar": 1,
+            "tight resources": 1,
+            "which metrics": 1,
+            "two runs": 1,
+        },
+    ),
+    "perplexity_ratio": Metric(
+        "perplexity_ratio",
+        kind="ratio",
+        unit="1",
+        label="Perplexity, times the dense model's",
+        direction="lower",
+        scale="log",
+        ratio_of="perplexity",
+        compared=False,  # between variants it would say what perplexity says
+        roles={"main table": 2},
+    ),
+    "word_perplexity": Metric(
+        "word_perplexity",
+        kind="loss",
+        unit="1",
+        label="Perplexity per word",
+        direction="lower",
+        scale="log",
+        bounds=(1.0, math.inf),
+        compute="pruning_comparison.measure.losses:mean_loss",
+        over="window_words",
+        compared=False,  # between variants it would say what perplexity says
+    ),
+    "bits_per_byte": Metric(
+        "bits_per_byte",
+        kind="loss",
+        unit="bit/byte",
+        label="Bits per byte",
+        direction="lower",
+        compute="pruning_comparison.measure.losses:bits_per_byte",
+        over="window_bytes",
+        roles={"two runs": 2},
+    ),
+    "generation_perplexity": Metric(
+        "generation_perplexity",
+        kind="text",
+        unit="1",
+        label="Generation perplexity (under the dense model)",
+        short_label="Generation perplexity",
+        scale="log",
+        bounds=(1.0, math.inf),
+        compute="pruning_comparison.measure.text_quality:generation_perplexity",
+        roles={"main table": 5, "temperature chart": 1},
+    ),
+    "distinct_1": Metric(
+        "distinct_1",
+        kind="text",
+        unit="1",
+        label="Distinct-1",
+        bounds=(0.0, 1.0),
+        compute="pruning_comparison.measure.text_quality:distinct_n",
+        settings={"n": 1},
+    ),
+    "distinct_2": Metric(
+        "distinct_2",
+        kind="text",
+        unit="1",
+        label="Distinct-2",
+        short_label="Diversity (distinct-2)",
+        bounds=(0.0, 1.0),
+        compute="pruning_comparison.measure.text_quality:distinct_n",
+        settings={"n": 2},
+        roles={"main table": 6, "quality chart": 2, "temperature chart": 2},
+    ),
+    "distinct_3": Metric(
+        "distinct_3",
+        kind="text",
+        unit="1",
+        label="Distinct-3",
+        bounds=(0.0, 1.0),
+        compute="pruning_comparison.measure.text_quality:distinct_n",
+        settings={"n": 3},
+    ),
+    "distinct_2_adjusted": Metric(
+        "distinct_2_adjusted",
+        kind="text",
+        unit="1",
+        label="Distinct-2, expectation-adjusted",
+        short_label="Distinct-2, adjusted",
+        compute="pruning_comparison.measure.text_quality:expectation_adjusted_distinct_n",
+        settings={"n": 2},
+    ),
+    "seq_rep_4": Metric(
+        "seq_rep_4",
+        kind="text",
+        unit="1",
+        label="Repetition (seq-rep-4)",
+        bounds=(0.0, 1.0),
+        compute="pruning_comparison.measure.text_quality:seq_rep_n",
+        settings={"n": 4},
+        roles={"main table": 7, "quality chart": 3, "temperature chart": 3},
+    ),
+    "compression_ratio": Metric(
+        "compression_ratio",
+        kind="text",
+        unit="1",
+        label="Compression ratio",
+        compute="pruning_comparison.measure.text_quality:compression_ratio",
+    ),
+    "distinct_2_distance": Metric(
+        "distinct_2_distance",
+        kind="distance",
+        unit="1",
+        label="Distinct-2: distance from dense",
+        short_label="Distinct-2 distance",
+        spoke="Distinct-2\ndistance",
+        phrase="diversity",
+        direction="lower",
+        bounds=(0.0, 1.0),
+        distance_of="distinct_2",
+        alike=("length", "tokenizer"),
+        roles={
+            "main table": 8,
+            "improvement chart": 5,
+            "radar": 5,
+            "tight resources": 4,
+            "which metrics": 2,
+            "two runs": 3,
+        },
+    ),
+    "seq_rep_4_distance": Metric(
+        "seq_rep_4_distance",
+        kind="distance",
+        unit="1",
+        label="Seq-rep-4: distance from dense",
+        short_label="Seq-rep-4 distance",
+        spoke="Seq-rep-4\ndistance",
+        phrase="repetition",
+        direction="lower",
+        bounds=(0.0, 1.0),
+        distance_of="seq_rep_4",
+        alike=("length", "tokenizer"),
+        roles={"main table": 9, "improvement chart": 6, "radar": 6, "which metrics": 3, "two runs": 4},
+    ),
+    "generation_perplexity_distance": Metric(
+        "generation_perplexity_distance",
+        kind="distance",
+        unit="1",
+        label="Log generation perplexity: distance from dense",
+        short_label="Log gen. perpl. distance",
+        spoke="Log gen. perpl.\ndistance",
+        phrase="plausibility of the generated text",
+        direction="lower",
+        distance_of="generation_perplexity",
+        alike=("length", "dense model"),
+        roles={"radar": 7, "tight resources": 5, "which metrics": 4, "two runs": 5},
+    ),
+    "tokens_per_second": Metric(
+        "tokens_per_second",
+        kind="timing",
+        unit="token/s",
+        label="Tokens per second",
+        spoke="Tokens per\nsecond",
+        phrase="speed",
+        direction="higher",
+        scale="log",
+        alike=("length", "tokenizer"),
+        roles={
+            "main table": 3,
+            "improvement chart": 2,
+            "radar": 2,
+            "tight resources": 2,
+            "which metrics": 5,
+            "two runs": 6,
+        },
+    ),
+    "first_token_latency_s": Metric(
+        "first_token_latency_s",
+        kind="timing",
+        unit="s",
+        label="First-token latency",
+        spoke="First-token\nlatency",
+        direction="lower",
+        scale="log",
+        roles={
+            "main table": 4,
+            "improvement chart": 3,
+            "radar": 3,
+            "tight resources": 3,
+            "which metrics": 6,
+            "two runs": 7,
+        },
+    ),
+    "time_per_output_token_s": Metric(
+        "time_per_output_token_s",
+        kind="timing",
+        unit="s",
+        label="Time per output token",
+        phrase="time per token",
+        direction="lower",
+        scale="log",
+        alike=("tokenizer",),
+        roles={"which metrics": 7},
+    ),
+    "end_to_end_s": Metric(
+        "end_to_end_s",
+        kind="timing",
+        unit="s",
+        label="End-to-end time",
+        direction="lower",
+        scale="log",
+        alike=("length",),
+    ),
+    "tokens_per_second_ceiling": Metric(
+        "tokens_per_second_ceiling",
+        kind="bound",
+        unit="token/s",
+        label="Tokens per second that the bytes left allow",
+        short_label="Tokens/s the bytes left allow",
+        direction="higher",
+        compared=False,
+    ),
+    "first_token_latency_floor_s": Metric(
+        "first_token_latency_floor_s",
+        kind="bound",
+        unit="s",
+        label="First-token latency that the FLOPs left allow",
+        short_label="First token, by FLOPs left",
+        direction="lower",
+        compared=False,
+    ),
+    "prefill_flops": Metric(
+        "prefill_flops", kind="size", unit="FLOP", label="FLOPs of reading a prompt", direction="lower"
+    ),
+    "decode_bytes": Metric(
+        "decode_bytes", kind="size", unit="byte", label="Bytes read per decoding step", direction="lower"
+    ),
+    "parameter_bytes": Metric(
+        "parameter_bytes",
+        kind="size",
+        unit="byte",
+        label="Parameters in bytes",
+        short_label="Parameters",
+        direction="lower",
+    ),
+    "cache_bytes": Metric(
+        "cache_bytes",
+        kind="memory",
+        unit="byte",
+        label="Key-value cache in bytes",
+        short_label="Key-value cache",
+        direction="lower",
+    ),
+    "peak_memory_bytes": Metric(
+        "peak_memory_bytes",
+        kind="memory",
+        unit="byte",
+        label="Peak memory while generating",
+        short_label="Peak memory, generating",
+        spoke="Peak\nmemory",
+        phrase="peak memory",
+        direction="lower",
+        on_request=True,
+        roles={"main table": 10, "improvement chart": 4, "radar": 4, "which metrics": 8},
+    ),
+    "adaptation_s": Metric(
+        "adaptation_s",
+        kind="cost",
+        unit="s",
+        label="Adaptation time",
+        direction="lower",
+        compared=False,
+        roles={"main table": 11},
+    ),
+    "adaptation_tokens": Metric(
+        "adaptation_tokens", kind="cost", unit="token", label="Adaptation tokens", direction="lower", compared=False
+    ),
+    "adaptation_scratch_bytes": Metric(
+        "adaptation_scratch_bytes",
+        kind="cost",
+        unit="byte",
+        label="Scratch file while adapting",
+        direction="lower",
+        compared=False,
+    ),
+    "recovery_s": Metric("recovery_s", kind="cost", unit="s", label="Recovery time", direction="lower", compared=False),
+    "recovery_tokens": Metric(
+        "recovery_tokens", kind="cost", unit="token", label="Recovery tokens", direction="lower", compared=False
+    ),
+    "negotiation_s": Metric(
+        "negotiation_s", kind="cost", unit="s", label="Negotiation time", direction="lower", compared=False
+    ),
+    "adaptation_peak_memory_bytes": Metric(
+        "adaptation_peak_memory_bytes",
+        kind="cost",
+        unit="byte",
+        label="Peak memory while adapting",
+        short_label="Peak memory, adapting",
+        direction="lower",
+        compared=False,
+    ),
+}
+"""Every metric by its name, in the order in which tables and charts list them."""
 
-METRICS: dict[str, Metric] = {metric.name: metric for metric in _ALL}
+RAW: dict[str, str] = {
+    "window_nats": "nat",
+    "window_tokens": "token",
+    "window_bytes": "byte",
+    "window_words": "word",
+}
+"""What a journal holds of every evaluation window, with its unit: the sums that metrics of the kind "loss" are made of."""
+
+
+def metric_named(name: str) -> Metric:
+    """The metric of that name. InputError, with the nearest, for any other."""
+    if name not in METRICS:
+        raise InputError(unknown_name("metric", name, METRICS))
+    return METRICS[name]
+
+
+def unit_of(quantity: str) -> str:
+    """The unit of a metric, or of one of the ``RAW`` quantities."""
+    return RAW[quantity] if quantity in RAW else metric_named(quantity).unit
+
+
+def of_kind(*kinds: Kind) -> list[Metric]:
+    """The metrics of these kinds, in the order of the records."""
+    return [metric for metric in METRICS.values() if metric.kind in kinds]
+
+
+def in_role(role: Role) -> list[str]:
+    """Names of the metrics that a chart, table or question chooses, in its order."""
+    chosen = [metric for metric in METRICS.values() if role in metric.roles]
+    return [metric.name for metric in sorted(chosen, key=lambda metric: metric.roles[role])]

@@ -14,6 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from pruning_comparison.formatting import format_duration
+from pruning_comparison.measure.losses import mean_loss
 from pruning_comparison.spec import Cell, ComparisonSpec
 
 if TYPE_CHECKING:
@@ -75,7 +76,8 @@ class RunningMeans:
                 sums.setdefault(one.metric, []).append(one.value)
         found = {}
         if sum(sums.get("window_tokens", [])) and len(sums.get("window_nats", [])) == len(sums["window_tokens"]):
-            found["perplexity"] = math.exp(min(700.0, sum(sums["window_nats"]) / sum(sums["window_tokens"])))
+            loss = mean_loss(sum(sums["window_nats"]), sum(sums["window_tokens"]))
+            found["perplexity"] = math.exp(min(700.0, loss))
         if speeds := [value for value in sums.get("tokens_per_second", []) if value > 0]:
             found["tokens_per_second"] = math.exp(sum(map(math.log, speeds)) / len(speeds))
         for metric, value in found.items():

@@ -11,7 +11,8 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 from pruning_comparison.errors import InputError, MethodError
-from pruning_comparison.methods import METHODS, Method, checked_own_method, method_named
+from pruning_comparison.methods import IMPORTANCE, METHODS, Method, checked_own_method, method_named
+from pruning_comparison.metrics import METRICS
 from pruning_comparison.variants import VARIANTS, variant_named
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -271,12 +272,12 @@ class ComparisonSpec:
         return cls(**plain, own_methods=own)
 
     def content_hash(self, inputs: dict[str, str]) -> str:
-        """Identity of a run, 16 hexadecimal digits: the settings and the content hashes of the texts and the model.
+        """Identity of a run, 16 hexadecimal digits: settings, content hashes of the texts and the model, and revisions.
 
         File names do not count, their contents do, so that a run is continued after its inputs have moved and not after
         they have changed.
         """
-        return identity(self.as_dict(), inputs)
+        return identity(self.as_dict(), inputs, revisions_of(self).as_dict())
 
 
 _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
@@ -289,10 +290,84 @@ TEXT_AXES = frozenset({"max_prompts", "temperatures", "num_tokens", "batch_size"
 _NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
 
 
-def identity(settings: Mapping[str, Any], inputs: Mapping[str, str], *, without: Collection[str] = ()) -> str:
-    """Hash of settings (``as_dict``) and of the contents of what is read, 16 hexadecimal digits."""
+PROTOCOL_REVISION = 1
+"""Raised whenever it changes how a cell is measured: windows of text, sampling, timing, what is measured of a model."""
+
+
+@dataclass(frozen=True)
+class Revisions:
+    """Revisions of what a run's results rest on: the protocol, the methods and variants it has, and all metrics.
+
+    Results of different revisions are never mixed within a run.
+    """
+
+    protocol: int
+    methods: Mapping[str, int]
+    variants: Mapping[str, int]
+    metrics: Mapping[str, int]
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> Revisions:
+        """The inverse of ``as_dict``. ValueError for what are no revisions."""
+        tables = [raw.get(name) for name in ("methods", "variants", "metrics")]
+        numbers = [raw.get("protocol")]
+        for table in tables:
+            numbers += table.values() if isinstance(table, dict) else [None]
+        if not all(isinstance(number, int) for number in numbers):
+            raise ValueError(f"revisions are {str(raw)[:60]!r}")
+        return cls(raw["protocol"], raw["methods"], raw["variants"], raw["metrics"])
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**self.of_every_cell(), "methods": dict(self.methods), "variants": dict(self.variants)}
+
+    def of_every_cell(self) -> dict[str, Any]:
+        """The part on which all cells rest, whatever their method and variant."""
+        return {"protocol": self.protocol, "metrics": dict(self.metrics)}
+
+    def named(self) -> dict[str, int]:
+        """Every revision by what it is of, in words."""
+        named = {"the protocol": self.protocol}
+        for kind, table in (("method", self.methods), ("variant", self.variants), ("metric", self.metrics)):
+            named |= {f"{kind} {name}": revision for name, revision in table.items()}
+        return named
+
+    def same_for(self, cell: Cell, other: Revisions) -> bool:
+        """Whether a cell's method and variant have the same revisions in both; False where one does not have them."""
+        mine, theirs = self.named(), other.named()
+        needed = [f"method {name}" for name in _methods_of((cell.method,), (cell.variant,))]
+        return all(
+            name in mine and name in theirs and mine[name] == theirs[name]
+            for name in (*needed, f"variant {cell.variant}")
+        )
+
+
+def revisions_of(spec: ComparisonSpec) -> Revisions:
+    """The revisions on which the results of a spec rest."""
+    return Revisions(
+        protocol=PROTOCOL_REVISION,
+        methods={name: spec.method(name).revision for name in _methods_of(spec.pruning_methods, spec.variants)},
+        variants={name: variant_named(name).revision for name in spec.variants},
+        metrics={name: metric.revision for name, metric in METRICS.items()},
+    )
+
+
+def _methods_of(methods: Collection[str], variants: Collection[str]) -> list[str]:
+    """The methods that are used: those that rank and, where heads are asked, the one that tells their importance."""
+    asked = any(variant_named(name).negotiates for name in variants)
+    return list(dict.fromkeys([*methods, IMPORTANCE] if asked else methods))
+
+
+def identity(
+    settings: Mapping[str, Any],
+    inputs: Mapping[str, str],
+    revisions: Mapping[str, Any],
+    *,
+    without: Collection[str] = (),
+) -> str:
+    """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
     counted = {key: value for key, value in settings.items() if key not in _NAMES_OF_FILES and key not in without}
-    canonical = json.dumps({"settings": counted, "inputs": dict(inputs)}, sort_keys=True)
+    canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
 
@@ -312,6 +387,10 @@ def _own_methods_of(stored: Any, trust: bool, known: Collection[Method]) -> tupl
     here = {method.name: method for method in known}
     found = []
     for name, values in stored.items():
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"the stored method {name!r} is {values!r}, which is no mapping. Run the comparison again."
+            )
         if name in here and here[name].identity() == values:
             found.append(here[name])
         elif not trust:
@@ -320,7 +399,7 @@ def _own_methods_of(stored: Any, trust: bool, known: Collection[Method]) -> tupl
                 "--trust_methods if you trust it, or leave it out."
             )
         else:
-            settings = {key: value for key, value in dict(values).items() if key != "source"}
+            settings = {key: value for key, value in values.items() if key != "source"}
             try:
                 method = checked_own_method(Method(name, **settings))
             except TypeError as error:

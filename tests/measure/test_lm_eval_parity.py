@@ -6,18 +6,19 @@ import importlib.util
 import re
 import warnings
 
+import pandas as pd
 import pytest
 import torch
 
+from pruning_comparison.analysis.estimates import summarize
 from pruning_comparison.measure.perplexity import (
-    bits_per_byte_of,
     evaluation_windows,
     measure_perplexity,
     window_losses,
-    word_perplexity_of,
 )
 from pruning_comparison.measure.text_quality import generation_losses
 from pruning_comparison.models.loading import load_model, preview_model
+from pruning_comparison.run.measure_cell import window_measurements
 from pruning_comparison.texts import Document, load_documents, tokenize
 
 pytestmark = [
@@ -83,9 +84,10 @@ def test_texts_have_the_harness_log_likelihood(bundled, harness):
 
 
 def test_a_document_has_the_harness_bits_per_byte_and_word_perplexity(bundled, harness):
-    """Rolling windows of our making, scored by the harness and added up as its metrics do; only the first token is apart.
+    """What the report says of one document: windows of our making, scored by the harness and added up as its metrics do.
 
-    The harness predicts the first token from the end-of-text token; we have no context for it and leave it out.
+    Only the first token is apart: the harness predicts it from the end-of-text token, we have no context for it and leave it
+    out.
     """
     from lm_eval.api.metrics import bits_per_byte, weighted_perplexity
 
@@ -96,11 +98,15 @@ def test_a_document_has_the_harness_bits_per_byte_and_word_perplexity(bundled, h
         ids = window.ids.tolist()
         requests.append((("", ""), ids[: -window.targets], ids[-window.targets :]))
     likelihoods = [value for value, _ in harness._loglikelihood_tokens(requests, disable_tqdm=True)]
-    losses = measure_perplexity(bundled.model, windows, batch_size=4)
+    place = {"variant": "baseline", "method": "fisher", "iteration": 0, "level": 0.0}
+    rows = window_measurements(measure_perplexity(bundled.model, windows, batch_size=4))
+    cells = pd.DataFrame([{**place, "status": "done", "fingerprint": "dense"}])
+    summary = summarize("bundled", cells, pd.DataFrame([{**vars(row), **place} for row in rows]))
+    reported = summary.set_index("metric")["estimate"]
     ids, offsets = tokenize(bundled.tokenizer, document.text)
     scored = document.text[offsets[1][0] :]
     words = len(re.split(r"\s+", document.text.strip())) - 1  # the first word begins in the first token
     total = sum(likelihoods)
     assert sum(window.targets for window in windows) == len(ids) - 1
-    assert bits_per_byte_of(losses) == pytest.approx(bits_per_byte([(total, len(scored.encode()))]), rel=1e-5)
-    assert word_perplexity_of(losses) == pytest.approx(weighted_perplexity([(total, words)]), rel=1e-4)
+    assert reported["bits_per_byte"] == pytest.approx(bits_per_byte([(total, len(scored.encode()))]), rel=1e-5)
+    assert reported["word_perplexity"] == pytest.approx(weighted_perplexity([(total, words)]), rel=1e-4)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 import zlib
 
+import numpy as np
+import pandas as pd
 import pytest
 import torch
 from builders import Letters, tiny_gpt2
@@ -15,15 +17,14 @@ from pruning_comparison.measure.generation import (
     sample,
     time_generation,
 )
+from pruning_comparison.measure.losses import bits_per_byte, mean_loss
 from pruning_comparison.measure.perplexity import (
     EvaluationWindow,
     WindowLoss,
-    bits_per_byte_of,
     evaluation_windows,
     measure_perplexity,
     perplexity_of,
     window_losses,
-    word_perplexity_of,
 )
 from pruning_comparison.measure.text_quality import (
     compression_ratio,
@@ -31,6 +32,7 @@ from pruning_comparison.measure.text_quality import (
     distinct_n,
     expectation_adjusted_distinct_n,
     generation_losses,
+    generation_perplexity,
     seq_rep_n,
 )
 from pruning_comparison.texts import Document
@@ -98,22 +100,15 @@ def test_bits_per_byte_counts_utf8_bytes(model):
     windows = evaluation_windows([Document("d", text)], Letters(), window=32, stride=32, tokens=100)
     assert [w.targets_bytes for w in windows] == [3 * 7 - 1]
     losses = measure_perplexity(model, windows, batch_size=1)
-    assert bits_per_byte_of(losses) == pytest.approx(losses[0].nats / math.log(2) / 20)
+    assert [loss.text_bytes for loss in losses] == [20]
 
 
-def test_words_are_counted_where_they_begin_and_word_perplexity_by_hand(model):
+def test_words_are_counted_where_they_begin():
     """22 characters, one token each, of which the first is not scored; windows of 8 tokens cut words in two."""
     text = "One  two\nthree four fi"
     windows = evaluation_windows([Document("d", text)], Letters(), window=8, stride=8, tokens=100)
     # Scored are "ne  two", "three f" and "ur fi": the first token of a window has no context.
     assert [w.targets_words for w in windows] == [1, 2, 1]
-    losses = [
-        WindowLoss("d", 0, math.log(8), 3, 7, 2),
-        WindowLoss("d", 1, math.log(2), 1, 4, 2),
-        WindowLoss("e", 0, 0.0, 1, 3, 0),
-    ]
-    assert word_perplexity_of(losses) == pytest.approx(16 ** (1 / 4))
-    assert math.isnan(word_perplexity_of(losses[2:]))
     overlapping = evaluation_windows([Document("d", text)], Letters(), window=8, stride=4, tokens=100)
     assert sum(w.targets_words for w in overlapping) == len(text.split()) - 1
 
@@ -207,11 +202,25 @@ def test_timing_of_one_token_has_no_time_per_output_token(model):
     assert timing.end_to_end_s == timing.first_token_latency_s
 
 
-def test_bits_per_byte_by_hand():
-    """8 bits over 2 + 2 bytes, and a window without loss over 4 more."""
+def test_perplexity_is_of_all_tokens_together():
+    """8 bits over 3 tokens, and a window of 5 more without loss: one bit per token."""
     losses = [WindowLoss("d", 0, 8 * math.log(2), 3, 4, 1), WindowLoss("d", 1, 0.0, 5, 4, 1)]
-    assert bits_per_byte_of(losses) == pytest.approx(1.0)
     assert perplexity_of(losses) == pytest.approx(2.0)
+
+
+def test_figures_of_summed_losses_are_the_same_of_numbers_and_of_columns():
+    """8 bits over 8 bytes are 1 bit per byte; 16 = 2 ** 4 over 4 words are 2 per word."""
+    assert bits_per_byte(8 * math.log(2), 8) == pytest.approx(1.0)
+    assert math.exp(mean_loss(math.log(16), 4)) == pytest.approx(2.0)
+    nats, counts = pd.Series([8 * math.log(2), math.log(16)]), pd.Series([8, 2])
+    assert list(bits_per_byte(nats, counts)) == pytest.approx([1.0, 2.0])
+    assert list(np.exp(mean_loss(nats, counts))) == pytest.approx([2.0, 4.0])
+
+
+def test_generation_perplexity_by_hand():
+    assert generation_perplexity([3, 4], 2 * math.log(7)) == pytest.approx(7.0)
+    assert generation_perplexity([], 0.0) is None
+    assert generation_perplexity([3], 1000.0) == math.inf
 
 
 def test_seq_rep_4_of_a_loop_and_of_a_sentence_that_comes_twice():

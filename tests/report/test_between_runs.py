@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -12,17 +14,15 @@ from builders import save_tiny_model, write_short_texts
 from pruning_comparison import cli
 from pruning_comparison.report.between_runs import (
     Difference,
-    StoredRun,
     compare,
     comparison_findings,
     differences,
     limits,
-    read_run,
     same_tokens,
 )  # fmt: skip
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store.run_folder import read_manifest
+from pruning_comparison.store import Manifest, Run, load_run, read_manifest
 
 NAN = math.nan
 
@@ -47,7 +47,8 @@ def stored(tokens=(10.0, 12.0), **changes):
         for number, count in enumerate(tokens)
         for metric, value in (("window_tokens", count), ("window_bytes", 50.0))
     ]
-    return StoredRun(None, manifest(**changes), pd.DataFrame(), pd.DataFrame(windows))  # type: ignore[arg-type]
+    stored_manifest = Manifest.from_dict({**manifest(**changes), "model": None})
+    return Run(Path(), stored_manifest, measurements=pd.DataFrame(windows))
 
 
 def left_out(first, second):
@@ -215,7 +216,7 @@ def test_two_runs_of_other_models_are_compared_from_the_command_line(runs, tmp_p
     dense = table[(table["metric"] == "perplexity") & (table["level"] == 0) & (table["variant"] == "baseline")]
     losses = []
     for number in (0, 1):
-        run = read_run((runs / f"out{number}" / "latest").resolve())
+        run = load_run((runs / f"out{number}" / "latest").resolve())
         rows = run.measurements[run.measurements["level"] == 0].query("variant == 'baseline' and iteration == 0")
         rows = rows[rows["method"] == "magnitude"]
         sums = rows.pivot_table(index="document", columns="metric", values="value", aggfunc="sum")
@@ -240,7 +241,7 @@ def test_runs_that_cannot_be_compared_exit_2(runs, tmp_path, capsys):
 
 
 def test_a_run_against_its_copy_shows_no_difference(runs):
-    run = read_run((runs / "out0" / "latest").resolve())
+    run = load_run((runs / "out0" / "latest").resolve())
     compared = compare(run, run)
     measured = compared[compared["metric"] == "perplexity"]
     assert len(measured) == 4
@@ -253,14 +254,13 @@ def test_margins_are_kept_with_the_run_and_change_verdicts_only(runs, capsys):
     before = read_manifest(folder)
     assert cli.main(["report", str(folder), "--quiet", "--margin_quality=30", "--tolerance=99"]) == 0
     kept = read_manifest(folder)
-    assert kept["margins"]["quality"] == 0.3
-    assert {key: value for key, value in kept.items() if key != "margins"} == {
-        key: value for key, value in before.items() if key != "margins"
-    }
+    assert kept.margins is not None
+    assert kept.margins["quality"] == 0.3
+    assert kept == replace(before, margins=kept.margins)
     answers = pd.read_csv(folder / "answers.csv").set_index("id")
     assert answers.loc["E2", "margin"] == 0.3
     assert cli.main(["report", str(folder), "--quiet"]) == 0
-    assert read_manifest(folder)["margins"]["quality"] == 0.3
+    assert read_manifest(folder).margins == kept.margins
     document = json.loads((folder / "results.json").read_text())
     assert {verdict["id"] for verdict in document["verdicts"]} >= {"E1", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5"}
     assert len(document["answers"]) == len(answers)

@@ -36,7 +36,7 @@ def estimate(metric, variant, level, value, low=NAN, high=NAN, *, t=NAN, n=15):
 
 
 def contrast(metric, level, value, low=NAN, high=NAN, *, t=NAN, n=15, unit="%"):
-    better = METRICS[metric].better
+    better = METRICS[metric].direction
     return ("tiny", "entropy", float(level), t, metric, "agency vs baseline", value, low, high, n, unit, better)
 
 

@@ -84,7 +84,7 @@ class Document(HTMLParser):
 
 
 def contrast(metric, level, value, low, high, *, t=NAN, method="entropy", unit="%"):
-    better = METRICS[metric].better
+    better = METRICS[metric].direction
     return ("tiny", method, float(level), t, metric, "agency vs baseline", value, low, high, 15, unit, better)
 
 

@@ -352,14 +352,14 @@ def test_an_interrupted_run_keeps_finished_cells_and_continues(folder, tmp_path,
     folder_cut = stopped.value.folder
     assert len(tables(folder_cut)["cells"]) == 5
     assert write_results(folder_cut, save_outputs=False).is_file()
-    assert read_manifest(folder_cut)["finished"] is None
+    assert read_manifest(folder_cut).finished is None
     monkeypatch.setattr(measuring, "run_cell", original)
     repeated: list[Cell] = []
     monkeypatch.setattr(measuring, "run_cell", lambda w, cell: (repeated.append(cell), original(w, cell))[1])
     assert run_comparison(spec, output_dir=tmp_path / "cut") == folder_cut
     assert not set(repeated) & set(measured)
     assert len(repeated) + len(measured) == 16
-    assert read_manifest(folder_cut)["finished"] is not None
+    assert read_manifest(folder_cut).finished is not None
     pd.testing.assert_frame_equal(tables(folder_cut)["texts"], whole["texts"])
     pd.testing.assert_frame_equal(tables(folder_cut)["heads"], whole["heads"])
     assert latest_run(tmp_path / "cut") == folder_cut.resolve()
@@ -410,8 +410,8 @@ def test_the_results_files_are_complete_and_agree(folder, tmp_path):
     # 4 of 8 heads of size 8 at width 32: per head 3 * 32 * 8 + 3 * 8 + 8 * 32 parameters of 4 bytes.
     assert bytes_left[0] - bytes_left[50] == 4 * (3 * 32 * 8 + 3 * 8 + 8 * 32) * 4
     manifest = read_manifest(run)
-    assert manifest["spec"]["num_tokens"] == 6
-    assert manifest["versions"]["transformers"]
+    assert manifest.spec["num_tokens"] == 6
+    assert manifest.versions["transformers"]
     wide, narrow = (
         {path.name for path in folder.glob("*.*")} for folder in (run / "charts", run / "charts" / "narrow")
     )

@@ -12,6 +12,7 @@ import subprocess
 import tempfile
 import time
 from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -28,7 +29,7 @@ from pruning_comparison.run import comparison, measure_cell
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import Cell
 from pruning_comparison.store.journal import RunStore
-from pruning_comparison.store.records import CellResult, GeneratedText
+from pruning_comparison.store.records import CellResult, GeneratedText, Manifest
 from pruning_comparison.store.run_folder import latest_run, read_manifest, write_atomically, write_manifest
 
 CELL, OTHER = Cell("baseline", "random", 0, 0.0), Cell("agency", "random", 0, 0.0)
@@ -81,7 +82,7 @@ def test_a_full_disk_stops_the_run_and_the_same_command_continues(folder, tmp_pa
 
 def test_a_journal_that_cannot_grow_keeps_what_it_has(tmp_path):
     """SQLite's own limit of pages answers as a full disk does."""
-    with RunStore(tmp_path) as store:
+    with RunStore(tmp_path, lock=True) as store:
         store.write_cell(CellResult(CELL, "done"), None)
         pages = store._journal.execute("PRAGMA page_count").fetchone()[0]
         store._journal.execute(f"PRAGMA max_page_count = {pages + 4}")
@@ -100,7 +101,7 @@ def test_a_folder_that_becomes_read_only(monkeypatch):
         if user == 0:
             os.chown(place, 65534, 65534)
             os.seteuid(65534)
-        with RunStore(place) as store:
+        with RunStore(place, lock=True) as store:
             store.write_cell(CellResult(CELL, "done"), None)
             write_atomically(place / "table.csv", "old")
             place.chmod(0o555)
@@ -108,12 +109,16 @@ def test_a_folder_that_becomes_read_only(monkeypatch):
                 store.write_cell(large(OTHER), None)
             with pytest.raises(StoreError, match=r"table\.csv cannot be written: Permission denied"):
                 write_atomically(place / "table.csv", "new")
-            with pytest.raises(StoreError, match="cannot be written"):
-                RunStore(place, lock=True)
             assert (place / "table.csv").read_text() == "old"
             assert store.finished_cells() == {CELL}
             place.chmod(0o755)
             store.write_cell(large(OTHER), None)
+            assert store.finished_cells() == {CELL, OTHER}
+        (place / "run.lock").unlink()
+        place.chmod(0o555)
+        with pytest.raises(StoreError, match="cannot be written"):
+            RunStore(place, lock=True)
+        with RunStore(place) as store:
             assert store.finished_cells() == {CELL, OTHER}
     finally:
         os.seteuid(user)
@@ -173,7 +178,7 @@ def test_a_damaged_journal_is_left_alone_and_a_new_run_started(folder, tmp_path,
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "run_cell", lambda w, cell: (no_model(), large(cell, 50_000)))
         run = run_comparison(tiny_spec(folder), output_dir=tmp_path)
-    write_manifest(run, {**read_manifest(run), "finished": None})
+    write_manifest(run, replace(read_manifest(run), finished=None))
     damage(run / "journal.sqlite")
     before = (run / "journal.sqlite").read_bytes()
     assert cli.main(["report", str(run)]) == 1
@@ -199,7 +204,7 @@ def test_an_empty_or_lost_journal_means_that_nothing_was_measured(folder, tmp_pa
         assert store.finished_cells() == set(tiny_spec(folder).cells())
 
 
-MANIFEST = {"spec": {"model_name": "m", "variants": [], "seed": 0}}
+MANIFEST = Manifest({"model_name": "m", "variants": [], "seed": 0})
 
 
 @pytest.mark.parametrize("pointer", ["gone", "text", "elsewhere", "binary", "itself", "none", "folder"])
@@ -243,7 +248,7 @@ def test_a_signal_leaves_a_partial_report_and_exit_code_130(folder, tmp_path, nu
     assert process.exitcode == 130
     run = latest_run(tmp_path / "runs")
     assert (run / "report.html").is_file()
-    assert read_manifest(run)["finished"] is None
+    assert read_manifest(run).finished is None
     with RunStore(run) as store:
         assert len(store.finished_cells()) == 2
 
@@ -352,7 +357,7 @@ def test_a_clock_that_jumps_back_spoils_nothing(folder, tmp_path, monkeypatch):
 
 def test_a_run_killed_within_a_transaction_has_the_cell_not_at_all(tmp_path):
     """What SIGKILL leaves behind: a journal and the pages from before the transaction, which SQLite puts back."""
-    with RunStore(tmp_path) as store:
+    with RunStore(tmp_path, lock=True) as store:
         store.write_cell(CellResult(CELL, "done"), None)
     copy = tmp_path / "copy"
     copy.mkdir()

@@ -86,7 +86,7 @@ def test_two_workers_measure_what_one_process_measures_whoever_dies(spec, whole,
         on_progress=lambda done, total, what: progress.append((done, total)),
     )
     assert unmeasured(run) == unmeasured(whole)
-    assert read_manifest(run)["finished"] is not None
+    assert read_manifest(run).finished is not None
     assert f"a worker died at {deadly}; another one goes on from there" in caplog.messages
     begun = [line.split(" ", 1) for line in (folder / "begun").read_text().splitlines()]
     words = [what for _, what in begun]
@@ -144,7 +144,7 @@ def test_a_trajectory_that_kills_every_worker_is_given_up_and_the_rest_is_kept(f
         ("baseline", 0.0): 2,
         ("baseline", 50.0): 2,
     }
-    assert read_manifest(run)["finished"] is None
+    assert read_manifest(run).finished is None
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the cluster's processes in /proc")
@@ -162,7 +162,7 @@ def test_a_lost_cluster_is_started_again_and_goes_on_with_what_is_missing(spec, 
     assert len(lost) == 1
     assert "the cluster was lost; a new one goes on with what is missing" in caplog.messages
     assert unmeasured(run) == unmeasured(whole)
-    assert read_manifest(run)["finished"] is not None
+    assert read_manifest(run).finished is not None
 
 
 def test_a_node_that_would_measure_otherwise_is_refused(folder, tmp_path, monkeypatch):
@@ -206,7 +206,7 @@ def test_timings_without_a_node_of_their_own_are_missing_with_the_reason(folder,
     assert len(timed) == 2 * 2 * 5
     assert timed["value"].isna().all()
     assert timed["reason"].str.contains("no node was free of other work within 3 s").all()
-    assert read_manifest(run)["finished"] is None
+    assert read_manifest(run).finished is None
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import signal
 import sqlite3
 import sys
 import time
+from dataclasses import replace
 
 import pytest
 import torch
@@ -22,6 +23,7 @@ from pruning_comparison.run import measure_cell
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import Cell
 from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store.records import Reused
 from pruning_comparison.store.run_folder import read_manifest, write_manifest
 
 
@@ -49,7 +51,7 @@ def test_added_levels_methods_and_iterations_take_over_what_is_there(folder, tmp
     assert len(timed) == 12 - 2
     assert not {cell for cell in measured if cell[1:3] == ("magnitude", 0) and cell.level != 30}
     assert f"taken over from {small}: 4 cells and 2 timings" in caplog.messages
-    assert read_manifest(run)["reused"] == [{"run": small.name, "commit": "old", "cells": 4, "timings": 2}]
+    assert read_manifest(run).reused == (Reused(small.name, "old", {"cells": 4, "timings": 2}),)
     with RunStore(run) as store:
         commits = store.table("cells")["code_commit"].value_counts().to_dict()
     assert commits == {"old": 4, "new": 20}
@@ -79,9 +81,7 @@ def test_added_prompts_take_over_heads_and_perplexity_even_when_cut_off(folder, 
         with pytest.raises(Interrupted) as cut:
             run_comparison(grown, output_dir=tmp_path / "grown", code_commit="new")
     assert f"taken over from {small}: 6 cells without their texts" in caplog.messages
-    assert read_manifest(cut.value.folder)["reused"] == [
-        {"run": small.name, "commit": "old", "cells without their texts": 6}
-    ]
+    assert read_manifest(cut.value.folder).reused == (Reused(small.name, "old", {"cells without their texts": 6}),)
     with RunStore(cut.value.folder) as store:
         for name in ("cells", "measurements", "heads"):
             assert len(store.table(name).groupby(["variant", "level"])) == 2, name
@@ -141,15 +141,15 @@ def test_only_what_would_come_out_the_same_is_taken_over(folder, tmp_path, monke
     common = {"pruning_methods": ("entropy",), "variants": ("baseline",)}
     run_comparison(tiny_spec(folder, **common), output_dir=tmp_path)
     run = run_comparison(tiny_spec(folder, **{**common, **changes}), output_dir=tmp_path)
-    assert sum(reused.get("cells", 1) for reused in read_manifest(run).get("reused", [])) == taken
+    assert sum(reused.counts["cells"] for reused in read_manifest(run).reused) == taken
 
 
 @pytest.mark.parametrize("part", ["versions", "hardware"])
 def test_nothing_is_taken_over_from_other_versions_or_machines(folder, tmp_path, monkeypatch, part):
     stand_in(monkeypatch)
     run = run_comparison(tiny_spec(folder), output_dir=tmp_path)
-    write_manifest(run, {**read_manifest(run), part: {"torch": "0.4"}})
-    assert "reused" not in read_manifest(run_comparison(tiny_spec(folder, iterations=2), output_dir=tmp_path))
+    write_manifest(run, replace(read_manifest(run), **{part: {"torch": "0.4"}}))
+    assert read_manifest(run_comparison(tiny_spec(folder, iterations=2), output_dir=tmp_path)).reused == ()
 
 
 def test_a_changed_spec_says_what_differs_and_leaves_the_unfinished_run_alone(folder, tmp_path, monkeypatch, caplog):
@@ -182,14 +182,14 @@ def test_another_commit_and_other_versions_are_warned_of_and_kept_per_cell(folde
         with pytest.raises(Interrupted) as cut:
             run_comparison(tiny_spec(folder), output_dir=tmp_path, code_commit="one")
     manifest = read_manifest(cut.value.folder)
-    write_manifest(cut.value.folder, {**manifest, "versions": {**manifest["versions"], "torch": "0.4"}})
+    write_manifest(cut.value.folder, replace(manifest, versions={**manifest.versions, "torch": "0.4"}))
     run = run_comparison(tiny_spec(folder), output_dir=tmp_path, code_commit="two")
     assert run == cut.value.folder
     expected = [
         "continued at commit two after starting at one",
         "continued with other versions, so that cells of one run may differ in rounding",
     ]
-    assert read_manifest(run)["warnings"] == expected
+    assert list(read_manifest(run).warnings) == expected
     assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == expected
     with RunStore(run) as store:
         assert store.table("cells")["code_commit"].value_counts().to_dict() == {"one": 2, "two": 2}
@@ -206,7 +206,7 @@ def test_a_failed_cell_is_tried_again_by_the_same_command_and_then_timed(folder,
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "run_cell", failing)
         run = run_comparison(tiny_spec(folder), output_dir=tmp_path)
-    assert read_manifest(run)["finished"] is None
+    assert read_manifest(run).finished is None
     measured = counted(monkeypatch, "run_cell")
     assert run_comparison(tiny_spec(folder), output_dir=tmp_path) == run
     assert measured == [Cell("agency", "magnitude", 0, 50.0)]
@@ -214,7 +214,7 @@ def test_a_failed_cell_is_tried_again_by_the_same_command_and_then_timed(folder,
         assert (store.table("cells")["status"] == "done").all()
         rows = store.table("measurements").query("metric == 'tokens_per_second' and level == 50")
     assert sorted(rows["variant"]) == ["agency"] * 2 + ["baseline"] * 2
-    assert read_manifest(run)["finished"] is not None
+    assert read_manifest(run).finished is not None
 
 
 def kill_at_random_moments(folder, tmp_path, kills, seed):

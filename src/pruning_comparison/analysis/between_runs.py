@@ -10,14 +10,13 @@ from typing import cast
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis.estimates import COST_METRICS, MetricTable, observations
+from pruning_comparison.analysis.estimates import MetricTable, observations
 from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS, HypothesisResult, hypothesis_table, make_result
 from pruning_comparison.analysis.pairs import Source, complete_matrix, difference_cube
 from pruning_comparison.analysis.random_effects import Array, Components, Fit, PValue, difference_test, fit_crossed
 from pruning_comparison.metrics import METRICS
 
 RUN_COLUMNS = (*HYPOTHESIS_COLUMNS, "variant", "level")
-_NOT_COMPARED = (*COST_METRICS, "tokens_per_second_ceiling", "first_token_latency_floor_s")
 
 
 @dataclass(frozen=True)
@@ -44,13 +43,13 @@ def compare_runs(first: RunTables, second: RunTables, *, seed: int = 0) -> pd.Da
     pairs = [(name, name) for name in shared] or [(one, other) for one in methods[0] for other in methods[1]]
     source = Source(f"{second.model} vs {first.model}", first.cells, {}, second.label, first.label, seed)
     rows: list[HypothesisResult] = []
-    for metric in METRICS:
-        if METRICS[metric].better == "none" or metric in _NOT_COMPARED or any(metric not in t for t in tables):
+    for metric, record in METRICS.items():
+        if not record.compared or record.direction == "none" or any(metric not in t for t in tables):
             continue
         one, other = tables[0][metric].table, tables[1][metric].table
-        if first.model != second.model and metric == "generation_perplexity_distance":
+        if first.model != second.model and "dense model" in record.alike:
             continue
-        if metric == "perplexity" and not _same_tokens(one, other):
+        if record.kind == "loss" and "tokenizer" in record.alike and not _same_tokens(one, other):
             continue
         for names in pairs:
             rows += _run_rows(source, metric, one, other, names)
@@ -70,13 +69,13 @@ def _run_rows(
     """Every variant, level and temperature that both runs have."""
     name = methods[0] if methods[0] == methods[1] else f"{methods[1]} vs {methods[0]}"
     groups = [_by_place(table[table["method"] == method]) for table, method in zip((one, other), methods, strict=True)]
-    unit_name = "document" if metric in ("perplexity", "bits_per_byte") else "prompt"
+    unit_name = METRICS[metric].cluster
     rows = []
     for variant, level, temperature in sorted(groups[0].keys() & groups[1].keys()):
         arms = [found[variant, level, temperature] for found in groups]
         renamed = [arm.assign(variant=label, method=name) for arm, label in zip(arms, ("first", "second"), strict=True)]
         table = pd.concat(renamed, ignore_index=True)
-        paired = MetricTable(metric, table, METRICS[metric].log_scale).pairs("second", "first")
+        paired = MetricTable(metric, table, METRICS[metric].scale == "log").pairs("second", "first")
         fit: Fit | None
         if len(paired):
             cube, identities = difference_cube(paired, [(temperature, level)])
@@ -90,9 +89,9 @@ def _run_rows(
         absent = "missing" if fit is None else "too little data" if fit.n < 2 else ""
         row = make_result(
             source, name, f"X:{metric}", metric, "second run against the first at one level", fit, test, absent,
-            margin=math.nan, scale="log_ratio" if METRICS[metric].log_scale else "difference",
+            margin=math.nan, scale="log_ratio" if METRICS[metric].scale == "log" else "difference",
             temperature=math.nan if temperature < 0 else temperature, unit_name=unit_name,
-            better=METRICS[metric].better, either=False,
+            better=METRICS[metric].direction, either=False,
         )  # fmt: skip
         place = {"family": f"exploratory {metric}", "variant": variant, "level": level}
         rows.append(replace(row, labels={**row.labels, **place}))

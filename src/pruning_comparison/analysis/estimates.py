@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 
 from pruning_comparison.analysis.random_effects import Estimate, crossed_interval
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import METRICS, Metric, metric_named, of_kind
 
 SUMMARY_COLUMNS = (
     "model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit",
@@ -21,18 +21,6 @@ SUMMARY_COLUMNS = (
 CONTRAST_COLUMNS = (
     "model", "method", "level", "temperature", "metric", "contrast", "estimate", "ci_low", "ci_high", "n", "unit", "better",
 )  # fmt: skip
-_TEXT_METRICS = (
-    "generation_perplexity", "distinct_1", "distinct_2", "distinct_3", "distinct_2_adjusted", "seq_rep_4",
-    "compression_ratio",
-)  # fmt: skip
-_TIMING_METRICS = ("tokens_per_second", "first_token_latency_s", "time_per_output_token_s", "end_to_end_s")
-COST_METRICS = (
-    "adaptation_s", "adaptation_tokens", "adaptation_peak_memory_bytes", "adaptation_scratch_bytes", "negotiation_s",
-    "recovery_s", "recovery_tokens",
-)  # fmt: skip
-"""What making a variant cost; some variants have no such cost, so these are not compared."""
-_CELL_METRICS = ("parameter_bytes", "decode_bytes", "prefill_flops", *COST_METRICS)
-_RUN_METRICS = ("cache_bytes", "peak_memory_bytes")
 MISSING_COLUMNS = ("variant", "method", "level", "metric", "reason", "count")
 _CELL = ["variant", "method", "level"]
 
@@ -40,7 +28,7 @@ _CELL = ["variant", "method", "level"]
 def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
     """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
     rows = []
-    shown_alone = [*_perplexity_ratio(cells, measurements), *_word_perplexity(cells, measurements)]
+    shown_alone = _shown_alone(_known(cells, measurements))
     for _, data in [*observations(cells, measurements), *shown_alone]:
         metric = METRICS[data.metric]
         for key, estimate in data.estimates():
@@ -63,7 +51,7 @@ def contrast(
     rows = []
     for _, data in observations(cells, measurements):
         metric = METRICS[data.metric]
-        if metric.name in COST_METRICS:
+        if not metric.compared:
             continue
         for (method, level, temperature), estimate in data.differences(variant, reference):
             relative = data.log_scale
@@ -71,7 +59,7 @@ def contrast(
             rows.append(
                 [
                     model, method, level, temperature, metric.name, f"{variant} vs {reference}", shown.estimate,
-                    shown.ci_low, shown.ci_high, shown.n, "%" if relative else metric.unit, metric.better,
+                    shown.ci_low, shown.ci_high, shown.n, "%" if relative else metric.unit, metric.direction,
                 ]
             )  # fmt: skip
     table = pd.DataFrame(rows, columns=list(CONTRAST_COLUMNS))
@@ -153,17 +141,17 @@ def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | No
 def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
     """Every metric that the measurements hold, as observations."""
     known = _known(cells, measurements)
-    result = [*_perplexity_observations(known)]
-    for metric in _TEXT_METRICS:
-        rows = known[known["metric"] == metric].assign(unit=lambda t: t["prompt"])
+    losses = _document_losses(known)
+    result = [_loss_per(metric, losses) for metric in of_kind("loss") if metric.compared]
+    for metric in of_kind("text"):
+        rows = known[known["metric"] == metric.name].assign(unit=lambda t: t["prompt"])
         # New draws make new texts from the same model; only greedy decoding repeats itself.
         drawn = np.where(rows["temperature"] > 0, "@" + rows["iteration"].astype(str), "")
         rows = rows.assign(model_id=rows["fingerprint"] + drawn)
         result.append(_scaled(metric, rows))
-        if f"{metric}_distance" in METRICS:
-            result.append(_distances(metric, rows))
-    for metric in (*_TIMING_METRICS, *_RUN_METRICS, *_CELL_METRICS):
-        rows = known[known["metric"] == metric]
+        result.extend(_distances(other, rows) for other in of_kind("distance") if other.distance_of == metric.name)
+    for metric in of_kind("timing", "memory", "size", "cost"):
+        rows = known[known["metric"] == metric.name]
         rows = rows.assign(unit=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
         result.append(_scaled(metric, rows))
     return [(data.metric, data) for data in result if len(data.table)]
@@ -175,37 +163,39 @@ def _known(cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
     return measurements.dropna(subset=["value"]).merge(done, on=["variant", "method", "iteration", "level"])
 
 
-def _scaled(metric: str, rows: pd.DataFrame) -> MetricTable:
-    log_scale = METRICS[metric].log_scale
-    return MetricTable(metric, rows.assign(x=np.log(rows["value"]) if log_scale else rows["value"]), log_scale)
+def _scaled(metric: Metric, rows: pd.DataFrame) -> MetricTable:
+    return MetricTable(metric.name, rows.assign(x=_on_scale(metric, rows["value"])), metric.scale == "log")
 
 
-def _perplexity_observations(known: pd.DataFrame) -> list[MetricTable]:
-    table = _document_losses(known)
-    per_token = table.assign(x=table["window_nats"] / table["window_tokens"])
-    per_byte = table.assign(x=table["window_nats"] / math.log(2) / table["window_bytes"])
-    return [
-        MetricTable("perplexity", per_token, True, "window_tokens"),
-        MetricTable("bits_per_byte", per_byte, False, "window_bytes"),
+def _on_scale(metric: Metric, values: pd.Series[Any]) -> pd.Series[Any]:
+    return pd.Series(np.log(values)) if metric.scale == "log" else values
+
+
+def _loss_per(metric: Metric, losses: pd.DataFrame) -> MetricTable:
+    """Loss per token, byte or word of every document, weighted by how many it has. Older runs count no words."""
+    table = losses[losses[metric.over] > 0]
+    per = metric.function()(table["window_nats"], table[metric.over])
+    return MetricTable(metric.name, table.assign(x=per), metric.scale == "log", metric.over)
+
+
+def _shown_alone(known: pd.DataFrame) -> list[tuple[str, MetricTable]]:
+    """What is for the summary alone, as no contrast is made of it."""
+    losses = _document_losses(known)
+    tables = [
+        *(_ratio_to_dense(metric, losses) for metric in of_kind("ratio")),
+        *(_loss_per(metric, losses) for metric in of_kind("loss") if not metric.compared),
     ]
+    return [(data.metric, data) for data in tables]
 
 
-def _perplexity_ratio(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
-    """Perplexity over the same variant's at level 0, paired by document: for the summary alone, as it is no contrast."""
-    table = _document_losses(_known(cells, measurements))
+def _ratio_to_dense(metric: Metric, losses: pd.DataFrame) -> MetricTable:
+    """A metric of losses over the same variant's at level 0, paired by document."""
+    base = metric_named(metric.ratio_of)
     keys = ["variant", "method", "iteration", "unit"]
-    dense = table.loc[table["level"] == 0, [*keys, "window_nats", "window_tokens"]]
+    table = _loss_per(base, losses).table
+    dense = table.loc[table["level"] == 0, [*keys, "x"]]
     both = table[table["level"] > 0].merge(dense, on=keys, suffixes=("", "_dense"))
-    change = both["window_nats"] / both["window_tokens"] - both["window_nats_dense"] / both["window_tokens_dense"]
-    return [("perplexity_ratio", MetricTable("perplexity_ratio", both.assign(x=change), True, "window_tokens"))]
-
-
-def _word_perplexity(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
-    """Loss per word, for the summary alone: as a contrast it would say what perplexity says. Older runs count no words."""
-    table = _document_losses(_known(cells, measurements))
-    table = table[table["window_words"] > 0]
-    per_word = table.assign(x=table["window_nats"] / table["window_words"])
-    return [("word_perplexity", MetricTable("word_perplexity", per_word, True, "window_words"))]
+    return MetricTable(metric.name, both.assign(x=both["x"] - both["x_dense"]), metric.scale == "log", base.over)
 
 
 def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
@@ -221,13 +211,13 @@ def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
     return table.assign(temperature=np.nan, model_id=table["fingerprint"])
 
 
-def _distances(metric: str, rows: pd.DataFrame) -> MetricTable:
+def _distances(metric: Metric, rows: pd.DataFrame) -> MetricTable:
     """Distance from the dense model's value on the same prompt and draws; of logarithms where the metric is positive."""
     keys = ["variant", "method", "iteration", "temperature", "unit"]
-    scaled = rows.assign(y=np.log(rows["value"]) if METRICS[metric].log_scale else rows["value"])
+    scaled = rows.assign(y=_on_scale(metric_named(metric.distance_of), rows["value"]))
     dense = scaled[scaled["level"] == 0].drop_duplicates(keys)[[*keys, "y"]]
     both = scaled.merge(dense, on=keys, suffixes=("", "_dense"))
-    return MetricTable(f"{metric}_distance", both.assign(x=(both["y"] - both["y_dense"]).abs()), False)
+    return MetricTable(metric.name, both.assign(x=(both["y"] - both["y_dense"]).abs()), False)
 
 
 def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:

@@ -36,7 +36,7 @@ from pruning_comparison.analysis.tradeoffs import (
     optimal_levels,
     speed_at_equal_perplexity,
 )
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import METRICS, in_role
 
 __all__ = [
     "EQUAL_COLUMNS",
@@ -64,13 +64,6 @@ PRIMARY = ("agency", "baseline")
 QUALITY_LEVEL = 40.0
 """Expectations about quality are about levels from here on (per cent of the heads)."""
 _EFFECT_SIZE = "standardised paired difference"
-_GAIN_METRICS = (
-    "perplexity", "tokens_per_second", "first_token_latency_s", "distinct_2_distance", "generation_perplexity_distance",
-)  # fmt: skip
-_SORTED_METRICS = (
-    "perplexity", "distinct_2_distance", "seq_rep_4_distance", "generation_perplexity_distance", "tokens_per_second",
-    "first_token_latency_s", "time_per_output_token_s", "peak_memory_bytes",
-)  # fmt: skip
 
 Claim = Literal["better", "no difference", "worse"]
 
@@ -199,7 +192,7 @@ def _questions(source: Source, method: str) -> list[HypothesisResult]:
             scale="slope", either=True,
         )
     )  # fmt: skip
-    for name in _GAIN_METRICS:
+    for name in in_role("tight resources"):
         if name in source.data:
             sample = _over_temperatures(source, name, method, pruned, slope_weights, 2)
             rows.append(
@@ -219,7 +212,7 @@ def _questions(source: Source, method: str) -> list[HypothesisResult]:
             source, method, "Q5", name, _over_temperatures(source, name, method, pruned, mean_weights, 1),
             "standardised gain, mean over levels > 0", scale="standardised", gain=True,
         )
-        for name in _SORTED_METRICS
+        for name in in_role("which metrics")
         if name in source.data
     ]  # fmt: skip
     rows += sorted(effects, key=lambda row: -_sortable(standardised(row.fit).estimate if row.fit else math.nan))
@@ -269,18 +262,18 @@ def _answer(
     either: bool = False,
 ) -> HypothesisResult:
     """Fits and tests one sample. ``gain`` turns the sign so that more is better."""
-    better = METRICS[metric].better
+    better: str = METRICS[metric].direction
     values = sample.values
     if gain:
         values = None if values is None else (values if better == "higher" else -values)
         better = "higher"
-    unit_name = "document" if metric in ("perplexity", "bits_per_byte") else "prompt"
+    unit_name = METRICS[metric].cluster
     fit = None if values is None else fit_crossed(values)
     nothing = PValue(math.nan, math.nan, "none")
     test = nothing if values is None else difference_test(values, unit_name, seed=source.seed)
     absent = sample.absent or ("too little data" if fit is None or fit.n < 2 else "")
     if not scale:
-        scale = "log_ratio" if METRICS[metric].log_scale else "difference"
+        scale = "log_ratio" if METRICS[metric].scale == "log" else "difference"
     return make_result(
         source, method, name, metric, estimand, fit, test, absent,
         margin=margin, scale=scale, temperature=temperature, unit_name=unit_name, better=better, either=either,
@@ -310,7 +303,7 @@ def make_result(
         kind, family = "exploratory", "exploratory"
     elif (source.variant, source.reference) != PRIMARY:
         kind, family = "exploratory", f"exploratory {family} ({contrast})"
-    log_scale = METRICS[metric].log_scale
+    log_scale = METRICS[metric].scale == "log"
     unit = {
         "log_ratio": "log ratio",
         "difference": METRICS[metric].unit,

@@ -15,6 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.errors import InputError
+from pruning_comparison.measure.losses import mean_loss
 from pruning_comparison.texts import Document, tokenize
 
 
@@ -152,21 +153,5 @@ def measure_perplexity(
 
 def perplexity_of(losses: Sequence[WindowLoss]) -> float:
     """exp(mean negative log-likelihood per token); unit 1, lower is better. NaN where a loss is not finite."""
-    mean = sum(loss.nats for loss in losses) / sum(loss.tokens for loss in losses)
-    return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.nan
-
-
-def bits_per_byte_of(losses: Sequence[WindowLoss]) -> float:
-    """Total loss in bits over the UTF-8 bytes it accounts for; comparable across tokenizers; lower is better."""
-    return sum(loss.nats for loss in losses) / math.log(2) / sum(loss.text_bytes for loss in losses)
-
-
-def word_perplexity_of(losses: Sequence[WindowLoss]) -> float:
-    """exp(mean negative log-likelihood per word); unit 1, lower is better; comparable across tokenizers.
-
-    The word perplexity of lm-evaluation-harness, over the words that begin in scored text. NaN without any, or where a loss
-    is not finite.
-    """
-    words = sum(loss.text_words for loss in losses)
-    mean = sum(loss.nats for loss in losses) / words if words else math.nan
+    mean = mean_loss(sum(loss.nats for loss in losses), sum(loss.tokens for loss in losses))
     return math.exp(mean) if math.isfinite(mean) and mean < 700 else math.nan

@@ -2,15 +2,69 @@
 
 from __future__ import annotations
 
+import inspect
 import math
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields
 
 import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
+from pruning_comparison.errors import InputError
+from pruning_comparison.formatting import unknown_name
 from pruning_comparison.measure.perplexity import window_losses
+from pruning_comparison.metrics import of_kind
+
+
+@dataclass(frozen=True)
+class WrittenText:
+    """A generated text: what the function of a text metric may ask for by naming it.
+
+    ``tokens`` are the text's token ids before its end, ``text`` is what they say. ``vocabulary`` is the number of token ids
+    that there are. ``nats`` is the loss of the tokens, summed, under the *dense* model and given the prompt.
+    """
+
+    tokens: Sequence[int]
+    text: str
+    vocabulary: int
+    nats: float
+
+
+def text_functions() -> dict[str, Callable[[WrittenText], float | None]]:
+    """The function of every text metric by the metric's name, in the order of the records.
+
+    InputError where one names a parameter that is neither a field of ``WrittenText`` nor among the metric's settings, and
+    has no default.
+    """
+    offered = [one.name for one in fields(WrittenText)]
+    return {
+        metric.name: _on_written_text(metric.name, metric.function(), dict(metric.settings), offered)
+        for metric in of_kind("text")
+    }
+
+
+def _on_written_text(
+    name: str, function: Callable[..., float | None], settings: dict[str, object], offered: Sequence[str]
+) -> Callable[[WrittenText], float | None]:
+    wanted = []
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.name in settings:
+            continue
+        if parameter.name in offered:
+            wanted.append(parameter.name)
+        elif parameter.default is parameter.empty:
+            raise InputError(unknown_name(f"a parameter of the function of metric {name}", parameter.name, offered))
+    return lambda written: function(**{one: getattr(written, one) for one in wanted}, **settings)
+
+
+def generation_perplexity(tokens: Sequence[int], nats: float) -> float | None:
+    """exp of the text's mean loss per token under the dense model; unit 1. None for an empty text.
+
+    Neither direction is better in itself: a loop is most predictable. Verdicts use the distance from the dense model.
+    """
+    return float(torch.tensor(nats / len(tokens), dtype=torch.float64).exp()) if tokens else None
 
 
 def cut_at_end_of_text(tokens: Sequence[int], end_of_text: frozenset[int]) -> list[int]:

@@ -18,6 +18,7 @@ from pruning_comparison.formatting import format_duration
 from pruning_comparison.measure.generation import generate, warm_up_tokens
 from pruning_comparison.measure.memory import parameter_bytes
 from pruning_comparison.methods import IMPORTANCE, METHODS
+from pruning_comparison.metrics import RAW, of_kind
 from pruning_comparison.models.decoding import decode_step
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.run.measure_cell import TEXT_BATCHES
@@ -197,8 +198,9 @@ def _memory_bytes(spec: ComparisonSpec, inputs: Inputs, parameters: int) -> int:
 def _disk_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:
     cells = len(list(spec.cells()))
     jobs = len(spec.temperatures) * len(inputs.prompt_ids)
-    per_cell = 3 * len(inputs.windows) + 7 * jobs + 12
-    timed = 2 * 6 * -(-len(inputs.prompt_ids) // spec.batch_size)
+    of_model = len(of_kind("size", "cost"))
+    per_cell = len(RAW) * len(inputs.windows) + len(of_kind("text")) * jobs + of_model
+    timed = 2 * len(of_kind("timing", "memory")) * -(-len(inputs.prompt_ids) // spec.batch_size)
     heads = inputs.preview.grid.total
     pruned = [level for level in spec.pruning_levels if level > 0]
     asked = sum(variant_named(name).negotiates for name in spec.variants) * len(spec.pruning_methods) * spec.iterations

@@ -8,43 +8,20 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from pruning_comparison.analysis.between_runs import RunTables, compare_runs
-from pruning_comparison.errors import StoreError
 from pruning_comparison.formatting import listed, per_cent
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import METRICS, Alike, Kind, in_role, metric_named, of_kind
 from pruning_comparison.report.findings import Finding
 from pruning_comparison.report.verdicts import interval_shown, shown
-from pruning_comparison.store.journal import RunStore
-from pruning_comparison.store.run_folder import read_manifest
+from pruning_comparison.store import Run
 
 __all__ = [
-    "Difference", "LeftOut", "StoredRun", "compare", "comparison_findings", "differences", "limits", "read_run",
+    "Difference", "LeftOut", "compare", "comparison_findings", "differences", "limits",
 ]  # fmt: skip
-
-TIMINGS = ("tokens_per_second", "first_token_latency_s", "time_per_output_token_s", "end_to_end_s")
-"""What a clock measured, and so what another machine measures differently."""
-OF_TEXT = ("distinct_2_distance", "seq_rep_4_distance", "generation_perplexity_distance")
-OF_EVALUATION = ("perplexity", "bits_per_byte")
-_TOLD = ("perplexity", "bits_per_byte", *OF_TEXT, "tokens_per_second", "first_token_latency_s")
-
-
-@dataclass(frozen=True)
-class StoredRun:
-    """A run as its folder holds it."""
-
-    folder: Path
-    manifest: Mapping[str, Any]
-    cells: pd.DataFrame
-    measurements: pd.DataFrame
-
-    @property
-    def model(self) -> str:
-        return str(self.manifest["spec"]["model_name"])
 
 
 @dataclass(frozen=True)
@@ -70,18 +47,6 @@ class LeftOut:
     note: str = ""
 
 
-def read_run(folder: Path) -> StoredRun:
-    """Manifest, cells and measurements of a run; StoreError where nothing has been measured yet."""
-    manifest = read_manifest(folder)
-    with RunStore(folder) as store:
-        cells, measurements = store.table("cells"), store.table("measurements")
-    if cells.empty or not (cells["status"] == "done").any():
-        raise StoreError(
-            f"{folder} holds no finished cell yet, so there is nothing to report. Run the comparison first."
-        )
-    return StoredRun(folder, manifest, cells, measurements)
-
-
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
     """What the manifests of two runs say differently: settings, contents, model, versions, machine, commit."""
     found: list[Difference] = []
@@ -101,17 +66,17 @@ def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Dif
     return found
 
 
-def limits(first: StoredRun, second: StoredRun) -> list[LeftOut]:
+def limits(first: Run, second: Run) -> list[LeftOut]:
     """What is not compared, or only with a reservation, and why."""
     return [
-        *_only_in_one(first.manifest["spec"], second.manifest["spec"]),
+        *_only_in_one(first.manifest.spec, second.manifest.spec),
         *_texts(first, second),
-        *_generation(first.manifest, second.manifest),
-        *_speed(first.manifest, second.manifest),
+        *_generation(first.manifest.as_dict(), second.manifest.as_dict()),
+        *_speed(first.manifest.as_dict(), second.manifest.as_dict()),
     ]
 
 
-def same_tokens(first: StoredRun, second: StoredRun) -> bool:
+def same_tokens(first: Run, second: Run) -> bool:
     """Whether both runs scored the same windows with as many tokens and bytes in each, so that a token means the same."""
     return _window_sizes(first.measurements) == _window_sizes(second.measurements)
 
@@ -143,11 +108,11 @@ def _only_in_one(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[LeftO
     return found
 
 
-def _texts(first: StoredRun, second: StoredRun) -> list[LeftOut]:
-    contents = [_mapping(run.manifest.get("inputs")).get("eval_text") for run in (first, second)]
+def _texts(first: Run, second: Run) -> list[LeftOut]:
+    contents = [run.manifest.inputs.get("eval_text") for run in (first, second)]
     if contents[0] != contents[1]:
         why = "the runs were evaluated on different texts, so there are no pairs of documents"
-        return [LeftOut("perplexity and bits per byte", why, OF_EVALUATION)]
+        return [LeftOut("perplexity and bits per byte", why, _compared("loss"))]
     if same_tokens(first, second):
         return []
     return [
@@ -155,52 +120,66 @@ def _texts(first: StoredRun, second: StoredRun) -> list[LeftOut]:
             "perplexity",
             "the runs cut the evaluation text into other tokens or other windows, and a perplexity is per token. Bits per "
             "byte are compared instead; where the windows cover other stretches of a document, that adds noise.",
-            ("perplexity",),
+            _that_need("tokenizer", _compared("loss")),
         )
     ]
 
 
+def _compared(*kinds: Kind) -> tuple[str, ...]:
+    """Metrics of these kinds by which two runs are compared."""
+    return tuple(metric.name for metric in of_kind(*kinds) if metric.compared and metric.direction != "none")
+
+
+def _that_need(what: Alike, metrics: Sequence[str]) -> tuple[str, ...]:
+    """Those of the metrics that mean the same in two runs only where both have the same of it."""
+    return tuple(metric for metric in metrics if what in METRICS[metric].alike)
+
+
 def _generation(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[LeftOut]:
+    of_generation = _compared("text", "distance", "timing")
     if _mapping(one.get("inputs")).get("prompts") != _mapping(other.get("inputs")).get("prompts"):
         why = "the runs have different prompts, so there are no pairs of prompts"
-        return [LeftOut("generated text and speed", why, (*OF_TEXT, *TIMINGS))]
+        return [LeftOut("generated text and speed", why, of_generation)]
     found = []
     if one["spec"]["num_tokens"] != other["spec"]["num_tokens"]:
         why = "the runs generated texts of different length, on which these figures depend"
-        left_out = (*OF_TEXT, "tokens_per_second", "end_to_end_s")
+        left_out = _that_need("length", of_generation)
         found.append(LeftOut("generated text, tokens per second, end-to-end time", why, left_out))
     if _mapping(one.get("inputs")).get("model") != _mapping(other.get("inputs")).get("model"):
         why = "each run's texts were judged by its own unpruned model"
-        found.append(LeftOut("plausibility of the generated text", why, ("generation_perplexity_distance",)))
+        judged = _that_need("dense model", of_generation)
+        found.append(LeftOut("plausibility of the generated text", why, judged))
         why = (
             "they are counted in tokens, and where two models have different tokenizers a token is not the same amount of "
             "text. They are shown with this reservation."
         )
-        counted = ("distinct_2_distance", "seq_rep_4_distance", "tokens_per_second", "time_per_output_token_s")
+        counted = _that_need("tokenizer", of_generation)
         found.append(LeftOut("diversity, repetition, tokens per second", why, (), counted, "counted in other tokens"))
     return found
 
 
 def _speed(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[LeftOut]:
+    """Timings are what a clock measured, and so what another machine measures differently."""
+    timings = _compared("timing")
     if one["spec"]["batch_size"] != other["spec"]["batch_size"]:
-        return [LeftOut("speed", "the runs were timed with batches of different size", TIMINGS)]
+        return [LeftOut("speed", "the runs were timed with batches of different size", timings)]
     if other_machine(one, other):
         why = (
             "the runs were timed on different machines, devices, numbers of threads or versions of torch: a difference "
             "says what these do, not what pruning does. It is shown and make_result so."
         )
-        return [LeftOut("speed", why, (), TIMINGS, "another machine")]
+        return [LeftOut("speed", why, (), timings, "another machine")]
     why = (
         "the runs were timed one after the other, not side by side: whatever else the machine did then counts too. It is "
         "shown and make_result so."
     )
-    return [LeftOut("speed", why, (), TIMINGS, "timed at another time")]
+    return [LeftOut("speed", why, (), timings, "timed at another time")]
 
 
 # The comparison
 
 
-def compare(first: StoredRun, second: StoredRun, *, seed: int = 0) -> pd.DataFrame:
+def compare(first: Run, second: Run, *, seed: int = 0) -> pd.DataFrame:
     """The second run against the first: ``RUN_COLUMNS`` and "note", the reservations that a row is shown with.
 
     What ``limits`` leaves out is not in it.
@@ -218,9 +197,9 @@ def compare(first: StoredRun, second: StoredRun, *, seed: int = 0) -> pd.DataFra
     return kept.assign(note=notes)
 
 
-def _model_names(first: StoredRun, second: StoredRun) -> tuple[str, str]:
+def _model_names(first: Run, second: Run) -> tuple[str, str]:
     """The models' names, told apart by their digests where two models have the same."""
-    digests = [str(_mapping(run.manifest.get("inputs")).get("model")) for run in (first, second)]
+    digests = [str(run.manifest.inputs.get("model")) for run in (first, second)]
     if first.model == second.model and digests[0] != digests[1]:
         return f"{first.model} ({digests[0]})", f"{second.model} ({digests[1]})"
     return first.model, second.model
@@ -236,7 +215,7 @@ def comparison_findings(compared: pd.DataFrame) -> list[Finding]:
         figures: list[str] = []
         unclear: list[str] = []
         same: list[str] = []
-        for metric in _TOLD:
+        for metric in in_role("two runs"):
             for temperature in dict.fromkeys(str(row["temperature"]) for row in here if row["metric"] == metric):
                 chosen = [row for row in here if row["metric"] == metric and str(row["temperature"]) == temperature]
                 name = _format_metric(metric, chosen[0])
@@ -262,9 +241,8 @@ def comparison_findings(compared: pd.DataFrame) -> list[Finding]:
 
 def _format_metric(metric: str, row: Mapping[str, Any]) -> str:
     """A metric's name inside a sentence, with its temperature and what it is reserved for."""
-    label = METRICS[metric].label.replace(": distance", " (distance") + (
-        ")" if ": distance" in METRICS[metric].label else ""
-    )
+    label = metric_named(metric).label.replace(": distance", " (distance")
+    label += ")" if "(distance" in label else ""
     heat = "" if pd.isna(row["temperature"]) else f" at temperature {float(row['temperature']):g}"
     note = f" ({row['note']})" if row["note"] else ""
     return f"{label[:1].lower()}{label[1:]}{heat}{note}"

@@ -115,7 +115,7 @@ def render_report(
         samples_left_out=samples_left_out,
         with_texts=texts is not None,
         glossary=[
-            (metric.label, metric.unit, metric.better)
+            (metric.label, metric.unit, metric.direction)
             for metric in METRICS.values()
             if (summary["metric"] == metric.name).any()
         ],

@@ -11,24 +11,9 @@ from typing import Any
 import pandas as pd
 
 from pruning_comparison.formatting import interval_with_unit, plain_number, with_unit
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import METRICS, in_role, metric_named
 from pruning_comparison.report.verdicts import TITLES, interval_shown, shown
 from pruning_comparison.variants import AGENCY_VS_BASELINE, variant_order
-
-_MAIN_METRICS = (
-    "perplexity",
-    "perplexity_ratio",
-    "tokens_per_second",
-    "first_token_latency_s",
-    "generation_perplexity",
-    "distinct_2",
-    "seq_rep_4",
-    "distinct_2_distance",
-    "seq_rep_4_distance",
-    "peak_memory_bytes",
-    "adaptation_s",
-)
-
 
 _TABLE_BYTES = 600_000
 
@@ -106,7 +91,7 @@ def hypothesis_table(answers: pd.DataFrame, caption: str) -> _Table | None:
 
 
 def _answer_row(row: Mapping[str, Any], varying: Sequence[str]) -> _Row:
-    metric = METRICS[row["metric"]].label if row["metric"] in METRICS else str(row["metric"])
+    metric = metric_named(str(row["metric"])).label
     title = TITLES.get(str(row["id"]))
     effect, low, high = (float(row[name]) for name in ("effect_size", "effect_size_low", "effect_size_high"))
     n = "" if pd.isna(row["n"]) else f"{int(row['n'])}"
@@ -245,9 +230,10 @@ def variants_in(table: pd.DataFrame) -> list[str]:
 def method_tables(summary: pd.DataFrame, contrasts: pd.DataFrame) -> tuple[list[_MethodTables], int]:
     """The tables of each method, and how many rows did not fit. Main measurements of all methods come first."""
     methods = [str(method) for method in summary["method"].dropna().unique()]
-    others = [name for name in summary["metric"].dropna().unique() if name not in _MAIN_METRICS]
-    order = [name for name in METRICS if name in others] + sorted(str(name) for name in others if name not in METRICS)
-    main = {method: _rows(summary, contrasts, method, _MAIN_METRICS) for method in methods}
+    chosen = in_role("main table")
+    present = {metric_named(str(name)).name for name in summary["metric"].dropna().unique()}
+    order = [name for name in METRICS if name in present and name not in chosen]
+    main = {method: _rows(summary, contrasts, method, chosen) for method in methods}
     other = {method: _rows(summary, contrasts, method, order) for method in methods}
     left = _TABLE_BYTES
     left_out = 0
@@ -295,7 +281,7 @@ def _rows(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str, metrics: 
         counts = sorted({int(row["n"]) for row in found if row is not None and not pd.isna(row["n"])})
         rows.append(
             _Row(
-                _Cell(METRICS[metric].label if metric in METRICS else str(metric)),
+                _Cell(metric_named(metric).label),
                 (
                     _Cell(f"{level:g} %", sort=f"{level:g}"),
                     _Cell("" if temperature is None else f"{temperature:g}"),

@@ -14,6 +14,7 @@ from typing import Any
 import pandas as pd
 
 from pruning_comparison.formatting import listed, per_cent, plain_number
+from pruning_comparison.metrics import metric_named
 from pruning_comparison.report.findings import Finding
 from pruning_comparison.variants import RETIRED, VARIANTS, Variant, reported_variant
 
@@ -110,20 +111,6 @@ _ASKED = {
 
 TITLES: Mapping[str, str] = {name: asked.title for name, asked in _ASKED.items()}
 """What each expectation and question is called, in the order in which they are answered."""
-
-
-_METRIC_WORDS = {
-    "perplexity": "perplexity",
-    "bits_per_byte": "bits per byte",
-    "tokens_per_second": "speed",
-    "first_token_latency_s": "first-token latency",
-    "time_per_output_token_s": "time per token",
-    "end_to_end_s": "end-to-end time",
-    "distinct_2_distance": "diversity",
-    "seq_rep_4_distance": "repetition",
-    "generation_perplexity_distance": "plausibility of the generated text",
-    "peak_memory_bytes": "peak memory",
-}
 
 
 # Numbers in words
@@ -444,7 +431,7 @@ def _over_metrics(name: str, asked: _Asked, about: str, rows: Sequence[Mapping[s
 
 
 def _metric_told(name: str, row: Mapping[str, Any]) -> str:
-    metric = _METRIC_WORDS.get(str(row["metric"]), str(row["metric"]).replace("_", " "))
+    metric = metric_named(str(row["metric"])).phrase
     if row["verdict"] == INCONCLUSIVE:
         more = "not measured" if pd.isna(row["estimate"]) else _more(row)
         return f"{metric} ({more})" if more else metric

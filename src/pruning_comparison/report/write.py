@@ -6,7 +6,7 @@ import json
 import logging
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +24,7 @@ from pruning_comparison.report import findings, verdicts
 from pruning_comparison.report import page as report
 from pruning_comparison.report.charts import heads as head_charts
 from pruning_comparison.report.charts import overview as charts
-from pruning_comparison.store.journal import RunStore
-from pruning_comparison.store.run_folder import write_atomically, write_manifest, write_table
+from pruning_comparison.store import Manifest, Run, load_run, write_atomically, write_manifest, write_table
 
 REPORT = "report.html"
 CHARTS = "charts"
@@ -59,13 +58,13 @@ def write_results(
     ``save_outputs``. ``margins`` (fields of ``Margins``) replace those that the manifest keeps from the last time, and are
     kept there. StoreError where nothing has been measured yet.
     """
-    run = two_runs.read_run(folder)
+    run = load_run(folder)
     used = margins_of(run.manifest, margins)
-    manifest = {**run.manifest, "margins": asdict(used)}
-    write_manifest(folder, manifest)
-    with RunStore(folder) as store:
-        heads, texts = store.table("heads"), store.table("texts")
-        asked = {name: store.table(name) for name in ("signals", "replies")}
+    kept = replace(run.manifest, margins=asdict(used))
+    if kept != run.manifest:
+        write_manifest(folder, kept)
+    manifest = kept.as_dict()
+    heads, texts, asked = run.heads, run.texts, {"signals": run.signals, "replies": run.replies}
     LOGGER.info("estimating")
     tables = _estimate(run, used)
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
@@ -132,7 +131,7 @@ def write_comparison(
 
     Returns the report's path.
     """
-    runs = two_runs.read_run(first), two_runs.read_run(second)
+    runs = load_run(first), load_run(second)
     LOGGER.info("estimating")
     limits = two_runs.limits(*runs)
     compared = two_runs.compare(*runs)
@@ -143,37 +142,37 @@ def write_comparison(
         names=(str(first), str(second)),
         compared=compared,
         findings=two_runs.comparison_findings(compared),
-        differences=two_runs.differences(runs[0].manifest, runs[1].manifest),
+        differences=two_runs.differences(runs[0].manifest.as_dict(), runs[1].manifest.as_dict()),
         limits=limits,
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT
 
 
-def margins_of(manifest: Mapping[str, Any], given: Mapping[str, float] | None) -> Margins:
+def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins:
     """The margins given, else those that a manifest keeps, else the defaults. StoreError where those make no sense."""
     known = {field.name for field in fields(Margins)}
     try:
-        kept = {name: value for name, value in manifest.get("margins", {}).items() if name in known}
+        kept = {name: value for name, value in (manifest.margins or {}).items() if name in known}
         Margins(**kept)
     except (AttributeError, TypeError, ValueError, OverflowError) as error:
         raise StoreError(f"the margins in the run's manifest make no sense ({error}). Remove them from it.") from error
     return Margins(**{**kept, **(given or {})})
 
 
-def _estimate(run: two_runs.StoredRun, margins: Margins) -> _Tables:
-    variants, tables = run.manifest["spec"]["variants"], (run.model, run.cells, run.measurements)
+def _estimate(run: Run, margins: Margins) -> _Tables:
+    variants, tables = run.variants, (run.model, run.cells, run.measurements)
     return _Tables(
         summarize(*tables),
         _contrasts(run.model, variants, run.cells, run.measurements),
         _answers(run, variants, margins),
-        optimal_levels(*tables, margins=margins, seed=run.manifest["spec"]["seed"]),
+        optimal_levels(*tables, margins=margins, seed=run.seed),
         speed_at_equal_perplexity(*tables),
         missing_figures(run.measurements),
     )
 
 
-def _answers(run: two_runs.StoredRun, variants: list[str], margins: Margins) -> pd.DataFrame:
+def _answers(run: Run, variants: list[str], margins: Margins) -> pd.DataFrame:
     """Agency against the baseline, and then against every other variant, as exploratory.
 
     In a run without agency it is every other variant against the baseline.
@@ -187,7 +186,7 @@ def _answers(run: two_runs.StoredRun, variants: list[str], margins: Margins) -> 
     tables = [
         answers(
             run.model, run.cells, run.measurements,
-            margins=margins, variant=variant, reference=reference, seed=run.manifest["spec"]["seed"],
+            margins=margins, variant=variant, reference=reference, seed=run.seed,
         )
         for variant, reference in pairs
     ]  # fmt: skip
@@ -227,7 +226,7 @@ def _results_json(
     document = {
         "manifest": manifest,
         "metrics": {
-            name: {"unit": metric.unit, "better": metric.better, "label": metric.label}
+            name: {"unit": metric.unit, "better": metric.direction, "label": metric.label}
             for name, metric in METRICS.items()
         },
         **{name: _records(table) for name, table in vars(tables).items()},

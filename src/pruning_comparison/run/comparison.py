@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -20,9 +20,9 @@ from pruning_comparison.run.reuse import reuse
 from pruning_comparison.run.run_log import RunLog, log_failure
 from pruning_comparison.run.run_options import keep_options
 from pruning_comparison.run.saved_models import model_folder
-from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.spec import Cell, ComparisonSpec, revisions_of
 from pruning_comparison.store.journal import RunStore
-from pruning_comparison.store.records import CellResult, Measurement
+from pruning_comparison.store.records import CellResult, Manifest, Measurement, ModelFacts
 from pruning_comparison.store.run_folder import (
     create_run,
     read_manifest,
@@ -98,7 +98,7 @@ def run_comparison(
         on_progress(done, total, "done")
         manifest = read_manifest(folder)
         if not failed:
-            write_manifest(folder, {**manifest, "finished": _now()})
+            write_manifest(folder, replace(manifest, finished=_now()))
     return folder
 
 
@@ -135,47 +135,58 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         manifest = read_manifest(folder)
         LOGGER.info("continuing %s", folder)
         warnings = []
-        if manifest.get("commit") != code_commit:
-            warnings.append(f"continued at commit {code_commit} after starting at {manifest.get('commit')}")
-        for part, now in (("versions", versions()), ("hardware", hardware(spec))):
-            if manifest.get(part) != now:
+        if manifest.commit != code_commit:
+            warnings.append(f"continued at commit {code_commit} after starting at {manifest.commit}")
+        for part, stored, now in (
+            ("versions", manifest.versions, versions()),
+            ("hardware", manifest.hardware, hardware(spec)),
+        ):
+            if stored != now:
                 warnings.append(f"continued with other {part}, so that cells of one run may differ in rounding")
         for warning in warnings:
             LOGGER.warning(warning)
-        known = manifest.get("warnings", [])
+        known = manifest.warnings
         if set(warnings) - set(known):
-            write_manifest(folder, {**manifest, "warnings": [*known, *(w for w in warnings if w not in known)]})
+            write_manifest(folder, replace(manifest, warnings=(*known, *(w for w in warnings if w not in known))))
         return folder
     for other, manifest in stored_runs(output_dir):
-        if manifest.get("finished") is None and manifest.get("spec_hash") != spec_hash:
-            changed = _changed(manifest, spec, inputs)
+        if manifest.finished is None and (manifest.spec_hash != spec_hash or manifest.revisions is None):
             LOGGER.info(
-                "%s is unfinished and stays as it is: %s differ. This starts a new run", other, ", ".join(changed)
+                "%s is unfinished and %s. This starts a new run", other, _why_not_continued(manifest, spec, inputs)
             )
             break
-    manifest = {
-        "spec": spec.as_dict(),
-        "spec_hash": spec_hash,
-        "inputs": dict(inputs.digests),
-        "model": inputs.preview.describe(),
-        "versions": versions(),
-        "hardware": hardware(spec),
-        "commit": code_commit,
-        "started": _now(),
-        "finished": None,
-        "warnings": _warnings(spec),
-    }
+    manifest = Manifest(
+        spec=spec.as_dict(),
+        spec_hash=spec_hash,
+        revisions=revisions_of(spec),
+        inputs=dict(inputs.digests),
+        model=ModelFacts.from_dict(inputs.preview.describe()),
+        versions=versions(),
+        hardware=hardware(spec),
+        commit=code_commit,
+        started=_now(),
+        warnings=_warnings(spec),
+    )
     return keep_options(create_run(output_dir, manifest), spec)
 
 
-def _changed(manifest: Mapping[str, Any], spec: ComparisonSpec, inputs: Inputs) -> list[str]:
-    """Names of the settings and of the contents that differ from those of a stored run."""
-    found = []
-    read = manifest.get("inputs")
-    pairs = ((manifest["spec"], spec.as_dict()), (read if isinstance(read, dict) else {}, dict(inputs.digests)))
-    for stored, now in pairs:
-        found += [name for name in now if stored.get(name) != now[name]]
-    return found or ["settings of another version"]
+def _why_not_continued(manifest: Manifest, spec: ComparisonSpec, inputs: Inputs) -> str:
+    """What differs: settings or contents, of those that the stored run knows; else the version, or revisions."""
+    changed = []
+    for stored, now in ((manifest.spec, spec.as_dict()), (manifest.inputs, dict(inputs.digests))):
+        changed += [name for name in now if name in stored and stored[name] != now[name]]
+    if changed:
+        return f"stays as it is: {', '.join(changed)} differ"
+    if manifest.revisions is None:
+        return f"was made by {manifest.made_by}, whose results may differ; it stays as it is and can be reported"
+    before, now = manifest.revisions.named(), revisions_of(spec).named()
+    raised = [
+        f"{name} has revision {now[name]}, and had {before[name]}"
+        for name in now
+        if name in before and now[name] != before[name]
+    ]
+    why = ": " + "; ".join(raised) if raised else ""
+    return f"was made by {manifest.made_by}, whose results differ{why}. It stays as it is and can be reported"
 
 
 def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
@@ -189,11 +200,10 @@ def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
     return unfinished_run(output_dir, spec.content_hash(digests)) is not None
 
 
-def _warnings(spec: ComparisonSpec) -> list[str]:
-    warnings = []
+def _warnings(spec: ComparisonSpec) -> tuple[str, ...]:
     if spec.device == "cpu" and spec.precision == "float16":
-        warnings.append("float16 on a CPU is slow and its speed says nothing about a GPU")
-    return warnings
+        return ("float16 on a CPU is slow and its speed says nothing about a GPU",)
+    return ()
 
 
 def _now() -> str:

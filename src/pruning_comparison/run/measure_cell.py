@@ -15,16 +15,14 @@ from transformers import PreTrainedModel
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
-from pruning_comparison.measure.perplexity import measure_perplexity
+from pruning_comparison.measure.perplexity import WindowLoss, measure_perplexity
 from pruning_comparison.measure.text_quality import (
-    compression_ratio,
+    WrittenText,
     cut_at_end_of_text,
-    distinct_n,
-    expectation_adjusted_distinct_n,
     generation_losses,
-    seq_rep_n,
+    text_functions,
 )
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import METRICS, of_kind, unit_of
 from pruning_comparison.models.decoding import decode_step, decode_steps
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.workspace import Workspace
@@ -34,11 +32,6 @@ from pruning_comparison.store.records import CellResult, GeneratedText, Measurem
 TEXT_BATCHES = 4
 """Texts are written in batches of so many times ``quality_batch_size``: a step of decoding has one token per row, a
 perplexity window has hundreds, so many more rows take hardly longer."""
-
-
-TIMED_METRICS = (
-    "tokens_per_second", "first_token_latency_s", "time_per_output_token_s", "end_to_end_s", "cache_bytes",
-)  # fmt: skip
 
 
 def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResult:
@@ -72,9 +65,9 @@ def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel
     text_measurements, texts = _text_measurements(workspace, pruned, cell.iteration)
     prompts = workspace.inputs.prompt_ids
     size = [
-        Measurement("parameter_bytes", parameter_bytes(pruned.model), "byte"),
-        Measurement("decode_bytes", decode_bytes(pruned.model), "byte"),
-        Measurement("prefill_flops", mean(prefill_flops(pruned.model, len(p)) for p in prompts), "FLOP"),
+        _measurement("parameter_bytes", parameter_bytes(pruned.model)),
+        _measurement("decode_bytes", decode_bytes(pruned.model)),
+        _measurement("prefill_flops", mean(prefill_flops(pruned.model, len(p)) for p in prompts)),
     ]
     rows = [*text_measurements, *size, *_cost_measurements(pruned)]
     return CellResult(cell=cell, status="done", rest=True, measurements=rows, texts=texts)
@@ -101,27 +94,26 @@ def time_level(
             measure_peak=spec.memory_logging,
             steps=steps,
         ):
-            values: dict[str, float | None] = {
-                "tokens_per_second": timing.tokens_per_second,
-                "first_token_latency_s": timing.first_token_latency_s,
-                "time_per_output_token_s": timing.time_per_output_token_s,
-                "end_to_end_s": timing.end_to_end_s,
-                "cache_bytes": timing.cache_bytes,
+            reasons = {
+                "time_per_output_token_s": "one new token has no time between tokens",
+                "peak_memory_bytes": timing.peak_memory_reason or "",
             }
-            reasons = {"time_per_output_token_s": "one new token has no time between tokens"}
-            if spec.memory_logging:
-                values["peak_memory_bytes"] = timing.peak_memory_bytes
-                reasons["peak_memory_bytes"] = timing.peak_memory_reason or ""
+            place = {"prompt": first, "repeat": timing.repeat}
             rows.extend(
-                (timing.variant, _measurement(name, value, reasons.get(name), prompt=first, repeat=timing.repeat))
-                for name, value in values.items()
+                (timing.variant, _measurement(name, getattr(timing, name), reasons.get(name), **place))
+                for name in _timed_metrics(on_request=spec.memory_logging)
             )
     return rows
 
 
 def untimed(variants: Iterable[str], reason: str) -> list[tuple[str, Measurement]]:
     """Missing timings of one level, with the reason."""
-    return [(variant, _measurement(name, None, reason)) for variant in variants for name in TIMED_METRICS]
+    return [(variant, _measurement(name, None, reason)) for variant in variants for name in _timed_metrics()]
+
+
+def _timed_metrics(*, on_request: bool = False) -> list[str]:
+    """What every timed generation tells, and with ``on_request`` what an option asked for as well."""
+    return [metric.name for metric in of_kind("timing", "memory") if on_request or not metric.on_request]
 
 
 def perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
@@ -129,13 +121,18 @@ def perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[M
         workspace._losses[pruned.fingerprint] = measure_perplexity(
             pruned.model, workspace.inputs.windows, batch_size=workspace.spec.quality_batch_size
         )
+    return window_measurements(workspace._losses[pruned.fingerprint])
+
+
+def window_measurements(losses: Iterable[WindowLoss]) -> list[Measurement]:
+    """The sums of every window, from which the report makes perplexity, bits per byte and word perplexity."""
     rows = []
-    for loss in workspace._losses[pruned.fingerprint]:
+    for loss in losses:
         place: dict[str, Any] = {"document": loss.document, "window": loss.index}
         rows.append(_measurement("window_nats", loss.nats, "the model's loss is not a finite number", **place))
-        rows.append(Measurement("window_tokens", loss.tokens, "token", **place))
-        rows.append(Measurement("window_bytes", loss.text_bytes, "byte", **place))
-        rows.append(Measurement("window_words", loss.text_words, "word", **place))
+        rows.append(_measurement("window_tokens", loss.tokens, **place))
+        rows.append(_measurement("window_bytes", loss.text_bytes, **place))
+        rows.append(_measurement("window_words", loss.text_words, **place))
     return rows
 
 
@@ -182,51 +179,47 @@ def _write_and_measure(
         [torch.tensor(row, dtype=torch.long) for row in written],
         batch_size=spec.quality_batch_size,
     )
+    functions = text_functions()
     measurements: list[Measurement] = []
     texts: list[GeneratedText] = []
-    for (heat, prompt), row, fine, (nats, count) in zip(jobs, written, finite, losses, strict=True):
+    for (heat, prompt), row, fine, (nats, _) in zip(jobs, written, finite, losses, strict=True):
         text = tokenizer.decode(row)
         texts.append(GeneratedText(heat, prompt, inputs.prompts[prompt], text))
-        values = {
-            "generation_perplexity": float(torch.tensor(nats / count, dtype=torch.float64).exp()) if count else None,
-            "distinct_1": distinct_n(row, 1),
-            "distinct_2": distinct_n(row, 2),
-            "distinct_3": distinct_n(row, 3),
-            "distinct_2_adjusted": expectation_adjusted_distinct_n(row, 2, inputs.preview.config.vocab_size),
-            "seq_rep_4": seq_rep_n(row, 4),
-            "compression_ratio": compression_ratio(text),
-        }
+        whole = WrittenText(row, text, inputs.preview.config.vocab_size, nats)
         reason = f"the text has only {len(row)} tokens before its end" if fine else "the model's logits are not finite"
         if not math.isfinite(nats):
             reason = "the unpruned model's loss is not a finite number"
         measurements.extend(
-            _measurement(name, value, reason, temperature=heat, prompt=prompt) for name, value in values.items()
+            _measurement(name, function(whole), reason, temperature=heat, prompt=prompt)
+            for name, function in functions.items()
         )
     return measurements, texts
 
 
 def _cost_measurements(pruned: PrunedModel) -> list[Measurement]:
-    rows = []
-    if pruned.negotiation_s is not None:
-        rows.append(Measurement("negotiation_s", pruned.negotiation_s, "s"))
+    """What making the model has cost; a cost that it did not have is left out."""
+    costs: dict[str, float | None] = {"negotiation_s": pruned.negotiation_s}
     if pruned.recovery is not None:
-        rows.append(Measurement("recovery_s", pruned.recovery.seconds, "s"))
-        rows.append(Measurement("recovery_tokens", pruned.recovery.tokens, "token"))
-    cost = pruned.cost
-    if cost is None:
-        return rows
-    rows.append(Measurement("adaptation_s", cost.seconds, "s"))
-    rows.append(Measurement("adaptation_tokens", cost.tokens, "token"))
-    if cost.scratch_bytes:
-        rows.append(Measurement("adaptation_scratch_bytes", cost.scratch_bytes, "byte"))
-    if cost.peak_memory_bytes is not None:
-        rows.append(Measurement("adaptation_peak_memory_bytes", cost.peak_memory_bytes, "byte"))
-    return rows
+        costs |= {"recovery_s": pruned.recovery.seconds, "recovery_tokens": pruned.recovery.tokens}
+    if pruned.cost is not None:
+        costs |= {
+            "adaptation_s": pruned.cost.seconds,
+            "adaptation_tokens": pruned.cost.tokens,
+            "adaptation_scratch_bytes": pruned.cost.scratch_bytes or None,
+            "adaptation_peak_memory_bytes": pruned.cost.peak_memory_bytes,
+        }
+    return [_measurement(name, value) for name, value in costs.items() if value is not None]
 
 
-def _measurement(metric: str, value: float | None, reason: str | None, **place: Any) -> Measurement:
-    """A measurement whose reason is given only where the value is missing or not finite."""
-    unit = METRICS[metric].unit if metric in METRICS else "nat"
-    if value is None or not torch.isfinite(torch.tensor(float(value), dtype=torch.float64)):
-        return Measurement(metric, None, unit, reason, **place)
-    return Measurement(metric, value, unit, None, **place)
+def _measurement(quantity: str, value: float | None, reason: str | None = None, **place: Any) -> Measurement:
+    """A measurement; ``reason`` is given only where the value is missing or not finite.
+
+    A value that is not possible is missing too, with its bounds as the reason.
+    """
+    unit = unit_of(quantity)
+    if value is None or not math.isfinite(value):
+        return Measurement(quantity, None, unit, reason, **place)
+    if quantity in METRICS and not METRICS[quantity].possible(value):
+        low, high = METRICS[quantity].bounds
+        return Measurement(quantity, None, unit, f"{value:g} is not a possible value: {low:g} to {high:g} is", **place)
+    return Measurement(quantity, value, unit, None, **place)

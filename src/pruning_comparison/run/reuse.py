@@ -3,13 +3,24 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
+from dataclasses import replace
 from typing import Any
 
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.run.provenance import hardware, versions
-from pruning_comparison.spec import REUSE_AXES, TEXT_AXES, Cell, ComparisonSpec, identity, without_strange_methods
+from pruning_comparison.spec import (
+    REUSE_AXES,
+    TEXT_AXES,
+    Cell,
+    ComparisonSpec,
+    Revisions,
+    identity,
+    revisions_of,
+    without_strange_methods,
+)
 from pruning_comparison.store.journal import RunStore
+from pruning_comparison.store.records import Reused
 from pruning_comparison.store.run_folder import (
     journal_damage,
     read_manifest,
@@ -25,52 +36,57 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore) -> None:
 
     Whole cells come from runs whose spec differs in nothing but which cells there are (``REUSE_AXES``); heads and
     perplexity alone from those that differ in prompts and texts as well (``TEXT_AXES``). All must have been made on the same
-    machine with the same versions. A finished run of the very same spec means that it is to be measured anew, so nothing
-    is taken.
+    machine with the same versions, and at the same revisions: of the protocol and the metrics, and of the method and the
+    variant of a cell that is taken. A run that stored no revisions gives nothing. A finished run of the very same spec means
+    that it is to be measured anew, so nothing is taken.
     """
-    settings, here = spec.as_dict(), dict(inputs.digests)
+    here, revisions = dict(inputs.digests), revisions_of(spec)
     whole = spec.content_hash(here)
     made_with = (versions(), hardware(spec))
     runs = list(stored_runs(store.folder.parent))
-    if any(m.get("spec_hash") == whole and m.get("finished") is not None for _, m in runs):
+    if any(manifest.spec_hash == whole and manifest.finished is not None for _, manifest in runs):
         return
     for texts_alike in (True, False):
         for folder, manifest in runs:
-            read = manifest.get("inputs")
-            if manifest.get("spec_hash") == whole or not isinstance(read, dict):
+            if manifest.revisions is None or manifest.spec_hash == whole:
                 continue
-            if _measured_alike(manifest["spec"], read, texts_alike) != _measured_alike(settings, here, texts_alike):
+            stored = _measured_alike(manifest.spec, manifest.inputs, manifest.revisions, texts_alike)
+            if stored != _measured_alike(spec.as_dict(), here, revisions, texts_alike):
                 continue
-            if (manifest.get("versions"), manifest.get("hardware")) != made_with or journal_damage(folder) is not None:
+            if (manifest.versions, manifest.hardware) != made_with or journal_damage(folder) is not None:
                 continue
             try:
-                stored = without_strange_methods(manifest["spec"], spec.own_methods)
-                earlier = ComparisonSpec.from_dict(stored, known_methods=spec.own_methods)
+                known = without_strange_methods(manifest.spec, spec.own_methods)
+                earlier = ComparisonSpec.from_dict(known, known_methods=spec.own_methods)
             except (TypeError, ValueError, KeyError, AttributeError):
                 continue
+            alike = {cell for cell in spec.cells() if _same_cell(cell, spec, earlier)}
+            alike = {cell for cell in alike if revisions.same_for(cell, manifest.revisions)}
             with RunStore(folder) as other:
-                take = _take_cells if texts_alike else _take_parts
-                what = take(spec, store, earlier, other)
+                what = (_take_cells if texts_alike else _take_parts)(spec, store, earlier, other, alike)
             if what:
                 words = " and ".join(f"{count} {name}" for name, count in what.items())
                 LOGGER.info("taken over from %s: %s", folder, words)
                 mine = read_manifest(store.folder)
-                taken = {"run": folder.name, "commit": manifest.get("commit"), **what}
-                write_manifest(store.folder, {**mine, "reused": [*mine.get("reused", []), taken]})
+                taken = Reused(folder.name, manifest.commit, what)
+                write_manifest(store.folder, replace(mine, reused=(*mine.reused, taken)))
 
 
-def _measured_alike(settings: Mapping[str, Any], inputs: Mapping[str, str], texts_alike: bool) -> str:
+def _measured_alike(
+    settings: Mapping[str, Any], inputs: Mapping[str, str], revisions: Revisions, texts_alike: bool
+) -> str:
     """Equal for runs from which whole cells can be taken over or, if not ``texts_alike``, heads and perplexity."""
     if texts_alike:
-        return identity(settings, inputs, without=REUSE_AXES)
+        return identity(settings, inputs, revisions.of_every_cell(), without=REUSE_AXES)
     others = {name: value for name, value in inputs.items() if name != "prompts"}
-    return identity(settings, others, without=REUSE_AXES | TEXT_AXES)
+    return identity(settings, others, revisions.of_every_cell(), without=REUSE_AXES | TEXT_AXES)
 
 
-def _take_cells(spec: ComparisonSpec, store: RunStore, earlier: ComparisonSpec, other: RunStore) -> dict[str, int]:
+def _take_cells(
+    spec: ComparisonSpec, store: RunStore, earlier: ComparisonSpec, other: RunStore, alike: Set[Cell]
+) -> dict[str, int]:
     """Copies cells and timings that both runs need, and says how many."""
-    wanted = {cell for cell in spec.cells() if _same_cell(cell, spec, earlier)}
-    cells = (wanted & other.finished_cells()) - store.finished_cells()
+    cells = (alike & other.finished_cells()) - store.finished_cells()
     timings = set()
     # Variants are timed in turns, so timings of other variants cannot be completed.
     if set(earlier.variants) == set(spec.variants):
@@ -83,10 +99,11 @@ def _take_cells(spec: ComparisonSpec, store: RunStore, earlier: ComparisonSpec, 
     return {"cells": len(cells), "timings": len(timings)}
 
 
-def _take_parts(spec: ComparisonSpec, store: RunStore, earlier: ComparisonSpec, other: RunStore) -> dict[str, int]:
+def _take_parts(
+    spec: ComparisonSpec, store: RunStore, earlier: ComparisonSpec, other: RunStore, alike: Set[Cell]
+) -> dict[str, int]:
     """Copies heads and perplexity of cells whose texts are other ones, and says of how many."""
-    wanted = {cell for cell in spec.cells() if _same_cell(cell, spec, earlier)}
-    cells = (wanted & other.finished_cells()) - store.finished_cells() - store.parts()
+    cells = (alike & other.finished_cells()) - store.finished_cells() - store.parts()
     if not cells:
         return {}
     store.copy_parts_from(other, sorted(cells))

@@ -1,88 +1,156 @@
-"""The run folder: an SQLite journal of everything measured, a manifest, and the tidy export."""
+"""The journal of a run folder: an SQLite database of everything measured, whose columns are the fields of its rows."""
 
 from __future__ import annotations
 
 import json
 import math
 import sqlite3
-from collections.abc import Collection, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, get_args, get_type_hints
 
 import pandas as pd
 
 from pruning_comparison.errors import StoreError
+from pruning_comparison.formatting import unknown_name
 from pruning_comparison.spec import Cell
+from pruning_comparison.store.records import (
+    TABLES,
+    CellResult,
+    CellRow,
+    HeadRow,
+    Measurement,
+    MeasurementRow,
+    ReplyRow,
+    Row,
+    SignalRow,
+    TextRow,
+    TimingRow,
+    refuse_newer,
+)
+from pruning_comparison.store.run_folder import JOURNAL, read_manifest
 
 if TYPE_CHECKING:
-    from pruning_comparison.agency import RoundRecord
+    from torch import Tensor
 
-from pruning_comparison.store.records import CellResult, Measurement
-from pruning_comparison.store.run_folder import JOURNAL
+    from pruning_comparison.agency import RoundRecord
 
 LOCK = "run.lock"
 
+JOURNAL_SCHEMA = 1
+"""Version of the journal's schema, its ``user_version``. Journals of 0.1.0 have none, and count as 0."""
 
-_KEY = "variant TEXT, method TEXT, iteration INTEGER, level REAL"
-
-
-_KEY_NAMES = "variant, method, iteration, level"
-
-
+_KEY = ("variant", "method", "iteration", "level")
+_KEYS = {"cells": _KEY, "timings": ("method", "iteration", "level")}
+"""Primary keys of the tables that have one."""
+_INDICES = {
+    "measurements": ("method", "iteration", "level", "variant", "phase"),
+    "heads": ("method", "iteration", "level", "variant"),
+}
+_ORDER = {
+    "cells": ("method", "iteration", "level", "variant"),
+    "measurements": (
+        "method", "iteration", "level", "variant", "phase", "temperature", "prompt", "document", "window", "repeat", "rowid",
+    ),
+    "heads": ("method", "iteration", "level", "variant", "layer", "head"),
+    "signals": ("method", "iteration", "level", "variant", "round_level", "layer", "head"),
+    "replies": ("method", "iteration", "level", "variant", "round_level", "asked_rank"),
+    "texts": ("method", "iteration", "level", "variant", "temperature", "prompt"),
+}  # fmt: skip
+"""The tables that are read as a whole, and what their rows are sorted by."""
 _OF_CELL = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
-
-
 _CELL_TABLES = ("cells", "heads", "signals", "replies", "texts")
-
-
-_SCHEMA = f"""
-CREATE TABLE IF NOT EXISTS cells (
-    {_KEY}, status TEXT, reason TEXT, achieved_level REAL, heads_pruned INTEGER, heads_total INTEGER,
-    fingerprint TEXT, details TEXT, code_commit TEXT,
-    PRIMARY KEY (variant, method, iteration, level));
-CREATE TABLE IF NOT EXISTS measurements (
-    {_KEY}, phase TEXT, temperature REAL, prompt INTEGER, document TEXT, "window" INTEGER, repeat INTEGER,
-    metric TEXT, value REAL, unit TEXT, reason TEXT);
-CREATE INDEX IF NOT EXISTS measurements_by_cell ON measurements (method, iteration, level, variant, phase);
-CREATE TABLE IF NOT EXISTS heads ({_KEY}, layer INTEGER, head INTEGER, score REAL, kept INTEGER);
-CREATE INDEX IF NOT EXISTS heads_by_cell ON heads (method, iteration, level, variant);
-CREATE TABLE IF NOT EXISTS signals ({_KEY}, round_level REAL, layer INTEGER, head INTEGER, state TEXT, utilisation REAL,
-    contribution REAL, alignment REAL, redundancy REAL, importance REAL, withdrawal_cost REAL);
-CREATE TABLE IF NOT EXISTS replies ({_KEY}, round_level REAL, layer INTEGER, head INTEGER, answer TEXT, state TEXT,
-    asked_rank INTEGER, cost REAL, cost_limit REAL, left_rank INTEGER, left_cost REAL);
-CREATE TABLE IF NOT EXISTS texts ({_KEY}, temperature REAL, prompt INTEGER, prompt_text TEXT, text TEXT);
-CREATE TABLE IF NOT EXISTS timings (method TEXT, iteration INTEGER, level REAL, PRIMARY KEY (method, iteration, level));
-"""
+_SQL_TYPES = {str: "TEXT", int: "INTEGER", float: "REAL", bool: "INTEGER"}
 
 
 def columns_of(table: str) -> list[str]:
     """Names of a journal table's columns, in order; ValueError for an unknown table."""
-    with closing(sqlite3.connect(":memory:")) as journal:
-        journal.executescript(_SCHEMA)
-        columns = [str(row[1]) for row in journal.execute(f"PRAGMA table_info({table})")]
-    if not columns:
-        raise ValueError(f"unknown table {table!r}")
-    return columns
+    return [one.name for one in fields(_record_of(table))]
+
+
+def _record_of(table: str) -> type[Row]:
+    if table not in TABLES:
+        raise ValueError(unknown_name("table of the journal", table, TABLES))
+    return TABLES[table]
+
+
+def _listed(names: Iterable[str]) -> str:
+    """Names as SQL takes them. In brackets: what is no column is then an error, and not a text of that name."""
+    return ", ".join(f"[{name}]" for name in names)
+
+
+def _schema() -> str:
+    """The statements that make an empty journal."""
+    statements = []
+    for table, record in TABLES.items():
+        kinds = get_type_hints(record)
+        parts = [f"[{name}] {_sql_type(kinds[name])}" for name in columns_of(table)]
+        if table in _KEYS:
+            parts.append(f"PRIMARY KEY ({_listed(_KEYS[table])})")
+        statements.append(f"CREATE TABLE {table} ({', '.join(parts)})")
+    statements += [f"CREATE INDEX {table}_by_cell ON {table} ({_listed(names)})" for table, names in _INDICES.items()]
+    return f"BEGIN; {'; '.join(statements)}; PRAGMA user_version = {JOURNAL_SCHEMA}; COMMIT;"
+
+
+def _sql_type(kind: Any) -> str:
+    """The column type of a field's type, which may be None as well."""
+    (plain,) = {part for part in get_args(kind) or (kind,) if part is not type(None)}
+    return _SQL_TYPES[plain]
+
+
+def _selected(table: str) -> str:
+    """What is selected of a table, as its record has it."""
+    return _listed(columns_of(table))
+
+
+def _selected_of_0(table: str) -> str:
+    """Journals of 0.1.0 lack the number of their schema; their tables are those of version 1."""
+    return _selected(table)
+
+
+_READERS: dict[int, Callable[[str], str]] = {0: _selected_of_0, 1: _selected}
+"""What is selected of a table, by the version of the journal's schema."""
 
 
 class RunStore:
-    """One run folder. Every cell is written in one transaction: it is there whole, or not at all.
+    """The journal of one run folder. Every cell is written in one transaction: it is there whole, or not at all.
 
-    ``lock`` keeps every other process from writing to the run until the store is closed or its process ends, however it
-    ends; reading stays possible. StoreError where another process has it, or where the journal cannot be used.
+    Opened for reading, unless ``lock``: then nothing is written, a journal that is not there yet reads as an empty one, and
+    those of earlier versions are read as they are. ``lock`` opens it for writing, and keeps every other process from that
+    until the store is closed or its process ends, however it ends; reading stays possible. StoreError where another process
+    has it, where the journal cannot be used, or where a newer version has written it.
     """
 
     def __init__(self, folder: Path, *, lock: bool = False) -> None:
         self.folder = folder
-        self._lock = _locked(folder) if lock else None
-        try:
-            self._journal = sqlite3.connect(folder / JOURNAL)
-            self._journal.executescript(_SCHEMA)
-        except (sqlite3.Error, UnicodeDecodeError) as error:
-            if self._lock is not None:
-                self._lock.close()
-            raise StoreError(f"the journal {folder / JOURNAL} cannot be opened: {error}. Start a new run.") from error
+        with ExitStack() as opened:
+            self._lock = opened.enter_context(closing(_locked(folder))) if lock else None
+            try:
+                self._journal = opened.enter_context(closing(_opened(folder / JOURNAL, writing=lock)))
+                self._select = self._reader(writing=lock)
+            except (sqlite3.Error, UnicodeDecodeError) as error:
+                raise StoreError(
+                    f"the journal {folder / JOURNAL} cannot be opened: {error}. Start a new run."
+                ) from error
+            opened.pop_all()
+
+    def _reader(self, *, writing: bool) -> Callable[[str], str]:
+        """What is selected of a table of this journal. StoreError where its schema is none to read, or to write."""
+        version = int(self._journal.execute("PRAGMA user_version").fetchone()[0])
+        if version not in _READERS:
+            try:
+                versions = read_manifest(self.folder).versions
+            except StoreError:
+                versions = {}
+            refuse_newer(f"journal {self.folder / JOURNAL}", version, versions)
+        if writing and version != JOURNAL_SCHEMA:
+            raise StoreError(
+                f"the journal {self.folder / JOURNAL} was made by an earlier version, whose results may differ. It can be "
+                "reported and not written to; give another --output_dir."
+            )
+        return _READERS[version]
 
     def close(self) -> None:
         self._journal.close()
@@ -97,24 +165,24 @@ class RunStore:
 
     def finished_cells(self) -> set[Cell]:
         """Cells whose measurements are stored."""
-        rows = self._read("SELECT variant, method, iteration, level FROM cells WHERE status = 'done'")[1]
+        rows = self._read("SELECT variant, method, iteration, level FROM cells WHERE status = 'done'")
         return {Cell(*row) for row in rows}
 
     def parts(self) -> set[Cell]:
         """Cells whose heads and perplexity were taken over from another run, and whose texts are missing."""
-        rows = self._read("SELECT variant, method, iteration, level FROM cells WHERE status = 'part'")[1]
+        rows = self._read("SELECT variant, method, iteration, level FROM cells WHERE status = 'part'")
         return {Cell(*row) for row in rows}
 
     def finished_timings(self) -> set[tuple[str, int, float]]:
         """(method, iteration, level) whose timings are stored."""
-        return {(m, i, level) for m, i, level in self._read("SELECT * FROM timings")[1]}
+        return {(m, i, level) for m, i, level in self._rows("timings")}
 
     def known(self, cell: Cell) -> tuple[list[list[bool]], str] | None:
         """Heads [n_layers, n_heads] that a measured cell has kept, and its model's fingerprint; None if not measured."""
-        found = self._read(f"SELECT fingerprint FROM cells {_OF_CELL} AND status IN ('done', 'part')", tuple(cell))[1]
+        found = self._read(f"SELECT fingerprint FROM cells {_OF_CELL} AND status IN ('done', 'part')", tuple(cell))
         if not found:
             return None
-        rows = self._read(f"SELECT layer, kept FROM heads {_OF_CELL} ORDER BY layer, head", tuple(cell))[1]
+        rows = self._read(f"SELECT layer, kept FROM heads {_OF_CELL} ORDER BY layer, head", tuple(cell))
         keep: dict[int, list[bool]] = {}
         for layer, kept in rows:
             keep.setdefault(layer, []).append(bool(kept))
@@ -128,34 +196,19 @@ class RunStore:
                 self._journal.execute(
                     f"UPDATE cells SET status = ?, code_commit = ? {_OF_CELL}", (result.status, code_commit, *key)
                 )
-                self._insert("measurements", [self._row(result.cell, "quality", row) for row in result.measurements])
-                self._insert("texts", [(*key, t.temperature, t.prompt, t.prompt_text, t.text) for t in result.texts])
+                self._insert("measurements", _measurement_rows(result.cell, "quality", result.measurements))
+                self._insert("texts", _text_rows(result))
                 return
             for table in _CELL_TABLES:
                 self._journal.execute(f"DELETE FROM {table} {_OF_CELL}", key)
             self._journal.execute(f"DELETE FROM measurements {_OF_CELL} AND phase = 'quality'", key)
-            self._insert(
-                "cells",
-                [
-                    (
-                        *key,
-                        result.status,
-                        result.reason,
-                        result.achieved_level,
-                        result.heads_pruned,
-                        result.heads_total,
-                        result.fingerprint,
-                        json.dumps(dict(result.details), sort_keys=True),
-                        code_commit,
-                    )
-                ],
-            )
-            self._insert("measurements", [self._row(result.cell, "quality", row) for row in result.measurements])
-            self._insert("heads", [(*key, *row) for row in result.heads])
+            self._insert("cells", [_cell_row(result, code_commit)])
+            self._insert("measurements", _measurement_rows(result.cell, "quality", result.measurements))
+            self._insert("heads", [HeadRow(*result.cell, *row) for row in result.heads])
             for round_record in result.round_records:
-                self._insert("signals", [(*key, *row) for row in _signal_rows(round_record)])
-                self._insert("replies", [(*key, *row) for row in _reply_rows(round_record)])
-            self._insert("texts", [(*key, t.temperature, t.prompt, t.prompt_text, t.text) for t in result.texts])
+                self._insert("signals", _signal_rows(result.cell, round_record))
+                self._insert("replies", _reply_rows(result.cell, round_record))
+            self._insert("texts", _text_rows(result))
 
     def write_timings(
         self,
@@ -175,63 +228,51 @@ class RunStore:
                 "DELETE FROM measurements WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'",
                 (method, iteration, level),
             )
-            self._insert(
-                "measurements",
-                [self._row(Cell(variant, method, iteration, level), "timing", row) for variant, row in rows],
-            )
+            for variant, row in rows:
+                self._insert(
+                    "measurements", _measurement_rows(Cell(variant, method, iteration, level), "timing", [row])
+                )
             if complete:
-                self._insert("timings", [(method, iteration, level)])
+                self._insert("timings", [TimingRow(method, iteration, level)])
 
     def copy_from(self, other: RunStore, cells: Collection[Cell], timings: Collection[tuple[str, int, float]]) -> None:
         """Takes over finished cells and timings of another run, all or none of them, with the commit that measured them."""
         with self._transaction():
             for cell in cells:
                 for table in _CELL_TABLES:
-                    self._journal.execute(f"DELETE FROM {table} {_OF_CELL}", tuple(cell))
-                    self._insert(table, other._read(f"SELECT * FROM {table} {_OF_CELL}", tuple(cell))[1])
-                self._journal.execute(f"DELETE FROM measurements {_OF_CELL} AND phase = 'quality'", tuple(cell))
-                rows = other._read(f"SELECT * FROM measurements {_OF_CELL} AND phase = 'quality'", tuple(cell))[1]
-                self._insert("measurements", rows)
+                    self._take_over(other, table, _OF_CELL, tuple(cell))
+                self._take_over(other, "measurements", f"{_OF_CELL} AND phase = 'quality'", tuple(cell))
             for timing in timings:
                 where_timed = "WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'"
-                self._insert("measurements", other._read(f"SELECT * FROM measurements {where_timed}", timing)[1])
-                self._insert("timings", [timing])
+                self._take_over(other, "measurements", where_timed, timing)
+                self._insert("timings", [TimingRow(*timing)])
 
     def copy_parts_from(self, other: RunStore, cells: Collection[Cell]) -> None:
         """Takes over heads, negotiation and perplexity of cells that another run has measured with other prompts."""
-        keep = "phase = 'quality' AND (\"window\" IS NOT NULL OR metric = 'negotiation_s')"
+        keep = "AND ([window] IS NOT NULL OR metric = 'negotiation_s')"
         with self._transaction():
             for cell in cells:
                 for table in ("cells", "heads", "signals", "replies"):
-                    self._journal.execute(f"DELETE FROM {table} {_OF_CELL}", tuple(cell))
-                    self._insert(table, other._read(f"SELECT * FROM {table} {_OF_CELL}", tuple(cell))[1])
+                    self._take_over(other, table, _OF_CELL, tuple(cell))
                 self._journal.execute(f"UPDATE cells SET status = 'part' {_OF_CELL}", tuple(cell))
-                self._journal.execute(f"DELETE FROM measurements {_OF_CELL} AND phase = 'quality'", tuple(cell))
-                rows = other._read(f"SELECT * FROM measurements {_OF_CELL} AND {keep}", tuple(cell))[1]
-                self._insert("measurements", rows)
+                self._take_over(other, "measurements", f"{_OF_CELL} AND phase = 'quality'", tuple(cell), keep)
 
     def table(self, name: str) -> pd.DataFrame:
         """A journal table (cells, measurements, heads, signals, replies, texts) in a stable order, without parts."""
-        order = {
-            "cells": "method, iteration, level, variant",
-            "measurements": "method, iteration, level, variant, phase, "
-            'temperature, prompt, document, "window", repeat, rowid',
-            "heads": "method, iteration, level, variant, layer, head",
-            "signals": "method, iteration, level, variant, round_level, layer, head",
-            "replies": "method, iteration, level, variant, round_level, asked_rank",
-            "texts": "method, iteration, level, variant, temperature, prompt",
-        }
-        if name not in order:
-            raise ValueError(f"unknown table {name!r}; choose one of {', '.join(order)}")
-        whole = f"({_KEY_NAMES}) NOT IN (SELECT {_KEY_NAMES} FROM cells WHERE status = 'part')"
-        columns, rows = self._read(f"SELECT * FROM {name} WHERE {whole} ORDER BY {order[name]}")
-        return pd.DataFrame.from_records(rows, columns=columns)
+        if name not in _ORDER:
+            raise ValueError(unknown_name("table of the journal", name, _ORDER))
+        whole = f"({_listed(_KEY)}) NOT IN (SELECT {_listed(_KEY)} FROM cells WHERE status = 'part')"
+        rows = self._rows(name, f"WHERE {whole} ORDER BY {_listed(_ORDER[name])}")
+        return pd.DataFrame.from_records(rows, columns=columns_of(name))
 
-    def _read(self, query: str, values: tuple[Any, ...] = ()) -> tuple[list[str], list[tuple[Any, ...]]]:
-        """Names of columns, and rows."""
+    def _rows(self, table: str, where: str = "", values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+        """Rows of a table, with the columns of its record."""
+        return self._read(f"SELECT {self._select(table)} FROM {table} {where}", values)
+
+    def _read(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
         try:
             with closing(self._journal.execute(query, values)) as cursor:
-                return [column[0] for column in cursor.description], cursor.fetchall()
+                return cursor.fetchall()
         except (sqlite3.Error, UnicodeDecodeError) as error:
             raise StoreError(
                 f"the journal {self.folder / JOURNAL} cannot be read: {error}. Nothing can be drawn from it; run the "
@@ -249,14 +290,43 @@ class RunStore:
                 "room, or the folder writable; then the same command continues."
             ) from error
 
-    def _insert(self, table: str, rows: Sequence[tuple[Any, ...]]) -> None:
-        if rows:
-            self._journal.executemany(f"INSERT INTO {table} VALUES ({', '.join('?' * len(rows[0]))})", rows)
+    def _insert(self, table: str, rows: Sequence[Row]) -> None:
+        names = columns_of(table)
+        statement = f"INSERT INTO {table} ({_listed(names)}) VALUES ({', '.join('?' * len(names))})"
+        self._journal.executemany(statement, [[getattr(row, name) for name in names] for row in rows])
 
-    @staticmethod
-    def _row(cell: Cell, phase: str, m: Measurement) -> tuple[Any, ...]:
-        place = (m.temperature, m.prompt, m.document, m.window, m.repeat)
-        return (*cell, phase, *place, m.metric, m.value, m.unit, m.reason)
+    def _take_over(self, other: RunStore, table: str, where: str, values: tuple[Any, ...], and_those: str = "") -> None:
+        """Puts another run's rows in place of this one's; of the other's, ``and_those`` may be fewer."""
+        self._journal.execute(f"DELETE FROM {table} {where}", values)
+        record = _record_of(table)
+        self._insert(table, [record(*row) for row in other._rows(table, f"{where} {and_those}", values)])
+
+
+def _opened(path: Path, *, writing: bool) -> sqlite3.Connection:
+    """The journal; where none is there yet or it has no tables, an empty one, which reading does not put on the disk.
+
+    SQLite may write even where it only reads: after a process was killed it puts back what an unfinished transaction left.
+    """
+    if not writing and not path.exists():
+        return _filled(sqlite3.connect(":memory:"))
+    journal = sqlite3.connect(f"{path.absolute().as_uri()}?mode={'rwc' if writing else 'rw'}", uri=True)
+    try:
+        if not writing:
+            journal.execute("PRAGMA query_only = ON")
+        if journal.execute("SELECT count(*) FROM sqlite_master").fetchone()[0]:
+            return journal
+        if writing:
+            return _filled(journal)
+    except BaseException:
+        journal.close()
+        raise
+    journal.close()
+    return _filled(sqlite3.connect(":memory:"))
+
+
+def _filled(journal: sqlite3.Connection) -> sqlite3.Connection:
+    journal.executescript(_schema())
+    return journal
 
 
 def _locked(folder: Path) -> sqlite3.Connection:
@@ -277,40 +347,72 @@ def _locked(folder: Path) -> sqlite3.Connection:
     return lock
 
 
-def _signal_rows(round_record: RoundRecord) -> list[tuple[Any, ...]]:
-    """State and signals of every head before a round; NULL where a withdrawn head has none."""
-    signals = round_record.signals
-    tables = (
-        signals.utilisation,
-        signals.contribution,
-        signals.alignment,
-        signals.redundancy,
-        signals.importance,
-        signals.withdrawal_cost,
+def _cell_row(result: CellResult, code_commit: str | None) -> CellRow:
+    return CellRow(
+        *result.cell,
+        status=result.status,
+        reason=result.reason,
+        achieved_level=result.achieved_level,
+        heads_pruned=result.heads_pruned,
+        heads_total=result.heads_total,
+        fingerprint=result.fingerprint,
+        details=json.dumps(dict(result.details), sort_keys=True),
+        code_commit=code_commit,
     )
-    rows: list[tuple[Any, ...]] = []
+
+
+def _measurement_rows(cell: Cell, phase: str, measurements: Iterable[Measurement]) -> list[MeasurementRow]:
+    return [MeasurementRow(*cell, phase=phase, **vars(one)) for one in measurements]
+
+
+def _text_rows(result: CellResult) -> list[TextRow]:
+    return [TextRow(*result.cell, **vars(text)) for text in result.texts]
+
+
+def _signal_rows(cell: Cell, round_record: RoundRecord) -> list[SignalRow]:
+    """State and signals of every head before a round."""
+    signals, rows = round_record.signals, []
     for layer, states in enumerate(round_record.states):
         for head, state in enumerate(states):
-            values = [float(table[layer, head]) for table in tables]
-            finite = [value if math.isfinite(value) else None for value in values]
-            rows.append((round_record.level, layer, head, str(state), *finite))
+            rows.append(
+                SignalRow(
+                    *cell,
+                    round_level=round_record.level,
+                    layer=layer,
+                    head=head,
+                    state=str(state),
+                    utilisation=_finite(signals.utilisation[layer, head]),
+                    contribution=_finite(signals.contribution[layer, head]),
+                    alignment=_finite(signals.alignment[layer, head]),
+                    redundancy=_finite(signals.redundancy[layer, head]),
+                    importance=_finite(signals.importance[layer, head]),
+                    withdrawal_cost=_finite(signals.withdrawal_cost[layer, head]),
+                )
+            )
     return rows
 
 
-def _reply_rows(round_record: RoundRecord) -> list[tuple[Any, ...]]:
+def _finite(value: Tensor) -> float | None:
+    """None for a number that is none: a withdrawn head has no signals."""
+    number = float(value)
+    return number if math.isfinite(number) else None
+
+
+def _reply_rows(cell: Cell, round_record: RoundRecord) -> list[ReplyRow]:
     """What every head that was asked in a round has answered, in the order in which they were asked."""
     return [
-        (
-            round_record.level,
-            reply.layer,
-            reply.head,
-            str(reply.answer),
-            str(reply.state),
-            reply.rank,
-            reply.cost,
-            reply.limit,
-            reply.left,
-            reply.left_cost,
+        ReplyRow(
+            *cell,
+            round_level=round_record.level,
+            layer=reply.layer,
+            head=reply.head,
+            answer=str(reply.answer),
+            state=str(reply.state),
+            asked_rank=reply.rank,
+            cost=reply.cost,
+            cost_limit=reply.limit,
+            left_rank=reply.left,
+            left_cost=reply.left_cost,
         )
         for reply in round_record.replies
     ]

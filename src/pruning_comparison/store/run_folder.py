@@ -7,27 +7,19 @@ import logging
 import os
 import sqlite3
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import pandas as pd
 
 from pruning_comparison.errors import StoreError
-
-if TYPE_CHECKING:
-    pass
-
+from pruning_comparison.store.records import Manifest
 
 LOGGER = logging.getLogger(__name__)
 
 JOURNAL = "journal.sqlite"
-
-
 MANIFEST = "manifest.json"
-
-
 LATEST = "latest"
 
 
@@ -47,7 +39,7 @@ def journal_damage(folder: Path) -> str | None:
     return None if found == "ok" else found.splitlines()[-1]
 
 
-def create_run(output_dir: Path, manifest: Mapping[str, Any]) -> Path:
+def create_run(output_dir: Path, manifest: Manifest) -> Path:
     """A new ``run_<timestamp>`` folder with its manifest; ``latest`` points to it. StoreError if it cannot be made."""
     stamp = time.strftime("run_%Y%m%d_%H%M%S")
     for attempt in range(1000):
@@ -68,27 +60,26 @@ def create_run(output_dir: Path, manifest: Mapping[str, Any]) -> Path:
     return folder
 
 
-def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+def write_manifest(folder: Path, manifest: Manifest) -> None:
     """Replaces the manifest atomically."""
-    write_atomically(folder / MANIFEST, json.dumps(manifest, indent=2, sort_keys=True, default=str) + "\n")
+    write_atomically(folder / MANIFEST, json.dumps(manifest.as_dict(), indent=2, sort_keys=True, default=str) + "\n")
 
 
-def read_manifest(folder: Path) -> dict[str, Any]:
-    """The manifest of a run; StoreError if there is none that can be read."""
+def read_manifest(folder: Path) -> Manifest:
+    """The manifest of a run; StoreError if there is none that this version can read."""
+    path = folder / MANIFEST
     try:
-        manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
+        stored = json.loads(path.read_text("utf-8"))
     except (OSError, ValueError, RecursionError) as error:
         raise StoreError(f"{folder} is not a run folder: its {MANIFEST} cannot be read ({error}).") from error
-    spec = manifest.get("spec") if isinstance(manifest, dict) else None
-    if not (
-        isinstance(manifest, dict)
-        and isinstance(spec, dict)
-        and isinstance(spec.get("model_name"), str)
-        and isinstance(spec.get("variants"), list)
-        and isinstance(spec.get("seed"), int)
-    ):
-        raise StoreError(f"{folder / MANIFEST} does not hold the manifest of a run. Run the comparison again.")
-    return manifest
+    if not isinstance(stored, dict):
+        raise StoreError(f"{path} does not hold the manifest of a run. Run the comparison again.")
+    try:
+        return Manifest.from_dict(stored)
+    except ValueError as error:
+        raise StoreError(f"{path} does not hold the manifest of a run: {error}. Run the comparison again.") from error
+    except StoreError as error:
+        raise StoreError(f"{folder} cannot be read: {error}") from error
 
 
 def point_latest(output_dir: Path, folder: Path) -> None:
@@ -124,7 +115,7 @@ def latest_run(output_dir: Path) -> Path | None:
     return None if newest is None else newest[0].resolve()
 
 
-def stored_runs(output_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
+def stored_runs(output_dir: Path) -> Iterator[tuple[Path, Manifest]]:
     """Every run folder whose manifest can be read, with the manifest, newest first."""
     for manifest_path in sorted(output_dir.glob(f"run_*/{MANIFEST}"), reverse=True):
         try:
@@ -134,9 +125,12 @@ def stored_runs(output_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def unfinished_run(output_dir: Path, spec_hash: str) -> Path | None:
-    """The newest run of the same spec that has not finished, if any; one with a damaged journal is logged and passed by."""
+    """The newest run of the same spec that has not finished, if any; one with a damaged journal is named and passed by.
+
+    A run that stored no revisions may have been measured otherwise, and is none.
+    """
     for folder, manifest in stored_runs(output_dir):
-        if manifest.get("spec_hash") == spec_hash and manifest.get("finished") is None:
+        if manifest.spec_hash == spec_hash and manifest.finished is None and manifest.revisions is not None:
             damage = journal_damage(folder)
             if damage is None:
                 return folder

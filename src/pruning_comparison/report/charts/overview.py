@@ -19,7 +19,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullLocator
 
 from pruning_comparison.errors import InputError
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import METRICS, in_role, metric_named
 from pruning_comparison.report.charts.panels import (
     NARROW_PANEL_IN,
     REACH,
@@ -87,22 +87,6 @@ __all__ = [
 ]
 
 
-_QUALITY = ("perplexity", "distinct_2", "seq_rep_4")
-
-
-_TEMPERATURE = ("generation_perplexity", "distinct_2", "seq_rep_4")
-
-
-_IMPROVEMENT = (
-    "perplexity",
-    "tokens_per_second",
-    "first_token_latency_s",
-    "peak_memory_bytes",
-    "distinct_2_distance",
-    "seq_rep_4_distance",
-)
-
-
 @in_style
 def speed_comparison(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figure:
     """Tokens per second and first-token latency against the level, and speed against perplexity.
@@ -144,11 +128,11 @@ def speed_comparison(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figur
         _draw_speed_against_quality(row[2], measured, rows_at(summary, "perplexity", method), variants)
         row[2].set_title(wrapped_title(size.title_pt, name_if_several(methods, method), "Speed against perplexity"))
         label_values(row[2], "token/s (higher is better)", size)
-    value_axis(grid[0, 0], both, "", 1.0)
+    value_axis(grid[0, 0], both, None, 1.0)
     latency = summary[summary["metric"].isin(("first_token_latency_s", "first_token_latency_floor_s"))]
     factor, _ = unit_scale("first_token_latency_s", [float(value) for value in latency["estimate"].dropna()])
     value_axis(grid[0, 1], latency, "first_token_latency_s", factor)
-    value_axis(grid[0, 2], speed[speed["metric"] == "tokens_per_second"], "", 1.0)
+    value_axis(grid[0, 2], speed[speed["metric"] == "tokens_per_second"], None, 1.0)
     label_levels(list(grid[:, :2].ravel()), 2, size)
     return figure
 
@@ -205,11 +189,12 @@ def _draw_speed_against_quality(
 @in_style
 def quality_metrics(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figure:
     """Perplexity, diversity (distinct-2) and repetition (seq-rep-4) against the level, one row of panels per method."""
+    metrics = in_role("quality chart")
     return _metric_rows(
         summary,
-        _QUALITY,
+        metrics,
         "Quality under head pruning",
-        [(method, None) for method in methods_in(summary[summary["metric"].isin(_QUALITY)])],
+        [(method, None) for method in methods_in(summary[summary["metric"].isin(metrics)])],
         "Diversity and repetition are best near the dense model: word salad is diverse, a loop repeats.",
         size,
     )
@@ -218,12 +203,13 @@ def quality_metrics(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figure
 @in_style
 def temperature(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figure:
     """Generation perplexity, distinct-2 and seq-rep-4 against the level, one row per method and temperature."""
-    rows = summary[summary["metric"].isin(_TEMPERATURE)]
+    metrics = in_role("temperature chart")
+    rows = summary[summary["metric"].isin(metrics)]
     return _metric_rows(
         summary,
-        _TEMPERATURE,
+        metrics,
         "Generated text by sampling temperature",
-        [(method, value) for method in methods_in(rows) for value in temperatures(rows, _TEMPERATURE)],
+        [(method, value) for method in methods_in(rows) for value in temperatures(rows, metrics)],
         "Generation perplexity is that of the generated text under the dense model. Near the dense line is best.",
         size,
     )
@@ -245,7 +231,8 @@ def _metric_rows(
     caption = f"{format_n([(metric_label(metric), rows[rows['metric'] == metric]) for metric in metrics])} {note}"
     has_dense = any(
         math.isfinite(dense_value(rows[(rows["metric"] == metric) & (rows["method"] == method)]))
-        for metric in metrics[-2:]
+        for metric in metrics
+        if METRICS[metric].kind == "text"
         for method in methods
     )
     extra = [dense_handle()] if has_dense else []
@@ -258,7 +245,7 @@ def _metric_rows(
             shown = main_temperature(rows[rows["metric"] == metric]) if value is None else value
             drawn = rows_at(summary, metric, method, shown)
             unit = draw_variants(axes, drawn, metric, variants)
-            if metric != "perplexity":
+            if METRICS[metric].kind == "text":
                 dense_line(axes, dense_value(drawn))
             axes.set_title(panel_title(size, metric, name_if_several(methods, method), shown))
             label_values(axes, format_axis(metric, unit), size)
@@ -276,7 +263,11 @@ def relative_improvement(contrasts: pd.DataFrame, *, size: FigureSize = WIDE) ->
     """
     title = "Relative improvement: agency against the baseline"
     rows = contrasts[(contrasts["contrast"] == AGENCY_VS_BASELINE) & contrasts["better"].isin(("higher", "lower"))]
-    metrics = [metric for metric in _IMPROVEMENT if finite(rows.loc[rows["metric"] == metric, "estimate"]).any()]
+    metrics = [
+        metric
+        for metric in in_role("improvement chart")
+        if finite(rows.loc[rows["metric"] == metric, "estimate"]).any()
+    ]
     model, methods = model_of(contrasts), methods_in(rows[rows["metric"].isin(metrics)])
     if not metrics:
         return placeholder(title, model, "There is no comparison of agency with the baseline to draw.", size)
@@ -354,8 +345,8 @@ def comprehensive_summary(summary: pd.DataFrame, *, method: str | None = None, s
     if method is not None and method not in methods:
         raise InputError(f"no method {method!r} in the table. It holds {methods}")
     chosen = summary[summary["method"] == (method or methods[0])]
-    known = [metric for metric in METRICS if metric in set(chosen["metric"])]
-    present = known + sorted(str(metric) for metric in set(chosen["metric"].dropna()) - set(METRICS))
+    measured = {metric_named(str(metric)).name for metric in chosen["metric"].dropna().unique()}
+    present = [metric for metric in METRICS if metric in measured]
     metrics = [metric for metric in present if finite(chosen.loc[chosen["metric"] == metric, "estimate"]).any()]
     subtitle = f"{model_of(summary)} · {format_methods([method or methods[0]])}"
     if not metrics:

@@ -17,7 +17,7 @@ from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocat
 from matplotlib.transforms import ScaledTranslation
 
 from pruning_comparison.errors import InputError
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import metric_named
 from pruning_comparison.report.charts.style import (
     MUTED,
     SQUARES,
@@ -247,8 +247,11 @@ def level_axis(axes: Axes, levels: Sequence[float]) -> None:
     axes.xaxis.set_major_formatter(FuncFormatter(tick))
 
 
-def value_axis(axes: Axes, drawn: pd.DataFrame, metric: str, factor: float) -> None:
-    """Choose linear or logarithmic, and never blow up differences below a few per cent to the height of the panel."""
+def value_axis(axes: Axes, drawn: pd.DataFrame, metric: str | None, factor: float) -> None:
+    """Choose linear or logarithmic, and never blow up differences below a few per cent to the height of the panel.
+
+    Always linear where no metric is named.
+    """
     estimates = drawn["estimate"].to_numpy(dtype=float) * factor
     estimates = estimates[np.isfinite(estimates)]
     numbers = drawn[["estimate", "ci_low", "ci_high"]].to_numpy(dtype=float) * factor
@@ -260,7 +263,7 @@ def value_axis(axes: Axes, drawn: pd.DataFrame, metric: str, factor: float) -> N
     high = min(float(numbers.max()), float(estimates.max()) + reach)
     if estimates.min() > 0:
         low = max(low, float(estimates.min()) / 10**REACH)
-    if metric in METRICS and METRICS[metric].log_scale and low > 0 and high > 10 * low:
+    if metric is not None and metric_named(metric).scale == "log" and low > 0 and high > 10 * low:
         axes.set_yscale("log")
         decades = math.log10(high / low)
         axes.yaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0) if decades < 2.5 else (1.0,), numticks=12))

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from pruning_comparison.metrics import in_role, metric_named
 from pruning_comparison.report.charts.panels import (
     main_temperature,
     methods_in,
@@ -41,17 +42,6 @@ from pruning_comparison.report.charts.style import (
 from pruning_comparison.variants import AGENCY_VS_BASELINE, VARIANTS
 
 _RADAR_LIMIT_DOUBLINGS = 4
-
-
-_RADAR = (
-    "perplexity",
-    "tokens_per_second",
-    "first_token_latency_s",
-    "peak_memory_bytes",
-    "distinct_2_distance",
-    "seq_rep_4_distance",
-    "generation_perplexity_distance",
-)
 
 
 @dataclass(frozen=True)
@@ -93,7 +83,7 @@ def _scores(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str) -> tupl
         (contrasts["contrast"] == AGENCY_VS_BASELINE)
         & (contrasts["method"] == method)
         & contrasts["better"].isin(("higher", "lower"))
-        & contrasts["metric"].isin(_RADAR)
+        & contrasts["metric"].isin(in_role("radar"))
         & finite(contrasts["estimate"])
     ]
     if rows.empty:
@@ -101,7 +91,7 @@ def _scores(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str) -> tupl
     level = float(rows["level"].max())
     rows = rows[rows["level"] == level]
     scores = []
-    for metric in _RADAR:
+    for metric in in_role("radar"):
         found = rows_at(rows, metric, method)
         if found.empty:
             continue
@@ -131,7 +121,8 @@ def radar(summary: pd.DataFrame, contrasts: pd.DataFrame, *, size: FigureSize = 
         return placeholder(title, model, "There is no comparison of agency with the baseline to draw.", size)
     limit = _doublings([score for _, scores in scored.values() for score in scores])
     parts = [
-        (metric_label(m), contrasts[(contrasts["metric"] == m) & contrasts["method"].isin(scored)]) for m in _RADAR
+        (metric_label(m), contrasts[(contrasts["metric"] == m) & contrasts["method"].isin(scored)])
+        for m in in_role("radar")
     ]
     caption = (
         f"{format_n([part for part in parts if not part[1].empty])} Outward and to the right is better for agency: "
@@ -191,17 +182,6 @@ def _format_raw(score: _Score) -> str:
     return f"{format_label(score.baseline * factor)} → {format_label(score.agency * factor)} {unit}".rstrip()
 
 
-_SPOKES = {
-    "perplexity": "Perplexity",
-    "tokens_per_second": "Tokens per\nsecond",
-    "first_token_latency_s": "First-token\nlatency",
-    "peak_memory_bytes": "Peak\nmemory",
-    "distinct_2_distance": "Distinct-2\ndistance",
-    "seq_rep_4_distance": "Seq-rep-4\ndistance",
-    "generation_perplexity_distance": "Log gen. perpl.\ndistance",
-}
-
-
 def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> None:
     look = VARIANTS["agency"].look
     hub = -limit - 0.45
@@ -231,7 +211,9 @@ def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> N
     axes.set_yticklabels(shown, fontsize=7.5, color=MUTED)
     axes.set_rlabel_position(math.degrees(math.pi / len(scores)))
     axes.set_xticks(angles)
-    labels = axes.set_xticklabels([f"{_SPOKES[score.metric]}\n{_format_raw(score)}" for score in scores], fontsize=8)
+    labels = axes.set_xticklabels(
+        [f"{metric_named(score.metric).spoke}\n{_format_raw(score)}" for score in scores], fontsize=8
+    )
     for label, angle in zip(labels, angles, strict=True):
         across, up = math.sin(angle), math.cos(angle)
         label.set_horizontalalignment("center" if abs(across) < 0.1 else "left" if across > 0 else "right")
@@ -263,7 +245,7 @@ def _draw_dots(axes: Axes, scores: Sequence[_Score], limit: int, head: str) -> N
     axes.xaxis.set_major_locator(FixedLocator([ring for ring in rings if limit <= 2 or ring % 2 == 0]))
     axes.xaxis.set_major_formatter(FuncFormatter(_format_ring))
     axes.yaxis.set_major_locator(FixedLocator(list(range(len(ranked)))))
-    axes.set_yticklabels([_SPOKES[score.metric] for score in ranked])
+    axes.set_yticklabels([metric_named(score.metric).spoke for score in ranked])
     axes.grid(axis="y", visible=False)
     axes.spines["left"].set_visible(False)
     axes.tick_params(axis="y", length=0)

@@ -20,7 +20,7 @@ from matplotlib.font_manager import FontProperties, findfont, get_font
 from matplotlib.textpath import TextToPath
 
 from pruning_comparison.errors import InputError
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import metric_named
 from pruning_comparison.variants import VARIANTS, Look, reported_variant
 
 _FONT = "DejaVu Sans"
@@ -68,22 +68,6 @@ _METHOD_MARKERS = ("s", "o", "^", "D", "v", "P")
 
 
 _METHOD_LINES: tuple[Any, ...] = ("-", (0, (4, 1.6)), "-.", ":", (0, (6, 1.5, 1, 1.5)), "-")
-
-
-_SHORT_LABELS = {
-    "distinct_2": "Diversity (distinct-2)",
-    "generation_perplexity": "Generation perplexity",
-    "tokens_per_second_ceiling": "Tokens/s the bytes left allow",
-    "first_token_latency_floor_s": "First token, by FLOPs left",
-    "distinct_2_distance": "Distinct-2 distance",
-    "seq_rep_4_distance": "Seq-rep-4 distance",
-    "generation_perplexity_distance": "Log gen. perpl. distance",
-    "distinct_2_adjusted": "Distinct-2, adjusted",
-    "adaptation_peak_memory_bytes": "Peak memory, adapting",
-    "peak_memory_bytes": "Peak memory, generating",
-    "cache_bytes": "Key-value cache",
-    "parameter_bytes": "Parameters",
-}
 
 
 _P = ParamSpec("_P")
@@ -176,7 +160,7 @@ def wrapped(text: str, width_pt: float, size: float, weight: str = "normal") -> 
 
 
 def metric_label(metric: str) -> str:
-    return _SHORT_LABELS.get(metric) or (METRICS[metric].label if metric in METRICS else drawable(metric))
+    return drawable(metric_named(metric).short_label)
 
 
 def format_label(value: float) -> str:
@@ -200,7 +184,7 @@ def tick(value: float, position: object = None) -> str:
 
 def unit_scale(metric: str, values: Sequence[float]) -> tuple[float, str]:
     """What to multiply by and the unit to write, so that bytes and seconds come out as readable numbers."""
-    unit = METRICS[metric].unit if metric in METRICS else "1"
+    unit = metric_named(metric).unit
     largest = max((abs(value) for value in values if math.isfinite(value)), default=0.0)
     if unit == "byte":
         for power, word in ((9, "GB"), (6, "MB"), (3, "kB")):
@@ -215,13 +199,8 @@ def unit_scale(metric: str, values: Sequence[float]) -> tuple[float, str]:
 
 
 def format_axis(metric: str, unit: str) -> str:
-    direction = METRICS[metric].better if metric in METRICS else "none"
-    wish = {"higher": "higher is better", "lower": "lower is better", "none": ""}[direction]
+    wish = {"higher": "higher is better", "lower": "lower is better", "none": ""}[metric_named(metric).direction]
     return f"{unit} ({wish})" if unit and wish else wish or unit
-
-
-def format_temperature(value: float) -> str:
-    return "" if math.isnan(value) else f"temperature {value:g}"
 
 
 def format_n(parts: Sequence[tuple[str, pd.DataFrame]]) -> str:
