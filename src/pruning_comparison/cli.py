@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruning_comparison import __version__
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
-from pruning_comparison.methods import METHODS
+from pruning_comparison.formatting import file_name_of, unknown_name
+from pruning_comparison.methods import METHODS, Method
 from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
@@ -34,6 +35,8 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 LAUNCHERS = ("serial", "ray")
+_METHOD_NAMES = f"{', '.join(METHODS)}, or package.module:function for one of your own"
+_MOST_CONFIG_BYTES = 2**20
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
     "margin_speed": ("speed", 100, "per cent of speed that matter (2, if not given)"),
@@ -51,8 +54,9 @@ They change verdicts and nothing that is measured, so they are no part of the sp
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    search_path = list(sys.path)
     try:
-        options = make_parser().parse_args(_with_underscores(arguments))
+        options = make_parser().parse_args(_with_config(_with_underscores(arguments)))
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -88,11 +92,12 @@ def main(argv: Sequence[str] | None = None) -> int:
         )
         return 1
     finally:
+        sys.path[:] = search_path
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
 
 
-def make_parser() -> argparse.ArgumentParser:
+def make_parser() -> _Parser:
     """The parser of all commands. Option names have underscores; dashes are accepted as well."""
     parser = _Parser(
         prog="pruning-comparison",
@@ -100,6 +105,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+    parser.commands = commands.choices
     run = commands.add_parser(
         "run",
         help="measure, compare, and write the report",
@@ -148,7 +154,7 @@ def make_parser() -> argparse.ArgumentParser:
     prune.add_argument(
         "--level", "--pruning_level", type=_number, required=True, help="per cent of the heads, above 0 and below 100"
     )
-    prune.add_argument("--method", "--pruning_method", default="fisher", help=f"one of {', '.join(METHODS)}")
+    prune.add_argument("--method", "--pruning_method", default="fisher", help=f"one of {_METHOD_NAMES}")
     prune.add_argument("--variant", default="agency", help=f"one of {', '.join(VARIANTS)}")
     prune.add_argument(
         "--output_dir",
@@ -169,8 +175,9 @@ def make_parser() -> argparse.ArgumentParser:
 
 def would_resume(argv: Sequence[str]) -> bool:
     """Whether ``run`` with these options would continue an unfinished run; False where the options cannot work."""
+    search_path = list(sys.path)
     try:
-        options = make_parser().parse_args(["run", *_with_underscores(argv)])
+        options = make_parser().parse_args(_with_config(["run", *_with_underscores(argv)]))
         if not any(Path(options.output_dir).glob("run_*/manifest.json")):
             return False
         from pruning_comparison.run.comparison import would_resume as comparison_would_resume
@@ -179,6 +186,8 @@ def would_resume(argv: Sequence[str]) -> bool:
             return comparison_would_resume(_spec_of(options), Path(options.output_dir))
     except (PruningComparisonError, SystemExit):
         return False
+    finally:
+        sys.path[:] = search_path
 
 
 class _Parser(argparse.ArgumentParser):
@@ -186,6 +195,11 @@ class _Parser(argparse.ArgumentParser):
 
     def __init__(self, **kwargs: Any) -> None:
         super().__init__(**{"allow_abbrev": False, **kwargs})
+        self.commands: Mapping[str, _Parser] = {}
+
+    def options(self) -> dict[str, argparse.Action]:
+        """What sets each option, by its names without the dashes before them."""
+        return {name.removeprefix("--"): action for action in self._actions for name in action.option_strings}
 
     def error(self, message: str) -> NoReturn:
         raise InputError(f"{message}. See {self.prog} --help.")
@@ -211,13 +225,20 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         if name not in without:
             parser.add_argument(f"--{name}", action="store_true", help=meaning)
 
+    parser.add_argument(
+        "--config",
+        metavar="FILE.yaml",
+        help="take options from a file too, such as the run.yaml of a run: a mapping of their names to values; what the "
+        "command line says wins",
+    )
+    flag("trust_methods", "let --config name methods of your own, package.module:function, whose code runs then")
     add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
     add("device", default=None, help="cpu, cuda or cuda:N; the best one there is, if not given")
     add(
         "precision", default=None, help=f"{', '.join(PRECISIONS)}; float16 on a GPU and float32 elsewhere, if not given"
     )
     add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
-    add("pruning_method", default="entropy", help=f"comma-separated, from {', '.join(METHODS)}")
+    add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
     add("temperatures", default="0.7,1.0", help="comma-separated; 0 is greedy decoding")
     add("num_tokens", type=_whole_number, help="new tokens per prompt")
     add("iterations", type=_whole_number, help="replicates with their own seed")
@@ -296,6 +317,91 @@ def _with_underscores(argv: Sequence[str]) -> list[str]:
     return result
 
 
+def _with_config(argv: Sequence[str]) -> list[str]:
+    """The options of the file that ``--config`` names, before those of the command line, which therefore win.
+
+    InputError for a file that is no flat mapping, for an option that the command does not have, and for a user's own method
+    in it without ``--trust_methods``: that would run code that whoever wrote the file has chosen.
+    """
+    command, given = argv[:1], list(argv[1:])
+    place = _config_in(given)
+    if place is None or not command:
+        return list(argv)
+    parsers = make_parser().commands
+    if command[0] not in parsers or "config" not in (known := parsers[command[0]].options()):
+        return list(argv)  # The parser refuses what it does not know.
+    said = {known[name] for word in given if (name := word.partition("=")[0].removeprefix("--")) in known}
+    added = []
+    for name, value in _read_config(place).items():
+        if name in ("config", "trust_methods", "help") or name not in known:
+            if name in ("config", "trust_methods"):
+                raise InputError(
+                    f"--config: {place!r} says {name!r}, which only the command line can. Leave it out there."
+                )
+            raise InputError(unknown_name(f"--config: {place!r}: option", name, known.keys() - {"help", "h", "-h"}))
+        action = known[name]
+        if action in said or value is None:
+            continue
+        if action.nargs == 0:
+            if not isinstance(value, bool):
+                raise InputError(f"--config: {place!r}: {name} is {value!r}. It is true or false.")
+            added += [f"--{name}"] if value else []
+            continue
+        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
+        own = [one for one in _names(text) if ":" in one] if action is known[_method_option(known)] else []
+        if own and "--trust_methods" not in given:
+            raise InputError(
+                f"--config: {place!r} names {own[0]}, a method that is Python code, and importing it runs that code. Give "
+                "--trust_methods if you trust it, or name it on the command line."
+            )
+        added.append(f"--{name}={text}")
+    return [*command, *added, *given]
+
+
+def _method_option(known: Mapping[str, argparse.Action]) -> str:
+    return "method" if "method" in known else "pruning_method"
+
+
+def _config_in(words: Sequence[str]) -> str | None:
+    """The file that ``--config`` names last, if any."""
+    found = None
+    for number, word in enumerate(words):
+        name, equals, value = word.partition("=")
+        if name == "--config":
+            following = words[number + 1] if number + 1 < len(words) else None
+            found = value if equals else following
+    return found
+
+
+def _read_config(place: str) -> dict[str, Any]:
+    """A file of options: names, and values that are text, numbers, true or false, or lists of these."""
+    import yaml
+
+    try:
+        with Path(place).open("rb") as file:
+            content = file.read(_MOST_CONFIG_BYTES + 1)
+        too_long = len(content) > _MOST_CONFIG_BYTES
+        values = None if too_long else yaml.safe_load(content.decode("utf-8"))
+    except OSError as error:
+        raise InputError(f"--config: {place!r} cannot be read: {error.strerror}. Give a YAML file.") from error
+    except (ValueError, RecursionError, yaml.YAMLError) as error:
+        raise InputError(
+            f"--config: {place!r} is no YAML file: {' '.join(str(error).split())}. Write lines such as seed: 1."
+        ) from error
+    if too_long:
+        raise InputError(f"--config: {place!r} has more than {_MOST_CONFIG_BYTES} bytes. Give a file of options.")
+    if not isinstance(values, dict):
+        raise InputError(f"--config: {place!r} holds no options by name. Write lines such as seed: 1.")
+    plain = (str, int, float, bool, type(None))
+    for name, value in values.items():
+        parts = value if isinstance(value, list) else [value]
+        if not isinstance(name, str) or not all(isinstance(part, plain) for part in parts):
+            raise InputError(
+                f"--config: {place!r}: {name!r} must be the name of an option, with one value or a list of values."
+            )
+    return values
+
+
 def _whole_number(text: str) -> int:
     try:
         return int(text)
@@ -339,6 +445,15 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
     return tuple(numbers)
 
 
+def _methods(text: str) -> tuple[str | Method, ...]:
+    """Names of methods; one with a colon is a user's own, whose module may be in the working directory."""
+    names = _names(text)
+    if any(":" in name for name in names) and (here := str(Path.cwd())) not in sys.path:
+        # Behind all else: what lies here must not stand in for an installed package.
+        sys.path.append(here)
+    return tuple(Method(name, score=name) if ":" in name else name for name in names)
+
+
 def _names(text: str) -> tuple[str, ...]:
     return tuple(part.strip() for part in text.split(",") if part.strip())
 
@@ -351,7 +466,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["prune_unit"] = getattr(options, "unit", values["prune_unit"])
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
-    values["pruning_methods"] = _names(options.pruning_method)
+    values["pruning_methods"] = _methods(options.pruning_method)
     values["variants"] = _names(options.variants)
     values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
@@ -476,7 +591,8 @@ def _prune(options: argparse.Namespace) -> int:
     options.pruning_levels, options.pruning_method = str(options.level), options.method
     options.variants, options.temperatures, options.iterations = options.variant, "1", 1
     spec = _spec_of(options)
-    stem = "_".join([Path(spec.model_name).name or "model", options.variant, options.method, f"{options.level:g}"])
+    method = file_name_of(options.method)
+    stem = "_".join([Path(spec.model_name).name or "model", options.variant, method, f"{options.level:g}"])
     folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output_dir: {str(folder)!r} exists and is not an empty folder. Give another.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from difflib import get_close_matches
 
@@ -57,6 +58,11 @@ def format_duration(seconds: float) -> str:
         return f"about {max(1, round(seconds))} s"
     minutes = round(seconds / 60)
     return f"about {minutes} min" if minutes < 90 else f"about {minutes // 60} h {minutes % 60} min"
+
+
+def file_name_of(name: str) -> str:
+    """A name as part of the name of a file: letters, digits, ``_``, ``-`` and inner dots alone, whatever is in it."""
+    return re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".") or "-"
 
 
 def unknown_name(option: str, name: str, known: Iterable[str]) -> str:

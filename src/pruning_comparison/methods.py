@@ -6,24 +6,36 @@ looked up when they are first needed, so that reading the records costs nothing.
 
 from __future__ import annotations
 
+import hashlib
 import importlib
+import inspect
+import re
+import sys
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
-from pruning_comparison.errors import InputError
+from pruning_comparison.errors import InputError, MethodError
 from pruning_comparison.formatting import unknown_name
 
 ScoreFunction = Callable[..., Any]
 """From a model, calibration windows and whatever else it names among ``ScoreSettings`` to scores [L, H], higher = keep."""
 
+OFFERED = (
+    "model", "windows", "generator", "batch_size", "entropy_direction", "gradient_precision", "smallest_level", "scope",
+    "group_size",
+)  # fmt: skip
+"""What a score function may name as parameters: ``model``, ``windows``, and the fields of ``scoring.ScoreSettings``."""
+
 
 @dataclass(frozen=True)
 class Method:
-    """How heads are ranked.
+    """How heads are ranked: one of this package's methods, or a user's own, given to ``ComparisonSpec`` or ``prune``.
 
-    ``score`` is the function, or where it is found as "package.module:function". It takes ``model``, ``windows`` (token ids
-    [N, T]) and any of the settings that ``scoring.ScoreSettings`` has, by name, and returns float [L, H], higher = keep, or
+    ``score`` is the function, or where it is found as "package.module:function". It names what it wants among ``model`` (the
+    dense model, to be left as it is), ``windows`` (token ids, int64 [N, T]), ``generator`` (the only source of random
+    numbers) and the other settings that ``scoring.ScoreSettings`` has, and returns float [L, H], higher = keep, or
     ``scoring.HeadScores``. ``summary`` ends the sentence "a head leaves early that ...".
 
     ``runs_on_pruned``: it can score a physically pruned model too, needing neither gates nor the weights of heads that have
@@ -33,7 +45,8 @@ class Method:
     ``passes`` is what it costs in forward passes over the text, ``trial_passes`` what trying directions adds, and
     ``passes_per_head`` what every head adds: for ``plan`` alone.
 
-    ``revision`` is raised whenever the same inputs give other scores; results of different revisions are never mixed.
+    ``revision`` is raised whenever the same inputs give other scores; results of different revisions are never mixed. For a
+    user's own method ``source`` does that: the hash of the file that its function stands in, which a spec fills in.
     """
 
     name: str
@@ -47,6 +60,7 @@ class Method:
     trial_passes: float = 0.0
     passes_per_head: float = 0.0
     revision: int = 1
+    source: str = ""
 
     @property
     def own(self) -> bool:
@@ -59,12 +73,20 @@ class Method:
         return self.reads_text or self.draws
 
     def function(self) -> ScoreFunction:
-        """The function itself, imported where it is only named. InputError where there is none such."""
-        if not isinstance(self.score, str):
+        """The function itself, imported where it is only named. MethodError where there is none such."""
+        return _imported(self.name, self.score) if isinstance(self.score, str) else self.score
+
+    @property
+    def place(self) -> str:
+        """Where its function is found, as "package.module:function"."""
+        if isinstance(self.score, str):
             return self.score
-        module_name, _, name = self.score.partition(":")
-        found: ScoreFunction = getattr(importlib.import_module(module_name), name)
-        return found
+        return f"{self.score.__module__}:{self.score.__qualname__}"
+
+    def identity(self) -> dict[str, Any]:
+        """What scores of a user's own method depend on, as plain values."""
+        names = ("source", "runs_on_pruned", "reads_text", "draws", "tries_directions", "revision")
+        return {"score": self.place, **{name: getattr(self, name) for name in names}}
 
 
 METHODS: dict[str, Method] = {
@@ -150,5 +172,107 @@ def method_named(name: str, own: Iterable[Method] = ()) -> Method:
     """The method of that name, of this package or among a user's ``own``. InputError, with the nearest, for any other."""
     known = {**METHODS, **{method.name: method for method in own}}
     if name not in known:
-        raise InputError(unknown_name("--pruning_method", name, known))
+        hint = f" One of your own is given as Method({name!r}, score={name!r})." if ":" in name else ""
+        raise InputError(unknown_name(_OPTION, name, known) + hint)
     return known[name]
+
+
+def checked_own_method(method: Method) -> Method:
+    """A user's own method with its function, imported where it is only named, and the hash of its source.
+
+    MethodError, before any work is done, for a name that cannot be one, a function that is not there or cannot be called
+    with what is offered, and one whose source cannot be read: without it nothing could tell old results from new ones.
+    """
+    name = method.name
+    if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.:-]*", name, re.ASCII):
+        raise MethodError(
+            f"{_OPTION}: {name!r} is no name of a method. Use letters, digits and any of _ . : - after the first letter."
+        )
+    if name in METHODS:
+        raise MethodError(f"{_OPTION}: {name!r} is a method of this package. Give your own another name.")
+    function = method.function()
+    if not callable(function):
+        raise MethodError(f"{_OPTION}: {name}: {method.place} is a {type(function).__name__}. Name a function.")
+    written = inspect.unwrap(function)
+    if not inspect.isfunction(written):
+        raise MethodError(
+            f"{_OPTION}: {name} is a {type(function).__name__}, and what it computes is not all in its source. "
+            "Give a function that is defined with def."
+        )
+    _check_parameters(name, function)
+    return replace(method, score=function, source=_source_hash(name, written))
+
+
+_OPTION = "--pruning_method"
+
+
+def _imported(name: str, place: str) -> ScoreFunction:
+    """The function at "package.module:function". MethodError where it is not there."""
+    module_name, colon, attribute = place.partition(":")
+    if not (module_name and colon and attribute):
+        raise MethodError(f"{_OPTION}: {place!r} names no function. Write package.module:function.")
+    try:
+        found: Any = importlib.import_module(module_name)
+    except ModuleNotFoundError as error:
+        if error.name and (module_name == error.name or module_name.startswith(f"{error.name}.")):
+            raise MethodError(
+                f"{_OPTION}: {place}: there is no module {error.name!r}. Start in the folder that holds it, or install it."
+            ) from error
+        raise MethodError(f"{_OPTION}: {place}: its module needs {error.name!r}, which is not there.") from error
+    except (Exception, SystemExit) as error:
+        raise MethodError(
+            f"{_OPTION}: {place}: its module cannot be imported: {type(error).__name__}: {_one_line(error)}. Mend it."
+        ) from error
+    for part in attribute.split("."):
+        if not hasattr(found, part):
+            functions = [one for one, value in vars(found).items() if inspect.isfunction(value)]
+            raise MethodError(
+                unknown_name(f"{_OPTION}: {place}: function", part, functions)
+                if functions
+                else f"{_OPTION}: {place}: {module_name} has no {part!r}, and no function at all."
+            )
+        found = getattr(found, part)
+    result: ScoreFunction = found
+    return result
+
+
+def _check_parameters(name: str, function: ScoreFunction) -> None:
+    """MethodError where a function cannot be called with what is offered, each by its name."""
+    for parameter in inspect.signature(function).parameters.values():
+        if parameter.kind in (parameter.VAR_POSITIONAL, parameter.VAR_KEYWORD):
+            continue
+        needed = parameter.default is parameter.empty
+        if needed and (parameter.name not in OFFERED or parameter.kind is parameter.POSITIONAL_ONLY):
+            raise MethodError(
+                f"{_OPTION}: {name} has a parameter {parameter.name!r}, which nothing can be given for. Parameters are "
+                f"given by name; they may be {', '.join(OFFERED)}."
+            )
+
+
+def _source_hash(name: str, function: Any) -> str:
+    """Hash of the file that a function stands in, or of its own source where that is no file (a notebook), 16 digits.
+
+    Plain values that the function has from the function around it count as well. MethodError for anything else it has from
+    there, and where no source can be read.
+    """
+    file = getattr(sys.modules.get(function.__module__), "__file__", None)
+    try:
+        content = Path(file).read_bytes() if file else inspect.getsource(function).encode()
+    except (OSError, TypeError) as error:
+        raise MethodError(
+            f"{_OPTION}: the source of {name} cannot be read ({_one_line(error)}), so nothing would tell its results from "
+            "those of another version. Put the function in a file."
+        ) from error
+    taken = inspect.getclosurevars(function).nonlocals
+    for variable, value in taken.items():
+        if not isinstance(value, (int, float, str, bytes, bool, type(None))):
+            raise MethodError(
+                f"{_OPTION}: {name} takes {variable!r}, a {type(value).__name__}, from the function around it, which is not "
+                "in its source. Define the function at the top of a module."
+            )
+    marks = [content, *(f"{variable}={value!r}".encode() for variable, value in sorted(taken.items()))]
+    return hashlib.sha256(b"\0".join(marks)).hexdigest()[:16]
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())

@@ -7,11 +7,11 @@ import json
 import math
 import os
 from collections.abc import Collection, Iterator, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
-from pruning_comparison.errors import InputError
-from pruning_comparison.methods import IMPORTANCE, METHODS, Method, method_named
+from pruning_comparison.errors import InputError, MethodError
+from pruning_comparison.methods import IMPORTANCE, METHODS, Method, checked_own_method, method_named
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.variants import VARIANTS, variant_named
 
@@ -60,6 +60,10 @@ class ComparisonSpec:
 
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
+
+    Among ``pruning_methods`` may be a user's own, as ``Method`` objects. Their functions are imported and checked here,
+    before any work; from then on ``pruning_methods`` holds names alone, and ``own_methods`` the records. The hash of the
+    source of an own method is part of the spec: when its file changes, that is another run.
     """
 
     model_name: str = "gpt2"
@@ -96,8 +100,10 @@ class ComparisonSpec:
     threads: int = 1
     quality_batch_size: int = 8
     memory_logging: bool = False
+    own_methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
+        self._take_own_methods()
         for field, known in (("pruning_methods", METHODS), ("variants", VARIANTS)):
             values = getattr(self, field)
             _require(bool(values), field, values, "must name at least one", f"Choose from {', '.join(known)}.")
@@ -184,7 +190,20 @@ class ComparisonSpec:
 
     def method(self, name: str) -> Method:
         """The record of one of the spec's methods; InputError for a name that is none."""
-        return method_named(name)
+        return method_named(name, self.own_methods)
+
+    def _take_own_methods(self) -> None:
+        """Own methods among the names become records in ``own_methods``, checked, in the order of the names."""
+        given: list[str | Method] = list(self.pruning_methods)
+        records = [*self.own_methods, *(one for one in given if isinstance(one, Method) and one.own)]
+        names = tuple(one.name if isinstance(one, Method) else one for one in given)
+        own: dict[str, Method] = {}
+        for record in records:
+            method = checked_own_method(record)
+            if own.setdefault(method.name, method) != method:
+                raise MethodError(f"--pruning_method: two methods are called {method.name!r}. Rename one.")
+        object.__setattr__(self, "pruning_methods", names)
+        object.__setattr__(self, "own_methods", tuple(own[name] for name in dict.fromkeys(names) if name in own))
 
     def cells(self) -> Iterator[Cell]:
         """Every cell, in the order in which a serial run measures them: by iteration, method, level, then variant.
@@ -210,16 +229,39 @@ class ComparisonSpec:
                     yield Trajectory(variant, method, iteration)
 
     def as_dict(self) -> dict[str, Any]:
-        """The settings as plain values, for the manifest."""
-        return json.loads(json.dumps(asdict(self)))  # type: ignore[no-any-return]
+        """The settings as plain values, for the manifest. Own methods by name, with the hash of their source."""
+        values = {**self.as_dict_of_tuples(), "own_methods": {one.name: one.identity() for one in self.own_methods}}
+        return json.loads(json.dumps(values))  # type: ignore[no-any-return]
+
+    def as_options(self) -> dict[str, Any]:
+        """The settings as options of the command line, by name; those that nothing was given for are left out.
+
+        An own method is named by where its function is found, since that is all that the command line can name.
+        """
+        values = self.as_dict()
+        del values["own_methods"]
+        values["pruning_methods"] = [
+            method.place if method.own else method.name for method in map(self.method, self.pruning_methods)
+        ]
+        if not values.pop("new_bias"):
+            values["no_new_bias"] = True
+        return {option_of(name).removeprefix("--"): value for name, value in values.items() if value is not None}
 
     def as_dict_of_tuples(self) -> dict[str, Any]:
         """The settings as the constructor takes them."""
         return {field.name: getattr(self, field.name) for field in fields(self)}
 
     @classmethod
-    def from_dict(cls, values: dict[str, Any]) -> ComparisonSpec:
-        """The inverse of ``as_dict``; unknown names raise InputError."""
+    def from_dict(
+        cls, values: Mapping[str, Any], *, trust_methods: bool = False, known_methods: Collection[Method] = ()
+    ) -> ComparisonSpec:
+        """The inverse of ``as_dict``; unknown names raise InputError.
+
+        A user's own methods are imported, which runs their module, only with ``trust_methods``: whoever wrote the stored
+        settings chooses what that is. Without, they must be among ``known_methods``, as they were stored; InputError else.
+        """
+        values = dict(values)
+        own = _own_methods_of(values.pop("own_methods", {}), trust_methods, known_methods)
         if "unit" in values:  # as runs of 0.1.0 have it
             values = {"prune_unit" if name == "unit" else name: value for name, value in values.items()}
         known = {field.name for field in fields(cls)}
@@ -227,7 +269,7 @@ class ComparisonSpec:
         if unknown:
             raise InputError(f"a stored spec has settings this version does not know: {', '.join(unknown)}. Update.")
         plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
-        return cls(**plain)
+        return cls(**plain, own_methods=own)
 
     def content_hash(self, inputs: dict[str, str]) -> str:
         """Identity of a run, 16 hexadecimal digits: settings, content hashes of the texts and the model, and revisions.
@@ -241,7 +283,7 @@ class ComparisonSpec:
 _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
 """Whole numbers that are larger are slips of the keyboard; a list of that many cells alone would fill the memory."""
 
-REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "variants", "iterations"})
+REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations"})
 """Settings that say which cells there are, and nothing about how one of them is measured."""
 TEXT_AXES = frozenset({"max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging"})
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
@@ -327,6 +369,45 @@ def identity(
     counted = {key: value for key, value in settings.items() if key not in _NAMES_OF_FILES and key not in without}
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
+
+
+def without_strange_methods(settings: Mapping[str, Any], known: Collection[Method]) -> dict[str, Any]:
+    """Stored settings without those own methods that are not ``known``, or that were of another source then."""
+    here = {method.name: method.identity() for method in known}
+    stored = settings.get("own_methods", {})
+    same = {name: stored[name] for name in stored if name in here and stored[name] == here[name]}
+    names = [name for name in settings["pruning_methods"] if name in same or name not in stored]
+    return {**settings, "pruning_methods": names, "own_methods": same}
+
+
+def _own_methods_of(stored: Any, trust: bool, known: Collection[Method]) -> tuple[Method, ...]:
+    """A user's own methods from stored settings."""
+    if not isinstance(stored, Mapping):
+        raise InputError(f"a stored spec has own_methods {stored!r}, which is no mapping. Run the comparison again.")
+    here = {method.name: method for method in known}
+    found = []
+    for name, values in stored.items():
+        if not isinstance(values, Mapping):
+            raise InputError(
+                f"the stored method {name!r} is {values!r}, which is no mapping. Run the comparison again."
+            )
+        if name in here and here[name].identity() == values:
+            found.append(here[name])
+        elif not trust:
+            raise InputError(
+                f"the stored method {name!r} is Python code of its author's, and importing it runs that code. Give "
+                "--trust_methods if you trust it, or leave it out."
+            )
+        else:
+            settings = {key: value for key, value in values.items() if key != "source"}
+            try:
+                method = checked_own_method(Method(name, **settings))
+            except TypeError as error:
+                raise InputError(f"the stored method {name!r} cannot be read: {error}. Name it again.") from error
+            if method.identity() != values:
+                raise InputError(f"the stored method {name!r} has changed since. Name it again to measure with it.")
+            found.append(method)
+    return tuple(found)
 
 
 def available_cores() -> int:

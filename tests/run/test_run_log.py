@@ -96,6 +96,14 @@ def test_a_log_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     assert "Logging error" not in capsys.readouterr().err
 
 
+@pytest.fixture
+def no_report(monkeypatch):
+    """Charts take longer than all else here, and these tests are not about them."""
+    monkeypatch.setattr(
+        "pruning_comparison.report.write.write_results", lambda folder, **settings: folder / "report.html"
+    )
+
+
 def options_of(spec, output_dir):
     named = {"num_tokens", "iterations", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"}
     values = {name: getattr(spec, name) for name in (*named, "eval_text", "calibration_text", "adaptation")}
@@ -106,7 +114,9 @@ def options_of(spec, output_dir):
     ]  # fmt: skip
 
 
-def test_the_terminal_shows_news_warnings_and_failures_once_and_no_traceback(folder, tmp_path, failing, capsys):
+def test_the_terminal_shows_news_warnings_and_failures_once_and_no_traceback(
+    folder, tmp_path, failing, capsys, request
+):
     options = options_of(tiny_spec(folder), tmp_path)
     assert cli.main(options) == 1
     shown = capsys.readouterr().err
@@ -115,6 +125,7 @@ def test_the_terminal_shows_news_warnings_and_failures_once_and_no_traceback(fol
     assert shown.count("estimating\n") == shown.count("writing the report\n") == 1
     run = latest_run(tmp_path)
     write_manifest(run, {**read_manifest(run), "commit": "another"})
+    request.getfixturevalue("no_report")
     assert cli.main(options) == 1
     lines = capsys.readouterr().err.splitlines()
     assert lines.count(f"continuing {run}") == 1
@@ -123,7 +134,7 @@ def test_the_terminal_shows_news_warnings_and_failures_once_and_no_traceback(fol
     assert warning.endswith(" after starting at another")
 
 
-def test_quiet_shows_no_news(folder, tmp_path, failing, capsys):
+def test_quiet_shows_no_news(folder, tmp_path, failing, capsys, no_report):
     assert cli.main([*options_of(tiny_spec(folder), tmp_path), "--quiet"]) == 1
     assert capsys.readouterr().err == "error: 1 cells failed; the report names them. The same command tries again.\n"
     assert "ERROR failed" in (latest_run(tmp_path) / "run.log").read_text("utf-8")

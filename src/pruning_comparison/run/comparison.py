@@ -18,6 +18,7 @@ from pruning_comparison.run.provenance import hardware, versions
 from pruning_comparison.run.pruned_model import KeptHeads
 from pruning_comparison.run.reuse import reuse
 from pruning_comparison.run.run_log import RunLog, log_failure
+from pruning_comparison.run.run_options import keep_options
 from pruning_comparison.run.saved_models import model_folder
 from pruning_comparison.spec import Cell, ComparisonSpec, revisions_of
 from pruning_comparison.store.journal import RunStore
@@ -166,7 +167,7 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         started=_now(),
         warnings=_warnings(spec),
     )
-    return create_run(output_dir, manifest)
+    return keep_options(create_run(output_dir, manifest), spec)
 
 
 def _why_not_continued(manifest: Manifest, spec: ComparisonSpec, inputs: Inputs) -> str:

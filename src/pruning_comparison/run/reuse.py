@@ -9,7 +9,16 @@ from typing import Any
 
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.run.provenance import hardware, versions
-from pruning_comparison.spec import REUSE_AXES, TEXT_AXES, Cell, ComparisonSpec, Revisions, identity, revisions_of
+from pruning_comparison.spec import (
+    REUSE_AXES,
+    TEXT_AXES,
+    Cell,
+    ComparisonSpec,
+    Revisions,
+    identity,
+    revisions_of,
+    without_strange_methods,
+)
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import Reused
 from pruning_comparison.store.run_folder import (
@@ -47,8 +56,9 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore) -> None:
             if (manifest.versions, manifest.hardware) != made_with or journal_damage(folder) is not None:
                 continue
             try:
-                earlier = ComparisonSpec.from_dict(dict(manifest.spec))
-            except (TypeError, ValueError):
+                known = without_strange_methods(manifest.spec, spec.own_methods)
+                earlier = ComparisonSpec.from_dict(known, known_methods=spec.own_methods)
+            except (TypeError, ValueError, KeyError, AttributeError):
                 continue
             alike = {cell for cell in spec.cells() if _same_cell(cell, spec, earlier)}
             alike = {cell for cell in alike if revisions.same_for(cell, manifest.revisions)}
@@ -101,7 +111,12 @@ def _take_parts(
 
 
 def _same_cell(cell: Cell, *specs: ComparisonSpec) -> bool:
-    """Whether a cell is the same in all specs: the direction of entropy is tried at the smallest level there is."""
+    """Whether a cell is the same in all specs: the direction of entropy is tried at the smallest level there is.
+
+    A user's own method that was another one then is in no earlier spec.
+    """
+    if any(cell.method not in spec.pruning_methods for spec in specs):
+        return False
     if not specs[0].method(cell.method).tries_directions or specs[0].entropy_direction != "auto":
         return True
     return len({next((level for level in spec.pruning_levels if level > 0), None) for spec in specs}) == 1

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from pruning_comparison.checkpoint.forms import save_pruned
+from pruning_comparison.formatting import file_name_of
 from pruning_comparison.run.provenance import versions
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.workspace import Workspace
@@ -26,6 +27,7 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
         "licence": preview.licence(),
         "level": cell.level,
         "method": cell.method,
+        "method_source": spec.method(cell.method).source or None,
         "variant": cell.variant,
         "iteration": cell.iteration,
         "scope": spec.scope,
@@ -46,7 +48,7 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
 
 def model_folder(run: Path, cell: Cell) -> Path:
     """Where a run with ``save_models`` keeps a cell's pruned model."""
-    return run / "models" / f"{cell.variant}_{cell.method}_{cell.iteration}_{cell.level:g}"
+    return run / "models" / f"{cell.variant}_{file_name_of(cell.method)}_{cell.iteration}_{cell.level:g}"
 
 
 def save_model(workspace: Workspace, pruned: PrunedModel, cell: Cell, run: Path) -> None:

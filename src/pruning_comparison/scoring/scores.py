@@ -6,6 +6,7 @@ Dimension letters: N windows, T time, L layers, H heads.
 from __future__ import annotations
 
 import inspect
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
@@ -100,4 +101,8 @@ def _scores_of_own(method: Method, model: PreTrainedModel, windows: Tensor, sett
         raise MethodError(
             f"{where} gave head {place} the score {scores[place].item()}; give every head a finite score."
         )
+    try:
+        json.dumps(dict(found.details))
+    except (TypeError, ValueError) as error:
+        raise MethodError(f"{where} returned details that JSON cannot hold: {error}. Return plain values.") from error
     return replace(found, scores=scores.detach().cpu().double())

@@ -10,9 +10,11 @@ import logging
 import os
 import signal
 import socket
+import sys
 import time
 from collections import Counter
 from collections.abc import Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -170,6 +172,10 @@ class RayLauncher:
                 f"--device: {work.spec.device} cannot be chosen with --launcher=ray, which gives every worker a GPU of its "
                 "own. Give cuda."
             )
+        with _pickled_by_value(self._ray, work.spec):
+            yield from self._launch(work)
+
+    def _launch(self, work: Work) -> Iterator[Event]:
         for clusters in range(1, MOST_DEATHS + 1):
             self._connect(work)
             try:
@@ -509,6 +515,20 @@ def tasks_of(spec: ComparisonSpec, cells: Collection[Cell]) -> list[Task]:
         return 2 * variant.negotiates + variant.adapts + (variant.selection == "progressive")
 
     return sorted((Task(path, tuple(found)) for path, found in tasks.items()), key=length, reverse=True)
+
+
+@contextmanager
+def _pickled_by_value(ray: Any, spec: ComparisonSpec) -> Iterator[None]:
+    """Within it, the modules of a user's own methods travel to the workers, which need not be able to import them."""
+    names = {method.function().__module__ for method in spec.own_methods} - {"__main__"}
+    modules = [sys.modules[name] for name in sorted(names) if name in sys.modules]
+    for module in modules:
+        ray.cloudpickle.register_pickle_by_value(module)
+    try:
+        yield
+    finally:
+        for module in modules:
+            ray.cloudpickle.unregister_pickle_by_value(module)
 
 
 def _check_reachable(address: str) -> None:
