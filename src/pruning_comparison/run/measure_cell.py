@@ -154,7 +154,7 @@ def _write_and_measure(
 ) -> tuple[list[Measurement], list[GeneratedText]]:
     spec, inputs = workspace.spec, workspace.inputs
     tokenizer = inputs.preview.tokenizer
-    jobs = [(heat, prompt) for heat in spec.temperatures for prompt in range(len(inputs.prompts))]
+    jobs = [(temperature, prompt) for temperature in spec.temperatures for prompt in range(len(inputs.prompts))]
     tokens: list[list[int]] = []
     finite: list[bool] = []
     rows = TEXT_BATCHES * spec.quality_batch_size
@@ -166,7 +166,7 @@ def _write_and_measure(
             model,
             [inputs.prompt_ids[prompt] for _, prompt in batch],
             spec.num_tokens,
-            temperatures=[heat for heat, _ in batch],
+            temperatures=[temperature for temperature, _ in batch],
             uniforms=torch.stack(draws),
             check_finite=True,
             step=step,
@@ -184,9 +184,9 @@ def _write_and_measure(
     )
     measurements: list[Measurement] = []
     texts: list[GeneratedText] = []
-    for (heat, prompt), row, fine, (nats, count) in zip(jobs, written, finite, losses, strict=True):
+    for (temperature, prompt), row, fine, (nats, count) in zip(jobs, written, finite, losses, strict=True):
         text = tokenizer.decode(row)
-        texts.append(GeneratedText(heat, prompt, inputs.prompts[prompt], text))
+        texts.append(GeneratedText(temperature, prompt, inputs.prompts[prompt], text))
         values = {
             "generation_perplexity": float(torch.tensor(nats / count, dtype=torch.float64).exp()) if count else None,
             "distinct_1": distinct_n(row, 1),
@@ -200,7 +200,7 @@ def _write_and_measure(
         if not math.isfinite(nats):
             reason = "the unpruned model's loss is not a finite number"
         measurements.extend(
-            _measurement(name, value, reason, temperature=heat, prompt=prompt) for name, value in values.items()
+            _measurement(name, value, reason, temperature=temperature, prompt=prompt) for name, value in values.items()
         )
     return measurements, texts
 
