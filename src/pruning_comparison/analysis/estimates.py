@@ -6,13 +6,14 @@ Iterations and documents (or prompts) are crossed, not nested: the same document
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis.random_effects import Estimate, crossed_interval
+from pruning_comparison.analysis.random_effects import Array, Estimate, crossed_interval
 from pruning_comparison.metrics import METRICS
 
 SUMMARY_COLUMNS = (
@@ -33,15 +34,16 @@ COST_METRICS = (
 """What making a variant cost; some variants have no such cost, so these are not compared."""
 _CELL_METRICS = ("parameter_bytes", "decode_bytes", "prefill_flops", *COST_METRICS)
 _RUN_METRICS = ("cache_bytes", "peak_memory_bytes")
+SUMMARY_ONLY_METRICS = ("perplexity_ratio", "word_perplexity")
+"""Summarised and not compared: as contrasts they would say what perplexity says."""
 MISSING_COLUMNS = ("variant", "method", "level", "metric", "reason", "count")
 _CELL = ["variant", "method", "level"]
 
 
-def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
+def summarize(model: str, tables: Mapping[str, MetricTable]) -> pd.DataFrame:
     """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
     rows = []
-    shown_alone = [*_perplexity_ratio(cells, measurements), *_word_perplexity(cells, measurements)]
-    for _, data in [*observations(cells, measurements), *shown_alone]:
+    for data in tables.values():
         metric = METRICS[data.metric]
         for key, estimate in data.estimates():
             variant, method, level, temperature = key
@@ -53,7 +55,7 @@ def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd
 
 
 def contrast(
-    model: str, cells: pd.DataFrame, measurements: pd.DataFrame, variant: str = "agency", reference: str = "baseline"
+    model: str, tables: Mapping[str, MetricTable], variant: str = "agency", reference: str = "baseline"
 ) -> pd.DataFrame:
     """Paired differences of two variants, columns ``CONTRAST_COLUMNS``.
 
@@ -61,9 +63,9 @@ def contrast(
     ratio, given as per cent change; the others by the mean difference in their own unit.
     """
     rows = []
-    for _, data in observations(cells, measurements):
+    for data in tables.values():
         metric = METRICS[data.metric]
-        if metric.name in COST_METRICS:
+        if metric.name in (*COST_METRICS, *SUMMARY_ONLY_METRICS):
             continue
         for (method, level, temperature), estimate in data.differences(variant, reference):
             relative = data.log_scale
@@ -87,7 +89,7 @@ def missing_figures(measurements: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class MetricTable:
-    """One metric in tidy form: ``variant, method, level, temperature, iteration, unit, x, model_id`` and a scale.
+    """One metric in tidy form: ``variant, method, level, temperature, iteration, cluster, x, model_id`` and a scale.
 
     ``x`` is the logarithm where ``log_scale``. ``model_id`` is equal for observations that are the same by construction
     (same weights, no new randomness), which then count once.
@@ -97,6 +99,7 @@ class MetricTable:
     table: pd.DataFrame
     log_scale: bool
     weights: str | None = None
+    _pairs: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def estimates(self) -> list[tuple[tuple[str, str, float, float], Estimate]]:
         result: list[tuple[Any, Estimate]] = []
@@ -112,12 +115,18 @@ class MetricTable:
         return result
 
     def pairs(self, variant: str, reference: str) -> pd.DataFrame:
-        """Both variants on the same ``method, level, temperature, iteration, unit``: ``difference`` and ``pair``.
+        """Both variants on the same ``method, level, temperature, iteration, cluster``: ``difference`` and ``pair``.
 
         Repeats within an iteration are averaged. ``pair`` is equal for pairs that are the same by construction.
-        What is left of equal numbers by rounding is no difference.
+        What is left of equal numbers by rounding is no difference. Made once for each two variants, since contrasts and
+        answers ask for the same ones.
         """
-        keys = ["method", "level", "temperature", "iteration", "unit"]
+        if (variant, reference) not in self._pairs:
+            self._pairs[variant, reference] = self._paired(variant, reference)
+        return self._pairs[variant, reference]
+
+    def _paired(self, variant: str, reference: str) -> pd.DataFrame:
+        keys = ["method", "level", "temperature", "iteration", "cluster"]
         means = self.table.groupby(["variant", *keys, "model_id"], dropna=False, as_index=False)["x"].mean()
         of_variant, of_reference = (means[means["variant"] == name] for name in (variant, reference))
         both = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
@@ -140,22 +149,38 @@ class MetricTable:
 
 
 def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | None:
-    """Interval of one group; iterations that are identical by construction count once, incomplete units are left out."""
+    """Interval of one group; iterations that are identical by construction count once, incomplete clusters are left out."""
     first = group.groupby(identity)["iteration"].transform("min")
-    distinct = group[group["iteration"] == first]
-    matrix = distinct.pivot_table(index="iteration", columns="unit", values=column, aggfunc="mean")
-    complete = matrix.dropna(axis=1)
-    if complete.empty:
-        complete = matrix.dropna(axis=0)
-    return None if complete.empty else crossed_interval(complete.to_numpy(dtype=np.float64))
+    values = _crossed(group[group["iteration"] == first], column)
+    complete = values[:, ~np.isnan(values).any(0)]
+    if not complete.size:
+        complete = values[~np.isnan(values).any(1)]
+    return crossed_interval(complete) if complete.size else None
 
 
-def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
-    """Every metric that the measurements hold, as observations."""
+def _crossed(rows: pd.DataFrame, column: str) -> Array:
+    """Means of a column by iteration and cluster [a, b], NaN where there is no row.
+
+    What ``pivot_table`` gives; a report asks for hundreds of them, and pandas takes ten times as long.
+    """
+    rows = rows[rows["cluster"].notna() & rows[column].notna()]
+    row, iterations = pd.factorize(rows["iteration"], sort=True)
+    place, clusters = pd.factorize(rows["cluster"], sort=True)
+    shape = (len(iterations), len(clusters))
+    cell = row * shape[1] + place
+    sums = np.bincount(cell, rows[column].to_numpy(dtype=np.float64), minlength=shape[0] * shape[1])
+    counts = np.bincount(cell, minlength=shape[0] * shape[1])
+    means: Array = np.divide(sums, counts, out=np.full(len(sums), math.nan), where=counts > 0)
+    return means.reshape(shape)
+
+
+def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> dict[str, MetricTable]:
+    """Every metric that the measurements hold, by its name. A report makes them once and hands them on."""
     known = _known(cells, measurements)
-    result = [*_perplexity_observations(known)]
+    losses = _document_losses(known)
+    result = _perplexity_tables(losses)
     for metric in _TEXT_METRICS:
-        rows = known[known["metric"] == metric].assign(unit=lambda t: t["prompt"])
+        rows = known[known["metric"] == metric].assign(cluster=lambda t: t["prompt"])
         # New draws make new texts from the same model; only greedy decoding repeats itself.
         drawn = np.where(rows["temperature"] > 0, "@" + rows["iteration"].astype(str), "")
         rows = rows.assign(model_id=rows["fingerprint"] + drawn)
@@ -164,9 +189,9 @@ def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[
             result.append(_distances(metric, rows))
     for metric in (*_TIMING_METRICS, *_RUN_METRICS, *_CELL_METRICS):
         rows = known[known["metric"] == metric]
-        rows = rows.assign(unit=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
+        rows = rows.assign(cluster=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
         result.append(_scaled(metric, rows))
-    return [(data.metric, data) for data in result if len(data.table)]
+    return {data.metric: data for data in [*result, *_summary_only_tables(losses)] if len(data.table)}
 
 
 def _known(cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
@@ -180,32 +205,27 @@ def _scaled(metric: str, rows: pd.DataFrame) -> MetricTable:
     return MetricTable(metric, rows.assign(x=np.log(rows["value"]) if log_scale else rows["value"]), log_scale)
 
 
-def _perplexity_observations(known: pd.DataFrame) -> list[MetricTable]:
-    table = _document_losses(known)
-    per_token = table.assign(x=table["window_nats"] / table["window_tokens"])
-    per_byte = table.assign(x=table["window_nats"] / math.log(2) / table["window_bytes"])
+def _perplexity_tables(losses: pd.DataFrame) -> list[MetricTable]:
+    per_token = losses.assign(x=losses["window_nats"] / losses["window_tokens"])
+    per_byte = losses.assign(x=losses["window_nats"] / math.log(2) / losses["window_bytes"])
     return [
         MetricTable("perplexity", per_token, True, "window_tokens"),
         MetricTable("bits_per_byte", per_byte, False, "window_bytes"),
     ]
 
 
-def _perplexity_ratio(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
-    """Perplexity over the same variant's at level 0, paired by document: for the summary alone, as it is no contrast."""
-    table = _document_losses(_known(cells, measurements))
-    keys = ["variant", "method", "iteration", "unit"]
-    dense = table.loc[table["level"] == 0, [*keys, "window_nats", "window_tokens"]]
-    both = table[table["level"] > 0].merge(dense, on=keys, suffixes=("", "_dense"))
+def _summary_only_tables(losses: pd.DataFrame) -> list[MetricTable]:
+    """Perplexity over the same variant's at level 0, paired by document; and loss per word, which older runs lack."""
+    keys = ["variant", "method", "iteration", "cluster"]
+    dense = losses.loc[losses["level"] == 0, [*keys, "window_nats", "window_tokens"]]
+    both = losses[losses["level"] > 0].merge(dense, on=keys, suffixes=("", "_dense"))
     change = both["window_nats"] / both["window_tokens"] - both["window_nats_dense"] / both["window_tokens_dense"]
-    return [("perplexity_ratio", MetricTable("perplexity_ratio", both.assign(x=change), True, "window_tokens"))]
-
-
-def _word_perplexity(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
-    """Loss per word, for the summary alone: as a contrast it would say what perplexity says. Older runs count no words."""
-    table = _document_losses(_known(cells, measurements))
-    table = table[table["window_words"] > 0]
-    per_word = table.assign(x=table["window_nats"] / table["window_words"])
-    return [("word_perplexity", MetricTable("word_perplexity", per_word, True, "window_words"))]
+    with_words = losses[losses["window_words"] > 0]
+    per_word = with_words.assign(x=with_words["window_nats"] / with_words["window_words"])
+    return [
+        MetricTable("perplexity_ratio", both.assign(x=change), True, "window_tokens"),
+        MetricTable("word_perplexity", per_word, True, "window_words"),
+    ]
 
 
 def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
@@ -217,13 +237,13 @@ def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
     table = pd.concat([group.sum().rename(name) for name, group in windows.items()], axis=1)
     # A document of which a window has no finite loss is left out whole: the sum of the others would flatter the model.
     whole = windows["window_nats"].size().reindex(table.index) == windows["window_tokens"].size().reindex(table.index)
-    table = table[whole].reset_index().rename(columns={"document": "unit"})
+    table = table[whole].reset_index().rename(columns={"document": "cluster"})
     return table.assign(temperature=np.nan, model_id=table["fingerprint"])
 
 
 def _distances(metric: str, rows: pd.DataFrame) -> MetricTable:
     """Distance from the dense model's value on the same prompt and draws; of logarithms where the metric is positive."""
-    keys = ["variant", "method", "iteration", "temperature", "unit"]
+    keys = ["variant", "method", "iteration", "temperature", "cluster"]
     scaled = rows.assign(y=np.log(rows["value"]) if METRICS[metric].log_scale else rows["value"])
     dense = scaled[scaled["level"] == 0].drop_duplicates(keys)[[*keys, "y"]]
     both = scaled.merge(dense, on=keys, suffixes=("", "_dense"))

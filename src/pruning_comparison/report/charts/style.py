@@ -179,19 +179,6 @@ def metric_label(metric: str) -> str:
     return _SHORT_LABELS.get(metric) or (METRICS[metric].label if metric in METRICS else drawable(metric))
 
 
-def format_label(value: float) -> str:
-    """A number for a label: three significant digits, thousands separated."""
-    if not math.isfinite(value):
-        return "missing" if math.isnan(value) else ("∞" if value > 0 else "−∞")
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    if abs(value) < 1e-4:
-        return f"{value:.2e}"
-    text = f"{value:,.{digits}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
-
-
 def tick(value: float, position: object = None) -> str:
     whole = 1e3 <= abs(value) < 1e7 and value == round(value)
     text = f"{value:,.0f}" if whole else f"{value:.6g}"
@@ -218,10 +205,6 @@ def format_axis(metric: str, unit: str) -> str:
     direction = METRICS[metric].better if metric in METRICS else "none"
     wish = {"higher": "higher is better", "lower": "lower is better", "none": ""}[direction]
     return f"{unit} ({wish})" if unit and wish else wish or unit
-
-
-def format_temperature(value: float) -> str:
-    return "" if math.isnan(value) else f"temperature {value:g}"
 
 
 def format_n(parts: Sequence[tuple[str, pd.DataFrame]]) -> str:
