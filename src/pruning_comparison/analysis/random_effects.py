@@ -293,8 +293,8 @@ def _pivots(a: int, b: int) -> tuple[Array, Array, Array]:
     ratio = 1.2207440846057596  # the root of x^4 = x + 1
     order = np.arange(1, _POINTS + 1)
     parts = []
-    for power, df in zip((1, 2, 3), (a - 1, b - 1, (a - 1) * (b - 1)), strict=True):
-        ranks = np.argsort(np.argsort((order / ratio**power) % 1))
+    for exponent, df in zip((1, 2, 3), (a - 1, b - 1, (a - 1) * (b - 1)), strict=True):
+        ranks = np.argsort(np.argsort((order / ratio**exponent) % 1))
         parts.append(df / stats.chi2.ppf((ranks + 0.5) / _POINTS, df))
     return parts[0], parts[1], parts[2]
 

@@ -10,16 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any, cast
 
-from pruning_comparison.analysis.hypotheses import CLAIM_LEVEL
-from pruning_comparison.analysis.margins import Margins
-from pruning_comparison.analysis.questions import QUALITY_LEVEL, QUESTIONS
-from pruning_comparison.analysis.random_effects import PLANNING, Components, detectable_effect, smallest_permutation_p
+from pruning_comparison.analysis import (
+    CLAIM_LEVEL,
+    PLANNING,
+    QUALITY_LEVEL,
+    QUESTIONS,
+    Components,
+    Margins,
+    detectable_effect,
+    smallest_permutation_p,
+)
 from pruning_comparison.formatting import counted, listed, per_cent, plain_number
 from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds, parameter_count
-from pruning_comparison.pruning.selection import Scope, expected_heads_pruned
-from pruning_comparison.run.inputs import Inputs
-from pruning_comparison.run.workspace import heads_leaving_together
+from pruning_comparison.pruning import Scope, expected_heads_pruned
+from pruning_comparison.run import Inputs, heads_leaving_together
 from pruning_comparison.spec import ComparisonSpec
 
 __all__ = ["ASSUMED", "format_plan", "plan_cost", "plan_run"]

@@ -12,7 +12,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis.between_runs import (
+from pruning_comparison.analysis import (
     OF_TEXT,
     Difference,
     Limit,

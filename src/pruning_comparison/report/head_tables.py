@@ -10,8 +10,7 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pruning_comparison.analysis.head_maps import HeadMap
-from pruning_comparison.analysis.random_effects import Array
+from pruning_comparison.analysis import Array, HeadMap
 
 _HEAD_BYTES = 450_000
 

@@ -16,7 +16,7 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pruning_comparison.analysis.head_maps import HeadMap
+from pruning_comparison.analysis import HeadMap
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
 from pruning_comparison.report.findings import Finding

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis.questions import QUESTIONS
+from pruning_comparison.analysis import QUESTIONS
 from pruning_comparison.formatting import format_value, interval_with_unit, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report.rows import rows_of
@@ -345,8 +345,8 @@ def _difference_cell(row: Mapping[str, Any] | None) -> TableCell:
         verdict = tone or direction
     elif not (math.isnan(low) or math.isnan(high)):
         verdict = "not told"
-    shown = f"{sign}{with_unit(estimate, unit)}"
-    return TableCell(f"{shown}, {verdict}" if verdict else shown, small, f"{estimate:.10g}", tone)
+    text = f"{sign}{with_unit(estimate, unit)}"
+    return TableCell(f"{text}, {verdict}" if verdict else text, small, f"{estimate:.10g}", tone)
 
 
 def plain_table(table: pd.DataFrame, caption: str) -> Table | None:
@@ -357,8 +357,8 @@ def plain_table(table: pd.DataFrame, caption: str) -> Table | None:
     for record in rows_of(table.head(500)):
         first, *rest = (TableCell(format_value(record[column]), sort=_sort_key(record[column])) for column in columns)
         rows.append(TableRow(first, tuple(rest)))
-    shown = f" (the first 500 of {len(table)})" if len(table) > 500 else ""
-    return Table(caption + shown, tuple(column.replace("_", " ") for column in columns), tuple(rows))
+    note = f" (the first 500 of {len(table)})" if len(table) > 500 else ""
+    return Table(caption + note, tuple(column.replace("_", " ") for column in columns), tuple(rows))
 
 
 def _sort_key(value: Any) -> str:

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis.questions import QUESTIONS, Question
+from pruning_comparison.analysis import QUESTIONS, Question
 from pruning_comparison.formatting import capitalised, listed, per_cent, plain_number, rounded_up
 from pruning_comparison.report.findings import Finding
 from pruning_comparison.report.rows import rows_of

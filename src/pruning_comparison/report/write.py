@@ -11,24 +11,27 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis import head_maps
-from pruning_comparison.analysis.between_runs import differences
-from pruning_comparison.analysis.estimates import (
+from pruning_comparison.analysis import (
     CONTRAST_COLUMNS,
+    HYPOTHESIS_COLUMNS,
+    Margins,
     MetricTable,
+    agreement,
+    answer_hypotheses,
     contrast,
+    differences,
+    map_heads,
+    map_rounds,
     missing_figures,
     observations,
+    optimal_levels,
+    speed_at_equal_perplexity,
     summarize,
 )
-from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS, answer_hypotheses
-from pruning_comparison.analysis.margins import Margins
-from pruning_comparison.analysis.tradeoffs import optimal_levels, speed_at_equal_perplexity
 from pruning_comparison.errors import StoreError
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report import between_runs, findings, verdicts
-from pruning_comparison.report.charts import heads as head_charts
-from pruning_comparison.report.charts import overview as charts
+from pruning_comparison.report.charts import NARROW, WIDE, draw_all, draw_head_charts, save_charts
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
 from pruning_comparison.store.journal import RunStore
@@ -37,7 +40,7 @@ from pruning_comparison.variants import PRIMARY
 
 REPORT = "report.html"
 CHARTS = "charts"
-NARROW = "narrow"
+NARROW_CHARTS = "narrow"
 BETWEEN_RUNS = "between_runs.csv"
 
 Say = Callable[[str], None]
@@ -84,15 +87,15 @@ def write_results(
         *verdicts.exploratory_findings(tables.answers),
     ]
     say("drawing the charts")
-    maps = head_maps.head_maps(heads, asked["signals"], asked["replies"])
-    rounds = head_maps.round_maps(asked["signals"], asked["replies"])
-    agreed = head_maps.agreement(heads)
+    maps = map_heads(heads, asked["signals"], asked["replies"])
+    rounds = map_rounds(asked["signals"], asked["replies"])
+    agreed = agreement(heads)
     figures, narrow = (
         {
-            **charts.draw_all(tables.summary, tables.contrasts, size=size),
-            **head_charts.draw_head_charts(run.model, maps, rounds, agreed, size=size),
+            **draw_all(tables.summary, tables.contrasts, size=size),
+            **draw_head_charts(run.model, maps, rounds, agreed, size=size),
         }
-        for size in (charts.WIDE, charts.NARROW)
+        for size in (WIDE, NARROW)
     )
 
     for name, table in {
@@ -107,8 +110,8 @@ def write_results(
         write_table(folder / "generated_texts.csv", texts)
     words = {"verdicts": [vars(verdict) for verdict in told], "findings": [vars(finding) for finding in plain]}
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
-    pictures = charts.save_charts(figures, folder / CHARTS)
-    narrow_pictures = charts.save_charts(narrow, folder / CHARTS / NARROW, svg=False)
+    pictures = save_charts(figures, folder / CHARTS)
+    narrow_pictures = save_charts(narrow, folder / CHARTS / NARROW_CHARTS, svg=False)
     say("writing the report")
     html = render_report(
         summary=tables.summary,

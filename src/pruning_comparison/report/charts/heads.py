@@ -15,8 +15,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from pruning_comparison.analysis.head_maps import HeadMap, RoundMap
-from pruning_comparison.analysis.random_effects import Array
+from pruning_comparison.analysis import Array, HeadMap, RoundMap
 from pruning_comparison.formatting import label_number
 from pruning_comparison.report.charts.panels import new_figure, placeholder, wrapped_title
 from pruning_comparison.report.charts.style import WIDE, FigureSize, drawable, in_style

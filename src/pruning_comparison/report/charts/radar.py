@@ -182,7 +182,7 @@ def position(value: float, limit: int) -> float:
     return float(min(limit, max(-limit, math.log2(value) if value < math.inf else limit)))
 
 
-def _format_ring(doubling: float, position: object = None) -> str:
+def _format_ring(doubling: float, index: object = None) -> str:
     return f"{100 * 2.0**doubling:g} %"
 
 

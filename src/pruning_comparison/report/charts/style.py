@@ -147,9 +147,9 @@ def _drawable_characters() -> frozenset[int]:
 
 def drawable(name: object) -> str:
     """A name as the font can draw it: a box for each character it lacks, so that no name can make matplotlib warn."""
-    drawable = _drawable_characters()
+    known = _drawable_characters()
     return "".join(
-        " " if character.isspace() else character if ord(character) in drawable else "\N{WHITE SQUARE}"
+        " " if character.isspace() else character if ord(character) in known else "\N{WHITE SQUARE}"
         for character in str(name)
     )
 
