@@ -240,3 +240,23 @@ def test_latency_floor_is_the_dense_latency_times_the_flops_ratio():
     floor = summary[summary["metric"] == "first_token_latency_floor_s"].set_index("level")["estimate"]
     assert floor.to_dict() == pytest.approx({0: 0.04, 50: 0.03})
     assert not (summary["metric"] == "tokens_per_second_ceiling").any()
+
+
+def test_pairs_are_made_once_for_each_two_variants():
+    entries = [
+        (variant, iteration, 50, f"{variant}{iteration}") for variant in ("baseline", "agency") for iteration in (0, 1)
+    ]
+    rows = [
+        rows_of(variant, iteration, 50, "tokens_per_second", value, prompt=0)
+        for variant, iteration, value in (
+            ("baseline", 0, 10),
+            ("baseline", 1, 10),
+            ("agency", 0, 20),
+            ("agency", 1, 40),
+        )
+    ]
+    speed = observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))["tokens_per_second"]
+    pairs = speed.pairs("agency", "baseline")
+    assert pairs["difference"].tolist() == pytest.approx([math.log(2), math.log(4)])
+    assert speed.pairs("agency", "baseline") is pairs
+    assert speed.pairs("baseline", "agency")["difference"].tolist() == pytest.approx([-math.log(2), -math.log(4)])

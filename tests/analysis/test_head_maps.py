@@ -18,9 +18,6 @@ from pruning_comparison.report.charts.style import to_png
 from pruning_comparison.report.head_tables import head_tables
 from pruning_comparison.report.tables import agreement_table
 
-KEY = ["variant", "method", "iteration", "level"]
-
-
 NOBODY = (pd.DataFrame(columns=SIGNAL_COLUMNS), pd.DataFrame(columns=REPLY_COLUMNS))
 
 

@@ -10,18 +10,15 @@ import pytest
 
 from pruning_comparison.analysis.between_runs import RUN_COLUMNS, RunTables, compare_runs
 from pruning_comparison.analysis.estimates import observations
-from pruning_comparison.analysis.hypotheses import (
+from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS, answer_hypotheses, suggested_claim, verdict
+from pruning_comparison.analysis.margins import Margins
+from pruning_comparison.analysis.pairs import curve_area, slope_weights
+from pruning_comparison.analysis.tradeoffs import (
     EQUAL_COLUMNS,
-    HYPOTHESIS_COLUMNS,
     OPTIMUM_COLUMNS,
-    Margins,
-    answer_hypotheses,
     optimal_levels,
     speed_at_equal_perplexity,
-    suggested_claim,
-    verdict,
 )
-from pruning_comparison.analysis.pairs import curve_area, slope_weights
 
 LEVELS = (0.0, 20.0, 40.0, 60.0, 80.0)
 COLUMNS = [

@@ -155,7 +155,8 @@ def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | No
     complete = values[:, ~np.isnan(values).any(0)]
     if not complete.size:
         complete = values[~np.isnan(values).any(1)]
-    return crossed_interval(complete) if complete.size else None
+    # One row after the other in memory: another order of summing changes last digits, and so the results on record.
+    return crossed_interval(np.ascontiguousarray(complete)) if complete.size else None
 
 
 def _crossed(rows: pd.DataFrame, column: str) -> Array:

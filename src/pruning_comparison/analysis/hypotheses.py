@@ -29,25 +29,18 @@ from pruning_comparison.analysis.random_effects import (
     needed,
     standardised,
 )
-from pruning_comparison.analysis.tradeoffs import (
-    EQUAL_COLUMNS,
-    OPTIMUM_COLUMNS,
-    SIGNIFICANCE,
-    equal_speed,
-    optimal_levels,
-    speed_at_equal_perplexity,
-)
+from pruning_comparison.analysis.tradeoffs import SIGNIFICANCE, equal_speed
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.variants import PRIMARY
 
 __all__ = [
-    "EQUAL_COLUMNS",
+    "CLAIM_LEVEL",
     "HYPOTHESIS_COLUMNS",
-    "OPTIMUM_COLUMNS",
-    "Margins",
+    "Claim",
+    "HypothesisResult",
     "answer_hypotheses",
-    "optimal_levels",
-    "speed_at_equal_perplexity",
+    "hypothesis_table",
+    "make_result",
     "suggested_claim",
     "verdict",
 ]

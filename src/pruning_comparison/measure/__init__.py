@@ -13,12 +13,10 @@ from pruning_comparison.measure.memory import PeakMemory, cache_bytes, decode_by
 from pruning_comparison.measure.perplexity import (
     EvaluationWindow,
     WindowLoss,
-    bits_per_byte_of,
     evaluation_windows,
     measure_perplexity,
     perplexity_of,
     window_losses,
-    word_perplexity_of,
 )
 from pruning_comparison.measure.text_quality import (
     compression_ratio,
@@ -35,7 +33,6 @@ __all__ = [
     "PeakMemory",
     "Timing",
     "WindowLoss",
-    "bits_per_byte_of",
     "cache_bytes",
     "common_uniforms",
     "compression_ratio",
@@ -54,5 +51,4 @@ __all__ = [
     "time_generation",
     "warm_up_tokens",
     "window_losses",
-    "word_perplexity_of",
 ]
