@@ -1,6 +1,6 @@
 """Is the statistical machinery calibrated? Synthetic data sets shaped like ours; one JSON line per result.
 
-Every data set has 5 levels, crossed iterations and units (documents or prompts), and effects of iterations, units and
+Every data set has 5 levels, crossed iterations and clusters (documents or prompts), and effects of iterations, clusters and
 residual, half of each variance shared by all levels and half anew at each level. "mostly x" gives x 80 % of the variance
 of one observation and the others 10 % each.
 
@@ -12,7 +12,7 @@ Parts and targets:
             (lognormal with sigma 0.5, skewness 1.75) and heavy-tailed (t with 4 and with 3 degrees of freedom)
   family    false claims among all answers of a run (4 expectations, 5 questions, corrected): at most 5 % of the runs, with
             no effect at all, and with every effect exactly on its margin
-  full      the same through tables and ``answers``, fewer data sets
+  full      the same through tables and ``answer_hypotheses``, fewer data sets
   power     a 10 % effect on perplexity at 5 iterations x 30 documents: at least 0.8
 Rows with "beyond_target" have no target: they show where the machinery ends.
 """
@@ -31,7 +31,9 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pruning_comparison.analysis.hypotheses import Margins, answers, suggested_claim, verdict
+from pruning_comparison.analysis.estimates import observations
+from pruning_comparison.analysis.hypotheses import answer_hypotheses, suggested_claim, verdict
+from pruning_comparison.analysis.margins import Margins
 from pruning_comparison.analysis.pairs import slope_weights
 from pruning_comparison.analysis.random_effects import (
     PLANNING,
@@ -49,10 +51,10 @@ LEVELS = np.array([0.0, 20.0, 40.0, 60.0, 80.0])
 MEAN = np.array([0, 0, 1, 1, 1]) / 3
 SHARES = {
     "mostly iterations": (0.8, 0.1, 0.1),
-    "mostly units": (0.1, 0.8, 0.1),
+    "mostly clusters": (0.1, 0.8, 0.1),
     "mostly residual": (0.1, 0.1, 0.8),
     "equal": (1 / 3, 1 / 3, 1 / 3),
-    "iterations, no units": (0.9, 0.0, 0.1),
+    "iterations, no clusters": (0.9, 0.0, 0.1),
     "residual alone": (0.0, 0.0, 1.0),
 }
 STRESS = ("residual alone",)
@@ -110,7 +112,7 @@ def coverage(count: int, seed: int) -> Iterator[dict[str, Any]]:
             stress = name in STRESS or kind == "lognormal 1.0"
             low, high = (0.93, 0.97) if kind == "gauss" else (0.91, 1.0)
             yield {
-                "part": "coverage", "distribution": kind, "variance": name, "iterations": a, "units": b,
+                "part": "coverage", "distribution": kind, "variance": name, "iterations": a, "clusters": b,
                 "estimand": estimand, "data_sets": count, "coverage": covered / count, "interval_agrees_with_p": agree,
                 "target": "beyond_target" if stress else "0.93 to 0.97" if kind == "gauss" else "at least 0.91",
                 "met": None if stress else low <= covered / count <= high,
@@ -123,7 +125,7 @@ class Row:
 
     name: str
     family: str
-    units: str
+    clusters: str
     bounds: tuple[float, float]
     sign: int
     deviation: float
@@ -188,7 +190,7 @@ def family(count: int, seed: int) -> Iterator[dict[str, Any]]:
                 if effect != "none":
                     side = row.sign if "supports" in effect else -row.sign
                     truth = row.bounds[1] if side > 0 else row.bounds[0]
-                b = prompts if row.units == "prompts" else documents
+                b = prompts if row.clusters == "prompts" else documents
                 weights = slope_weights(LEVELS) * 3 if row.slope else MEAN
                 values = truth + row.deviation * data_sets(generator, kind, size, a, b, shares, weights)
                 found.append((truth, *decisions(values, row)))
@@ -233,11 +235,11 @@ def synthetic_run(
         "reason",
     ]
 
-    def field(units: int, deviation: float) -> Array:
+    def field(clusters: int, deviation: float) -> Array:
         # [variant, level, iteration, unit]: the variants are independent draws of the same thing
         one = np.array([1.0])
-        sets = data_sets(generator, kind, 2 * len(LEVELS), iterations, units, shares, one)
-        return deviation * sets.reshape(2, len(LEVELS), iterations, units)
+        sets = data_sets(generator, kind, 2 * len(LEVELS), iterations, clusters, shares, one)
+        return deviation * sets.reshape(2, len(LEVELS), iterations, clusters)
 
     loss, speed = field(documents, 0.1), field(prompts, 0.05)
     first, distinct, judged = field(prompts, 0.1), field(2 * prompts, 0.05), field(2 * prompts, 0.3)
@@ -264,12 +266,13 @@ def synthetic_run(
 
 
 def full(count: int, seed: int) -> Iterator[dict[str, Any]]:
-    """Claims of a difference where there is none, through the tables and ``answers``."""
+    """Claims of a difference where there is none, through the tables and ``answer_hypotheses``."""
     generator = np.random.default_rng(seed)
     for kind, (name, shares) in itertools.product(("gauss", "lognormal 0.5"), list(SHARES.items())[:3]):
         false = {"expectations": 0, "questions": 0}
         for _ in range(count):
-            table = answers("synthetic", *synthetic_run(generator, kind, shares))
+            cells, measurements = synthetic_run(generator, kind, shares)
+            table = answer_hypotheses("synthetic", cells, observations(cells, measurements))
             claimed = table[(table["verdict"] == "supported") | (table["reason"] == "worse")]
             for part in false:
                 false[part] += bool((claimed["family"] == part).any())
@@ -290,7 +293,7 @@ def powers(count: int, seed: int) -> Iterator[dict[str, Any]]:
     bounds = (math.log1p(-Margins().quality), math.log1p(Margins().quality))
     generator = np.random.default_rng(seed)
     for (name, parts), kind in itertools.product(PLANNING.items(), ("gauss", "lognormal 0.5", "t 4")):
-        variances = (parts.iterations, parts.units, parts.residual)
+        variances = (parts.iterations, parts.clusters, parts.residual)
         values = np.concatenate(
             [truth + data_sets(generator, kind, CHUNK, a, b, variances, np.array([1.0])) for _ in range(count // CHUNK)]
         )
@@ -307,8 +310,8 @@ def powers(count: int, seed: int) -> Iterator[dict[str, Any]]:
             supported += reached == ("supported", "better")
         yield {
             "part": "power", "variances": name, "deviations": [round(math.sqrt(v), 4) for v in variances],
-            "distribution": kind, "effect": "10 % lower perplexity", "iterations": a, "units": b, "data_sets": len(values),
-            "found": float(found / len(values)), "supported": supported / len(values),
+            "distribution": kind, "effect": "10 % lower perplexity", "iterations": a, "clusters": b,
+            "data_sets": len(values), "found": float(found / len(values)), "supported": supported / len(values),
             "predicted_found": power(truth, parts, a, b, SIGNIFICANCE / 6),
             "detectable_per_cent": 100 * -math.expm1(-detectable_effect(a, b, parts, alpha=SIGNIFICANCE / 6)),
             "target": "beyond_target" if beyond else "at least 0.8",

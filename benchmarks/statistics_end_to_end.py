@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis.hypotheses import answers
+from pruning_comparison.analysis import answer_hypotheses, observations
 from pruning_comparison.run.cell import build
 from pruning_comparison.run.inputs import prepare
 from pruning_comparison.run.measure_cell import measure_quality, time_level
@@ -52,7 +52,8 @@ def measure(folder: Path, first: Workspace, second: Workspace, labels: Sequence[
 def claims(folder: Path, seed: int) -> tuple[list[str], pd.DataFrame]:
     """The differences that the answers to one run claim, and all answers but the exploratory ones."""
     with RunStore(folder) as store:
-        table = answers("bundled", store.table("cells"), store.table("measurements"), seed=seed)
+        cells, measurements = store.table("cells"), store.table("measurements")
+    table = answer_hypotheses("bundled", cells, observations(cells, measurements), seed=seed)
     table = table[table["kind"] != "exploratory"]
     claimed = table[(table["verdict"] == "supported") | (table["reason"] == "worse")]
     return [f"{row.id} {row.metric}: {row.verdict}, {row.reason}" for row in claimed.itertuples()], table

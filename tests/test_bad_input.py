@@ -38,7 +38,7 @@ def cases(few, many):
     return pytest.mark.parametrize("count", [few, pytest.param(many, marks=pytest.mark.slow)])
 
 
-def tried(count, property, *strategies):
+def tried(count, check, *strategies):
     """Runs a property on so many cases: the same ones every time where they are few.
 
     A case that takes two minutes, or 4 GB more than is in use, fails instead of taking the machine down.
@@ -51,7 +51,7 @@ def tried(count, property, *strategies):
     def timely(values):
         signal.alarm(120)
         try:
-            property(*values)
+            check(*values)
         finally:
             signal.alarm(0)
 
@@ -117,7 +117,7 @@ def test_options(model_folder, tmp_path, capsys, monkeypatch, count):
     base = short_spec(model_folder)
     fixed = ["num_tokens", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"]
 
-    def property(chosen):
+    def check(chosen):
         argv = ["run", "--quiet", "--device=cpu", f"--model_name={model_folder}", f"--output_dir={place / 'out'}"]
         argv += [f"--eval_text={base.eval_text}", f"--calibration_text={base.calibration_text}"]
         argv += [f"--{name}={getattr(base, name)}" for name in fixed]
@@ -131,7 +131,7 @@ def test_options(model_folder, tmp_path, capsys, monkeypatch, count):
         assert {path.name for path in place.iterdir()} <= {"out"}
         shutil.rmtree(place / "out", ignore_errors=True)
 
-    tried(count, property, st.dictionaries(st.sampled_from(OPTIONS), VALUES, min_size=1, max_size=3))
+    tried(count, check, st.dictionaries(st.sampled_from(OPTIONS), VALUES, min_size=1, max_size=3))
 
 
 def ended(*arguments):
@@ -155,7 +155,7 @@ def names_the_option(error, option):
 
 @cases(40, 600)
 def test_text_and_prompt_files(tmp_path, count):
-    def property(raw, suffix, number):
+    def check(raw, suffix, number):
         path = tmp_path / f"file{suffix}"
         path.write_bytes(raw)
         try:
@@ -169,7 +169,7 @@ def test_text_and_prompt_files(tmp_path, count):
         except InputError as error:
             names_the_option(error, "--eval_text")
 
-    tried(count, property, TEXT_BYTES, st.sampled_from([".txt", ".gz", ""]), st.integers(1, 9))
+    tried(count, check, TEXT_BYTES, st.sampled_from([".txt", ".gz", ""]), st.integers(1, 9))
 
 
 @pytest.mark.parametrize("option", ["prompt_file", "eval_text", "calibration_text"])
@@ -266,11 +266,11 @@ def test_configs_that_disagree_with_the_weights(model_folder, tmp_path, count):
         st.sampled_from(["llama", "gpt_neox", "pruned_gpt2", "bert", "../.."]),
     )  # fmt: skip
 
-    def property(changes):
+    def check(changes):
         (folder / "config.json").write_text(json.dumps({**config, **changes}))
         refused_or_read(folder)
 
-    tried(count, property, st.dictionaries(st.sampled_from(keys), lies, min_size=1, max_size=2))
+    tried(count, check, st.dictionaries(st.sampled_from(keys), lies, min_size=1, max_size=2))
 
 
 @pytest.mark.parametrize("name", ["n_layer", "vocab_size", "n_embd", "n_head"])
@@ -340,14 +340,14 @@ def test_manifests_that_are_no_manifests(stored, tmp_path, capsys, count):
         max_leaves=6,
     )
 
-    def property(key, value, raw):
+    def check(key, value, raw):
         told = {**whole, key: value} if key else value
         (run / "manifest.json").write_bytes(json.dumps(told).encode() if raw is None else raw)
         every_reader(run)
 
     tried(
         count,
-        property,
+        check,
         st.sampled_from([None, *whole, "margins"]),
         anything,
         st.one_of(st.none(), st.binary(max_size=40)),

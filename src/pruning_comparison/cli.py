@@ -552,13 +552,13 @@ def _report(options: argparse.Namespace) -> int:
         raise InputError(f"both names lead to the same run, {first}. Give two different runs to compare.")
     if _margins_of(options):
         raise InputError("margins are about the verdicts of one run, and comparing two gives none. Leave them out.")
-    from pruning_comparison.report.write import write_comparison
+    from pruning_comparison.report.write import write_between_runs
     from pruning_comparison.store.run_folder import check_writable
 
     output_dir = Path(options.output_dir)
     check_writable(output_dir)
     with Live(quiet=options.quiet):
-        report = write_comparison(first, second, output_dir=output_dir)
+        report = write_between_runs(first, second, output_dir=output_dir)
     print(f"report: {report}")
     return 0
 

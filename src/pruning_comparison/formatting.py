@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
+from typing import Any
 
 
 def plain_number(value: float) -> str:
@@ -16,10 +18,40 @@ def plain_number(value: float) -> str:
         return "0"
     if abs(value) < 1e-4 or abs(value) >= 1e15:
         return f"{value:.2e}".replace("-", "\N{MINUS SIGN}")
+    return _three_digits(value).replace("-", "\N{MINUS SIGN}")
+
+
+def label_number(value: float) -> str:
+    """The same for a label in a chart, where there is room for signs and none for words."""
+    if not math.isfinite(value):
+        return "missing" if math.isnan(value) else ("∞" if value > 0 else "−∞")
+    if value == 0:
+        return "0"
+    return f"{value:.2e}" if abs(value) < 1e-4 else _three_digits(value)
+
+
+def _three_digits(value: float) -> str:
     digits = max(0, 2 - math.floor(math.log10(abs(value))))
     text = f"{value:,.{digits}f}"
-    text = text.rstrip("0").rstrip(".") if "." in text else text
-    return text.replace("-", "\N{MINUS SIGN}")
+    return text.rstrip("0").rstrip(".") if "." in text else text
+
+
+def measured_number(value: float | None) -> str:
+    """A number with four significant digits, whole from 10,000 on; "not measured" for None."""
+    if value is None:
+        return "not measured"
+    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
+
+
+def rounded_up(count: float) -> int:
+    """A count to two significant digits, upwards: for one that is only estimated."""
+    step = 10 ** max(0, len(str(int(count))) - 2)
+    return int(math.ceil(count / step) * step)
+
+
+def counted(number: int, word: str, plural: str = "") -> str:
+    """So many of something: "1 cell", "1,200 cells"; ``plural`` where an s does not make it."""
+    return f"{number:,} {word if number == 1 else plural or word + 's'}"
 
 
 def with_unit(value: float, unit: str) -> str:
@@ -48,8 +80,15 @@ def per_cent(level: float) -> str:
 
 
 def listed(parts: Sequence[str]) -> str:
-    """Parts of a sentence with commas and an "and"."""
+    """Parts of a sentence with commas and an "and"; "nothing" where there are none."""
+    if not parts:
+        return "nothing"
     return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}"
+
+
+def capitalised(text: str) -> str:
+    """A text with its first letter as a capital, the others as they are."""
+    return text[:1].upper() + text[1:]
 
 
 def format_duration(seconds: float) -> str:
@@ -72,3 +111,20 @@ def unknown_name(option: str, name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name.lower(), lowered, n=1)
     hint = f"Did you mean {lowered[near[0]]}? " if near else ""
     return f"{option}: {name!r} is unknown. {hint}Choose from {', '.join(names)}."
+
+
+def format_value(value: Any) -> str:
+    """A setting or figure as a reader would write it."""
+    if value is None or (isinstance(value, float) and math.isnan(value)):
+        return "none"
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    if isinstance(value, int):
+        return f"{value:,}" if abs(value) >= 10_000 else str(value)
+    if isinstance(value, float):
+        return f"{value:.10g}"
+    if isinstance(value, (list, tuple)) and all(not isinstance(part, (list, tuple, Mapping)) for part in value):
+        return ", ".join(format_value(part) for part in value) or "none"
+    if isinstance(value, (list, tuple, Mapping)):
+        return json.dumps(value, ensure_ascii=False, default=str)
+    return str(value)

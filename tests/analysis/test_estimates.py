@@ -14,6 +14,7 @@ from pruning_comparison.analysis.estimates import (
     SUMMARY_COLUMNS,
     contrast,
     missing_figures,
+    observations,
     summarize,
 )
 from pruning_comparison.analysis.random_effects import crossed_interval, crossed_p_values, fit_crossed
@@ -31,7 +32,7 @@ def test_crossed_fit_by_hand():
     assert fit.mean_squares == pytest.approx((13.5, 2.0, 0.0))
     assert fit.variance == pytest.approx((13.5 + 2 - 0) / 6)
     assert fit.df == pytest.approx(15.5**2 / (13.5**2 / 1 + 2**2 / 2))
-    assert (fit.components.iterations, fit.components.units) == pytest.approx((13.5 / 3, 2 / 2))
+    assert (fit.components.iterations, fit.components.clusters) == pytest.approx((13.5 / 3, 2 / 2))
 
 
 def test_a_factor_below_the_residual_is_pooled_with_it():
@@ -80,14 +81,16 @@ def test_values_that_are_not_finite_are_refused():
         crossed_interval(np.array([[1.0, math.nan]]))
 
 
-@pytest.mark.parametrize(("iterations", "units", "spread"), [(3, 5, (1, 1, 1)), (5, 30, (1, 3, 1)), (5, 30, (3, 1, 1))])
-def test_intervals_cover(iterations, units, spread):
+@pytest.mark.parametrize(
+    ("iterations", "clusters", "spread"), [(3, 5, (1, 1, 1)), (5, 30, (1, 3, 1)), (5, 30, (3, 1, 1))]
+)
+def test_intervals_cover(iterations, clusters, spread):
     """95 % intervals of crossed Gaussian data cover the truth in 92 to 98 % of 600 data sets."""
     generator = np.random.default_rng(0)
     values = (
         spread[0] * generator.standard_normal((600, iterations, 1))
-        + spread[1] * generator.standard_normal((600, 1, units))
-        + spread[2] * generator.standard_normal((600, iterations, units))
+        + spread[1] * generator.standard_normal((600, 1, clusters))
+        + spread[2] * generator.standard_normal((600, iterations, clusters))
     )
     covered = (crossed_p_values(values) > 0.05).mean()
     assert 0.92 <= covered <= 0.98
@@ -123,7 +126,7 @@ def test_perplexity_is_weighted_by_tokens_and_identical_iterations_count_once():
     by_document = {"a": (20.0, 10), "b": (30.0, 30)}
     rows = [row for i in range(3) for row in losses("baseline", i, 0, by_document)]
     cells = cells_of([("baseline", i, 0, "dense") for i in range(3)])
-    summary = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS)).set_index("metric")
+    summary = summarize("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS))).set_index("metric")
     assert summary.loc["perplexity", "estimate"] == pytest.approx(math.exp(50 / 40))
     assert summary.loc["perplexity", "n"] == 2
     assert summary.loc["bits_per_byte", "estimate"] == pytest.approx(50 / math.log(2) / 160)
@@ -133,10 +136,12 @@ def test_contrast_is_paired_and_relative():
     rows = losses("baseline", 0, 50, {"a": (20.0, 10), "b": (40.0, 10)})
     rows += losses("agency", 0, 50, {"a": (19.0, 10), "b": (38.8, 10)})
     cells = cells_of([("baseline", 0, 50, "x"), ("agency", 0, 50, "y")])
-    table = contrast("tiny", cells, pd.DataFrame(rows, columns=COLUMNS)).set_index("metric")
+    table = contrast("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS))).set_index("metric")
     expected = stats.t.interval(0.95, 1, loc=-0.11, scale=stats.sem([-0.1, -0.12]))
     row = table.loc["perplexity"]
-    assert list(contrast("tiny", cells, pd.DataFrame(rows, columns=COLUMNS)).columns) == list(CONTRAST_COLUMNS)
+    assert list(contrast("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS))).columns) == list(
+        CONTRAST_COLUMNS
+    )
     assert row["estimate"] == pytest.approx(100 * math.expm1(-0.11))
     assert row["ci_low"] == pytest.approx(100 * math.expm1(expected[0]))
     assert row["unit"] == "%"
@@ -152,12 +157,12 @@ def test_distance_is_from_the_dense_text_of_the_same_prompt():
                 rows_of(variant, 0, level, "distinct_2", value + 0.01 * prompt, temperature=1.0, prompt=prompt)
                 for prompt in range(2)
             ]
-    summary = summarize("tiny", cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))
+    summary = summarize("tiny", observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS)))
     distance = summary[summary["metric"] == "distinct_2_distance"].set_index(["variant", "level"])["estimate"]
     assert distance["baseline", 50] == pytest.approx(0.3)
     assert distance["agency", 50] == pytest.approx(0.1)
     assert distance["agency", 0] == 0
-    table = contrast("tiny", cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))
+    table = contrast("tiny", observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS)))
     row = table[(table["metric"] == "distinct_2_distance") & (table["level"] == 50)].iloc[0]
     assert row["estimate"] == pytest.approx(-0.2)
 
@@ -169,7 +174,7 @@ def test_ceiling_is_the_dense_speed_times_the_bytes_ratio():
         rows.append(rows_of("baseline", 0, level, "decode_bytes", size))
         rows.append(rows_of("baseline", 0, level, "cache_bytes", cache, prompt=0, repeat=0))
         rows.append(rows_of("baseline", 0, level, "tokens_per_second", speed, prompt=0, repeat=0))
-    summary = summarize("tiny", cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))
+    summary = summarize("tiny", observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS)))
     ceiling = summary[summary["metric"] == "tokens_per_second_ceiling"].set_index("level")["estimate"]
     assert ceiling[50] == pytest.approx(20.0)
     assert list(summary.columns) == list(SUMMARY_COLUMNS)
@@ -182,7 +187,7 @@ def test_missing_values_are_counted_not_filled():
     table = pd.DataFrame(rows, columns=COLUMNS)
     missing = missing_figures(table)
     assert missing[["metric", "reason", "count"]].to_numpy().tolist() == [["distinct_2", "too short", 3]]
-    assert summarize("tiny", cells_of([("baseline", 0, 50, "x")]), table).empty
+    assert summarize("tiny", observations(cells_of([("baseline", 0, 50, "x")]), table)).empty
 
 
 def test_a_document_with_a_loss_that_is_not_finite_is_left_out_whole():
@@ -192,7 +197,7 @@ def test_a_document_with_a_loss_that_is_not_finite_is_left_out_whole():
         rows_of("baseline", 0, 50, "window_tokens", 10, document="b", window=1),
         rows_of("baseline", 0, 50, "window_bytes", 40, document="b", window=1),
     ]
-    summary = summarize("tiny", cells_of([("baseline", 0, 50, "x")]), pd.DataFrame(rows, columns=COLUMNS))
+    summary = summarize("tiny", observations(cells_of([("baseline", 0, 50, "x")]), pd.DataFrame(rows, columns=COLUMNS)))
     row = summary.set_index("metric").loc["perplexity"]
     assert row["estimate"] == pytest.approx(math.exp(2.0))
     assert row["n"] == 1
@@ -203,7 +208,7 @@ def test_the_ratio_to_the_dense_model_is_paired_by_document_and_weighted_by_toke
     rows = losses("agency", 0, 0, {"a": (20.0, 10), "b": (30.0, 30)})
     rows += losses("agency", 0, 50, {"a": (25.0, 10), "b": (36.0, 30), "c": (90.0, 10)})
     cells = cells_of([("agency", 0, 0, "dense"), ("agency", 0, 50, "x")])
-    summary = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS))
+    summary = summarize("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS)))
     (row,) = summary[summary["metric"] == "perplexity_ratio"].to_dict("records")
     assert row["level"] == 50
     assert row["estimate"] == pytest.approx(math.exp((10 * 0.5 + 30 * 0.2) / 40))
@@ -214,13 +219,13 @@ def test_the_ratio_to_the_dense_model_is_paired_by_document_and_weighted_by_toke
 def test_word_perplexity_is_weighted_by_words_and_missing_where_none_were_counted():
     rows = losses("baseline", 0, 0, {"a": (20.0, 10), "b": (30.0, 30), "c": (7.0, 7)})
     cells = cells_of([("baseline", 0, 0, "dense")])
-    before = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS))
+    before = summarize("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS)))
     assert "word_perplexity" not in set(before["metric"])
     rows += [
         rows_of("baseline", 0, 0, "window_words", words, document=document, window=0)
         for document, words in (("a", 8), ("b", 17), ("c", 0))
     ]
-    summary = summarize("tiny", cells, pd.DataFrame(rows, columns=COLUMNS)).set_index("metric")
+    summary = summarize("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS))).set_index("metric")
     assert summary.loc["word_perplexity", "estimate"] == pytest.approx(math.exp(50 / 25))
     assert summary.loc["perplexity", "estimate"] == pytest.approx(math.exp(57 / 47))
 
@@ -231,7 +236,27 @@ def test_latency_floor_is_the_dense_latency_times_the_flops_ratio():
         entries.append(("baseline", 0, level, str(level)))
         rows.append(rows_of("baseline", 0, level, "prefill_flops", flops))
         rows.append(rows_of("baseline", 0, level, "first_token_latency_s", seconds, prompt=0, repeat=0))
-    summary = summarize("tiny", cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))
+    summary = summarize("tiny", observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS)))
     floor = summary[summary["metric"] == "first_token_latency_floor_s"].set_index("level")["estimate"]
     assert floor.to_dict() == pytest.approx({0: 0.04, 50: 0.03})
     assert not (summary["metric"] == "tokens_per_second_ceiling").any()
+
+
+def test_pairs_are_made_once_for_each_two_variants():
+    entries = [
+        (variant, iteration, 50, f"{variant}{iteration}") for variant in ("baseline", "agency") for iteration in (0, 1)
+    ]
+    rows = [
+        rows_of(variant, iteration, 50, "tokens_per_second", value, prompt=0)
+        for variant, iteration, value in (
+            ("baseline", 0, 10),
+            ("baseline", 1, 10),
+            ("agency", 0, 20),
+            ("agency", 1, 40),
+        )
+    ]
+    speed = observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))["tokens_per_second"]
+    pairs = speed.pairs("agency", "baseline")
+    assert pairs["difference"].tolist() == pytest.approx([math.log(2), math.log(4)])
+    assert speed.pairs("agency", "baseline") is pairs
+    assert speed.pairs("baseline", "agency")["difference"].tolist() == pytest.approx([-math.log(2), -math.log(4)])

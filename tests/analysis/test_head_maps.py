@@ -12,14 +12,11 @@ import pytest
 from builders import GONE, REPLY_COLUMNS, SIGNAL_COLUMNS, asked_tables, heads_table
 from matplotlib.text import Text
 
-from pruning_comparison.analysis.head_maps import AGREEMENT_COLUMNS, SIGNALS, agreement, head_maps, round_maps
+from pruning_comparison.analysis.head_maps import AGREEMENT_COLUMNS, SIGNALS, agreement, map_heads, map_rounds
 from pruning_comparison.report.charts.heads import draw_head_charts, head_departures
 from pruning_comparison.report.charts.style import to_png
 from pruning_comparison.report.head_tables import head_tables
 from pruning_comparison.report.tables import agreement_table
-
-KEY = ["variant", "method", "iteration", "level"]
-
 
 NOBODY = (pd.DataFrame(columns=SIGNAL_COLUMNS), pd.DataFrame(columns=REPLY_COLUMNS))
 
@@ -36,7 +33,7 @@ def test_a_head_goes_at_the_lowest_level_without_it_and_the_median_is_over_itera
             )
         }
     )  # fmt: skip
-    (one,) = head_maps(table, *NOBODY)
+    (one,) = map_heads(table, *NOBODY)
     assert one.gone_at.tolist() == [[50.0, math.inf], [math.inf, 75.0]]
     assert one.by_iteration[:, 0, 0].tolist() == [25.0, 50.0, 75.0]
     assert one.levels == (0.0, 25.0, 50.0, 75.0)
@@ -46,12 +43,12 @@ def test_a_head_goes_at_the_lowest_level_without_it_and_the_median_is_over_itera
 def test_of_two_middle_iterations_the_lower_counts():
     rows = {("baseline", "entropy", i, level): {(0, 0)} if level >= (50, 25)[i] else set()
             for i in range(2) for level in (0.0, 25.0, 50.0)}  # fmt: skip
-    (one,) = head_maps(heads_table(rows), *NOBODY)
+    (one,) = map_heads(heads_table(rows), *NOBODY)
     assert one.gone_at[0, 0] == 25.0
 
 
 def test_signals_are_those_of_the_dense_model_and_answers_are_counted_once_per_iteration():
-    (one,) = head_maps(heads_table(GONE), *asked_tables())
+    (one,) = map_heads(heads_table(GONE), *asked_tables())
     assert one.asked
     assert one.values["redundancy"].tolist() == [[1.0, 2.0], [4.0, 8.0]]
     assert one.values["score"].tolist() == [[0.0, 1.0], [2.0, 3.0]]
@@ -60,7 +57,7 @@ def test_signals_are_those_of_the_dense_model_and_answers_are_counted_once_per_i
 
 
 def test_a_round_tells_the_answer_of_those_asked_and_the_state_of_the_others():
-    first, second = round_maps(*asked_tables())
+    first, second = map_rounds(*asked_tables())
     assert (first.level, second.level) == (25.0, 50.0)
     assert first.words == (("active", "refused"), ("consented", "misaligned"))
     assert first.states == (("active", "overloaded"), ("active", "misaligned"))
@@ -97,7 +94,7 @@ def test_every_map_is_drawn_without_warnings(shape):
     layers, heads = shape
     gone = {("baseline", "entropy", 0, 0.0): set(), ("baseline", "entropy", 0, 50.0): {(0, 0)}}
     table = heads_table(gone, layers=layers, heads=heads)
-    maps = head_maps(table, *NOBODY)
+    maps = map_heads(table, *NOBODY)
     for figure in draw_head_charts("$a$ <b>", maps, [], agreement(table)).values():
         assert to_png(figure, dpi=40).startswith(b"\x89PNG")
 
@@ -106,7 +103,7 @@ def test_charts_of_a_negotiation_say_what_happened():
     signals, replies = asked_tables()
     table = heads_table(GONE)
     figures = draw_head_charts(
-        "tiny", head_maps(table, signals, replies), round_maps(signals, replies), agreement(table)
+        "tiny", map_heads(table, signals, replies), map_rounds(signals, replies), agreement(table)
     )
     assert list(figures) == ["head_departures", "head_values", "head_negotiation"]  # one iteration agrees with nothing
     words = [text.get_text() for text in figures["head_negotiation"].findobj(Text)]
@@ -117,7 +114,7 @@ def test_charts_of_a_negotiation_say_what_happened():
 
 
 def test_colours_of_departures_follow_the_levels():
-    (one,) = head_maps(heads_table(GONE), *NOBODY)
+    (one,) = map_heads(heads_table(GONE), *NOBODY)
     (picture,) = head_departures("tiny", [one]).axes[0].images
     drawn = np.ma.filled(picture.get_array(), np.nan)
     assert drawn[1, 0] == 25.0
@@ -126,7 +123,7 @@ def test_colours_of_departures_follow_the_levels():
 
 
 def test_the_reports_map_has_the_levels_the_marks_and_safe_data():
-    maps = head_maps(heads_table(GONE), *asked_tables())
+    maps = map_heads(heads_table(GONE), *asked_tables())
     (table,), data, left_out = head_tables(maps)
     assert [[cell.text for cell in row] for row in table.rows] == [["–", "50×"], ["25", "–"]]
     assert left_out == 0
@@ -139,7 +136,7 @@ def test_the_reports_map_has_the_levels_the_marks_and_safe_data():
 
 def test_maps_that_do_not_fit_are_counted():
     large = heads_table({("baseline", "entropy", 0, 0.0): set()}, layers=100, heads=100)
-    maps = head_maps(large, *NOBODY)
+    maps = map_heads(large, *NOBODY)
     tables, data, left_out = head_tables(maps)
     assert (len(tables), str(data), left_out) == (0, "[]", 1)
 

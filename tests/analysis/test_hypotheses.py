@@ -9,18 +9,16 @@ import pandas as pd
 import pytest
 
 from pruning_comparison.analysis.between_runs import RUN_COLUMNS, RunTables, compare_runs
-from pruning_comparison.analysis.hypotheses import (
+from pruning_comparison.analysis.estimates import observations
+from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS, answer_hypotheses, suggested_claim, verdict
+from pruning_comparison.analysis.margins import Margins
+from pruning_comparison.analysis.pairs import curve_area, slope_weights
+from pruning_comparison.analysis.tradeoffs import (
     EQUAL_COLUMNS,
-    HYPOTHESIS_COLUMNS,
     OPTIMUM_COLUMNS,
-    Margins,
-    answers,
     optimal_levels,
     speed_at_equal_perplexity,
-    suggested_claim,
-    verdict,
 )
-from pruning_comparison.analysis.pairs import curve_area, curve_slope
 
 LEVELS = (0.0, 20.0, 40.0, 60.0, 80.0)
 COLUMNS = [
@@ -78,6 +76,15 @@ def run_of(
     return pd.DataFrame(cells), pd.DataFrame(rows, columns=COLUMNS)
 
 
+def observed(cells, measurements):
+    """A run's cells and what was observed of it."""
+    return cells, observations(cells, measurements)
+
+
+def answers(cells, measurements, **settings):
+    return answer_hypotheses("tiny", *observed(cells, measurements), **settings)
+
+
 def answer(table, name, **where):
     rows = table[table["id"] == name]
     for column, value in where.items():
@@ -97,14 +104,14 @@ def gain(effect, wobble=0.01):
 
 
 def test_a_better_perplexity_is_supported_with_the_estimate_known_beforehand():
-    row = answer(answers("tiny", *run_of(gain(-0.2))), "E2")
+    row = answer(answers(*run_of(gain(-0.2))), "E2")
     expected = np.mean(
         [-0.2 + 0.01 * noise(level, i, d) for level in (40, 60, 80) for i in range(4) for d in range(10)]
     )
     assert row["estimate"] == pytest.approx(expected)
     assert row["ci_low"] < expected < row["ci_high"] < math.log(0.95)
     assert (row["verdict"], row["reason"]) == ("supported", "better")
-    assert (row["n"], row["n_iterations"], row["n_units"], row["unit_name"]) == (40, 4, 10, "document")
+    assert (row["n"], row["n_iterations"], row["n_clusters"], row["cluster"]) == (40, 4, 10, "document")
     assert (row["kind"], row["family"], row["contrast"]) == ("expectation", "expectations", "agency vs baseline")
 
 
@@ -113,7 +120,7 @@ def test_a_better_perplexity_is_supported_with_the_estimate_known_beforehand():
     [(0.2, "refuted", "worse"), (0.0, "refuted", "no difference"), (-0.03, "refuted", "no difference")],
 )
 def test_expectations_can_be_refuted(effect, verdict_, reason):
-    row = answer(answers("tiny", *run_of(gain(effect))), "E2")
+    row = answer(answers(*run_of(gain(effect))), "E2")
     assert (row["verdict"], row["reason"]) == (verdict_, reason)
 
 
@@ -121,20 +128,20 @@ def test_an_effect_between_zero_and_the_margin_that_is_wide_stays_open_and_says_
     def loss(variant, level, i, d):
         return level / 100 + ((-0.08 + 0.3 * noise(1, i) + 0.05 * noise(level, i, d)) if variant == "agency" else 0)
 
-    row = answer(answers("tiny", *run_of(loss)), "E2")
+    row = answer(answers(*run_of(loss)), "E2")
     assert (row["verdict"], row["reason"]) == ("inconclusive", "wide interval")
     assert row["more_iterations"] > 1
-    assert math.isnan(row["more_units"])
+    assert math.isnan(row["more_clusters"])
 
 
 def test_speed_and_latency_have_their_own_margins_and_directions():
     def faster(variant, level, i, p):
         return (0.1 + 0.005 * noise(level, i, p)) if variant == "agency" and level else 0.0
 
-    table = answers("tiny", *run_of(gain(-0.2), speed=faster, latency=faster))
+    table = answers(*run_of(gain(-0.2), speed=faster, latency=faster))
     assert answer(table, "E1")["verdict"] == "supported"
     assert answer(table, "E4")["reason"] == "worse"
-    wide = answers("tiny", *run_of(gain(-0.2), speed=faster, latency=faster), margins=Margins(speed=0.2, latency=0.2))
+    wide = answers(*run_of(gain(-0.2), speed=faster, latency=faster), margins=Margins(speed=0.2, latency=0.2))
     assert answer(wide, "E1")["reason"] == "no difference"
     assert answer(wide, "E4")["reason"] == "no difference"
 
@@ -144,7 +151,7 @@ def test_diversity_is_answered_at_every_temperature():
         lost = level / 200 * (0.5 if variant == "agency" and t == 1.0 else 1.0)
         return 0.9 - lost + (0.001 * noise(level, i, p) if level else 0)
 
-    table = answers("tiny", *run_of(distinct=distinct))
+    table = answers(*run_of(distinct=distinct))
     cool, warm = (answer(table, "E3", temperature=t) for t in (0.7, 1.0))
     # Distances shrink by half of 0.2, 0.3 and 0.4: a mean of 0.15. The noise is the same in both variants.
     assert warm["estimate"] == pytest.approx(-0.15, abs=1e-9)
@@ -152,7 +159,7 @@ def test_diversity_is_answered_at_every_temperature():
 
 
 def test_slopes_are_per_ten_per_cent_of_the_heads():
-    table = answers("tiny", *run_of(lambda variant, level, i, d: level / (200 if variant == "agency" else 100)))
+    table = answers(*run_of(lambda variant, level, i, d: level / (200 if variant == "agency" else 100)))
     row = answer(table, "Q1")
     assert row["estimate"] == pytest.approx(-0.05)
     gained = answer(table, "Q4", metric="perplexity")
@@ -170,7 +177,7 @@ def test_temperature_interaction_by_hand():
         less = 0.01 * level if variant == "agency" and t == 1.0 else 0.0
         return 4 + 0.02 * level - less + (0.02 * noise(level, i, p, variant == "agency", t * 10) if level else 0)
 
-    row = answer(answers("tiny", *run_of(judged=judged)), "Q3")
+    row = answer(answers(*run_of(judged=judged)), "Q3")
     assert row["estimate"] == pytest.approx(-0.1, abs=0.01)
     assert (row["verdict"], row["reason"]) == ("supported", "better")
 
@@ -179,7 +186,7 @@ def test_effects_are_sorted_with_gains_first():
     def faster(variant, level, i, p):
         return (0.3 + 0.02 * noise(level, i, p)) if variant == "agency" and level else 0.0
 
-    table = answers("tiny", *run_of(gain(-0.2, 0.1), speed=faster, latency=faster))
+    table = answers(*run_of(gain(-0.2, 0.1), speed=faster, latency=faster))
     rows = table[table["id"] == "Q5"]
     known = rows["estimate"].dropna().tolist()
     assert known == sorted(known, reverse=True)
@@ -190,15 +197,15 @@ def test_effects_are_sorted_with_gains_first():
 def test_models_that_are_the_same_count_once():
     cells, measurements = run_of(lambda v, level, i, d: level / 100 - (0.1 * level / 80 + 0.001 * d) * (v == "agency"))
     cells["fingerprint"] = np.where(cells["level"] == 0, "dense", cells["variant"] + cells["level"].astype(str))
-    row = answer(answers("tiny", cells, measurements), "E2")
-    assert (row["n_iterations"], row["n_units"], row["n"]) == (1, 10, 10)
+    row = answer(answers(cells, measurements), "E2")
+    assert (row["n_iterations"], row["n_clusters"], row["n"]) == (1, 10, 10)
 
 
 def test_all_methods_of_a_run_share_their_family():
     one = run_of(gain(-0.2))
     two = run_of(gain(-0.2), method="n")
     both = [pd.concat(parts, ignore_index=True) for parts in zip(one, two, strict=True)]
-    alone, together = answers("tiny", *one), answers("tiny", *both)
+    alone, together = answers(*one), answers(*both)
     tests = together[together["family"] == "expectations"]["p"].notna().sum()
     assert tests == 2 * alone[alone["family"] == "expectations"]["p"].notna().sum()
     known = together[(together["family"] == "expectations") & together["p"].notna()].sort_values("p")
@@ -207,10 +214,10 @@ def test_all_methods_of_a_run_share_their_family():
 
 def test_other_contrasts_are_exploratory():
     cells, measurements = run_of(gain(-0.2), variants=("baseline-progressive", "agency"))
-    table = answers("tiny", cells, measurements, reference="baseline-progressive")
+    table = answers(cells, measurements, reference="baseline-progressive")
     assert set(table["kind"]) == {"exploratory"}
     assert answer(table, "E2")["contrast"] == "agency vs baseline-progressive"
-    assert answers("tiny", cells, measurements).empty
+    assert answers(cells, measurements).empty
 
 
 @pytest.mark.parametrize(
@@ -227,7 +234,7 @@ def test_other_contrasts_are_exploratory():
 )
 def test_too_little_data_is_an_answer(settings, name, reason):
     flat = {"loss": lambda *place: 0.0} if reason.startswith("no perp") else {}
-    row = answer(answers("tiny", *run_of(**flat, **settings)), name)
+    row = answer(answers(*run_of(**flat, **settings)), name)
     assert (row["verdict"], row["reason"]) == ("inconclusive", reason)
 
 
@@ -236,8 +243,8 @@ def test_losses_that_are_missing_are_not_taken_for_chance():
     lost = (measurements["metric"] == "window_nats") & (measurements["variant"] == "agency")
     lost &= (measurements["level"] == 80) & measurements["document"].isin(["d1", "d2", "d3", "d4"])
     measurements.loc[lost, "value"] = math.nan
-    row = answer(answers("tiny", cells, measurements), "E2")
-    assert (row["verdict"], row["reason"], row["n_units"]) == ("inconclusive", "missing", 6)
+    row = answer(answers(cells, measurements), "E2")
+    assert (row["verdict"], row["reason"], row["n_clusters"]) == ("inconclusive", "missing", 6)
 
 
 def test_a_failed_level_is_missing_and_the_rest_is_shown():
@@ -245,7 +252,7 @@ def test_a_failed_level_is_missing_and_the_rest_is_shown():
     gone = (cells["variant"] == "agency") & (cells["level"] == 80)
     cells.loc[gone, "status"] = "failed"
     measurements = measurements[~((measurements["variant"] == "agency") & (measurements["level"] == 80))]
-    row = answer(answers("tiny", cells, measurements), "E2")
+    row = answer(answers(cells, measurements), "E2")
     assert (row["verdict"], row["reason"]) == ("inconclusive", "missing")
     assert row["estimate"] == pytest.approx(-0.2, abs=0.01)
 
@@ -257,24 +264,24 @@ def test_holes_anywhere_never_stop_the_answers(seed):
     measurements = measurements[generator.random(len(measurements)) > 0.3 * generator.random()].copy()
     measurements.loc[generator.random(len(measurements)) < 0.2 * generator.random(), "value"] = math.nan
     cells.loc[generator.random(len(cells)) < 0.3 * generator.random(), "status"] = "failed"
-    table = answers("tiny", cells, measurements)
+    table = answers(cells, measurements)
     assert tuple(table.columns) == HYPOTHESIS_COLUMNS
     assert set(table["verdict"]) <= {"supported", "refuted", "inconclusive"}
     assert (table["reason"] != "").all()
-    optimal_levels("tiny", cells, measurements)
-    speed_at_equal_perplexity("tiny", cells, measurements)
+    optimal_levels("tiny", *observed(cells, measurements))
+    speed_at_equal_perplexity("tiny", *observed(cells, measurements))
     compare_runs(RunTables("a", "tiny", cells, measurements), RunTables("b", "tiny", cells, measurements))
 
 
 def test_answers_to_nothing_measured():
     cells, measurements = run_of()
-    table = answers("tiny", cells, measurements.iloc[:0])
+    table = answers(cells, measurements.iloc[:0])
     assert set(table["verdict"]) == {"inconclusive"}
 
 
 def test_same_tables_same_answers():
     tables = run_of(gain(-0.2))
-    pd.testing.assert_frame_equal(answers("tiny", *tables, seed=3), answers("tiny", *tables, seed=3))
+    pd.testing.assert_frame_equal(answers(*tables, seed=3), answers(*tables, seed=3))
 
 
 # The rule
@@ -314,7 +321,7 @@ def test_margins_are_shares():
 def test_area_and_slope_of_a_curve_by_hand():
     levels = np.array([0.0, 20.0, 60.0])
     assert curve_area(levels, np.array([0.0, 1.0, 3.0])) == pytest.approx((20 * 0.5 + 40 * 2) / 60)
-    assert curve_slope(levels, 0.03 * levels + 1) == pytest.approx(0.3)
+    assert (0.03 * levels + 1) @ slope_weights(levels) == pytest.approx(0.3)
 
 
 def test_speed_at_equal_perplexity_by_hand():
@@ -326,13 +333,13 @@ def test_speed_at_equal_perplexity_by_hand():
         lambda variant, level, i, d: level * (0.005 if variant == "agency" else 0.01) + 0.01 * d,
         speed=lambda variant, level, i, p: 0.002 * level + 0.01 * p,
     )
-    table = speed_at_equal_perplexity("tiny", *tables)
+    table = speed_at_equal_perplexity("tiny", *observed(*tables))
     assert tuple(table.columns) == EQUAL_COLUMNS
     assert table["baseline_level"].tolist() == pytest.approx([10, 20, 30, 40])
     assert table["agency_level"].tolist() == pytest.approx([20, 40, 60, 80])
     assert np.log(table["speed_ratio"]).tolist() == pytest.approx([0.02, 0.04, 0.06, 0.08])
     assert np.log(table["perplexity"]).tolist() == pytest.approx([4.145, 4.245, 4.345, 4.445])
-    row = answer(answers("tiny", *tables), "E1p")
+    row = answer(answers(*tables), "E1p")
     assert row["estimate"] == pytest.approx(0.05)
 
 
@@ -343,8 +350,8 @@ def test_interval_of_speed_at_equal_perplexity_widens_with_what_varies():
     def loss(variant, level, i, d):
         return level * (0.005 if variant == "agency" else 0.01)
 
-    still = answer(answers("tiny", *run_of(loss, speed=lambda v, level, i, p: 0.002 * level)), "E1p")
-    row = answer(answers("tiny", *run_of(loss, speed=speed)), "E1p")
+    still = answer(answers(*run_of(loss, speed=lambda v, level, i, p: 0.002 * level)), "E1p")
+    row = answer(answers(*run_of(loss, speed=speed)), "E1p")
     assert still["ci_high"] - still["ci_low"] < 1e-9
     # The mean of four iterations' differences: Student's interval with three degrees of freedom.
     differences = [0.1 * (noise(i, True) - noise(i, False)) for i in range(4)]
@@ -358,19 +365,22 @@ def test_optimal_level_is_the_last_one_within_the_tolerance():
         lambda variant, level, i, d: 0.001 * level + (0.002 * noise(level, i, d) if level else 0),
         speed=lambda variant, level, i, p: {0: 0.0, 20: 0.3, 40: 0.4, 60: 0.42, 80: 0.43}[level],
     )
-    table = optimal_levels("tiny", *tables)
+    table = optimal_levels("tiny", *observed(*tables))
     assert tuple(table.columns) == OPTIMUM_COLUMNS
     assert table["highest_level"].tolist() == [40, 40]
     assert (table["share"] > 0.95).all()
     # Shares of speed less shares of loss: 0.70 - 0.25, 0.93 - 0.50, 0.98 - 0.75, 0.
     assert table["knee_level"].tolist() == [20, 20]
-    assert optimal_levels("tiny", *tables, margins=Margins(tolerance=0.01))["highest_level"].tolist() == [0, 0]
+    assert optimal_levels("tiny", *observed(*tables), margins=Margins(tolerance=0.01))["highest_level"].tolist() == [
+        0,
+        0,
+    ]
 
 
 def test_search_for_the_optimal_level_ends_at_a_level_without_data():
     cells, measurements = run_of(lambda variant, level, i, d: 0.0001 * level * (1 + 0.1 * noise(level, i, d)))
     measurements = measurements[measurements["level"] != 60]
-    row = optimal_levels("tiny", cells, measurements).iloc[0]
+    row = optimal_levels("tiny", *observed(cells, measurements)).iloc[0]
     assert (row["highest_level"], row["levels"], row["reason"]) == (40, "0,20,40", "missing from level 60 on")
 
 

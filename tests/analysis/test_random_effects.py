@@ -110,11 +110,11 @@ def test_effect_size_divides_by_all_components():
     values = crossed((1, 1, 1), 6, 20, mean=0.7)
     fit = fit_crossed(values)
     parts = fit.components
-    deviation = math.sqrt(parts.iterations + parts.units + parts.residual)
+    deviation = math.sqrt(parts.iterations + parts.clusters + parts.residual)
     assert standardised(fit).estimate == pytest.approx(values.mean() / deviation)
 
 
-ONE_SAMPLE = Components(iterations=0.0, units=1.0, residual=0.0)
+ONE_SAMPLE = Components(iterations=0.0, clusters=1.0, residual=0.0)
 
 
 def test_power_of_the_textbook():
@@ -125,7 +125,7 @@ def test_power_of_the_textbook():
 
 
 def test_power_agrees_with_simulation_of_crossed_data():
-    parts = Components(iterations=0.2, units=0.5, residual=0.6)
+    parts = Components(iterations=0.2, clusters=0.5, residual=0.6)
     generator = np.random.default_rng(4)
     values = (
         0.8
@@ -137,10 +137,10 @@ def test_power_agrees_with_simulation_of_crossed_data():
     assert found == pytest.approx(power(0.8, parts, 6, 25), abs=0.05)
 
 
-def test_no_number_of_units_mends_the_spread_of_iterations():
-    parts = Components(iterations=1.0, units=0.1, residual=0.1)
-    more_iterations, more_units = needed(0.5, parts, 3, 30)
-    assert math.isnan(more_units)
+def test_no_number_of_clusters_mends_the_spread_of_iterations():
+    parts = Components(iterations=1.0, clusters=0.1, residual=0.1)
+    more_iterations, more_clusters = needed(0.5, parts, 3, 30)
+    assert math.isnan(more_clusters)
     total = 3 + int(more_iterations)
     assert power(0.5, parts, total, 30) >= 0.8 > power(0.5, parts, total - 1, 30)
 
@@ -153,7 +153,7 @@ def test_nothing_to_find_needs_no_number():
 def test_a_factor_that_does_not_vary_lends_its_freedom_to_the_residual():
     """With the residual alone all 5 x 2 pairs are one sample: variance 1 / 10 at 9 degrees of freedom."""
     assert Components(0.0, 0.0, 1.0).of_mean(5, 2) == pytest.approx((0.1, 9.0))
-    # Where only units vary: their mean square at its own 3 degrees of freedom, pooled residual with 6 + 2 taken off.
+    # Where only clusters vary: their mean square at its own 3 degrees of freedom, pooled residual with 6 + 2 taken off.
     variance, df = Components(0.0, 2.0, 1.0).of_mean(3, 4)
     assert variance == pytest.approx((3 * 2 + 1) / 12)
     assert df == pytest.approx(3.0)

@@ -111,9 +111,9 @@ def test_weights_that_adaptation_has_given_a_bias():
 def test_texts_are_those_of_the_forward(model, temperature):
     prompts = [[5, 9, 11, 40, 2, 8], [7, 3], [1, 2, 3, 4]]
     draws = torch.stack([common_uniforms(0, 0, row, 12) for row in range(3)])
-    heat = [temperature] * 3
-    expected = generate(model, prompts, 12, temperatures=heat, uniforms=draws)
-    actual = generate(model, prompts, 12, temperatures=heat, uniforms=draws, step=step_of(model))
+    temperatures = [temperature] * 3
+    expected = generate(model, prompts, 12, temperatures=temperatures, uniforms=draws)
+    actual = generate(model, prompts, 12, temperatures=temperatures, uniforms=draws, step=step_of(model))
     assert torch.equal(actual.tokens, expected.tokens)
     assert actual.cache_bytes == expected.cache_bytes
 

@@ -70,7 +70,7 @@ def test_smallest_p_and_pairs_of_each_expectation(folder, capsys):
     assert [found[name]["levels"] for name in found] == [[25, 60], [60], [60], [25, 60]]
     # Of n signs, two arrangements of 2^n are the most extreme.
     assert {row["smallest_p_flipping_iterations"] for row in found.values()} == {2 / 2**5}
-    assert [found[name]["smallest_p_flipping_units"] for name in found] == [2 / 2**2, 2 / 2**4, 2 / 2**3, 2 / 2**2]
+    assert [found[name]["smallest_p_flipping_clusters"] for name in found] == [2 / 2**2, 2 / 2**4, 2 / 2**3, 2 / 2**2]
 
 
 def test_the_detectable_effect_is_found_four_times_in_five(folder, capsys):
@@ -79,7 +79,7 @@ def test_the_detectable_effect_is_found_four_times_in_five(folder, capsys):
     effect = math.log1p(rows["E4"]["detectable"])
     assert effect < math.log1p(-0.03)
     parts = ASSUMED["E4"]
-    assert (parts.iterations, parts.units) == (0, 0)
+    assert (parts.iterations, parts.clusters) == (0, 0)
     # Neither iterations nor prompts vary, so the 5 x 2 pairs are ten observations; six answers share 0.025.
     error, freedom = math.sqrt(parts.residual / 10), 9
     critical = stats.t.ppf(1 - 0.025 / 6 / 2, freedom)
@@ -187,7 +187,7 @@ def test_quality_is_planned_with_more_spread_between_iterations_where_chance_ran
         for methods in (("entropy",), ("entropy", "random"))
     )
     assert by_chance.iterations > by_score.iterations
-    assert (by_chance.units, by_chance.residual) == (by_score.units, by_score.residual)
+    assert (by_chance.clusters, by_chance.residual) == (by_score.clusters, by_score.residual)
     assert assumed_components("E1", ComparisonSpec(pruning_methods=("random",))) == ASSUMED["E1"]
 
 

@@ -1,153 +1,91 @@
-"""Two runs: what differs is named, what cannot be compared is left out with its reason, and the rest is compared."""
+"""Two runs in words, and from the command line."""
 
 from __future__ import annotations
 
 import json
 import math
 from dataclasses import replace
-from pathlib import Path
+from typing import get_args
 
 import pandas as pd
 import pytest
 from builders import save_tiny_model, write_short_texts
 
 from pruning_comparison import cli
+from pruning_comparison.analysis.between_runs import Difference, Limit, LimitReason, OnlyIn
 from pruning_comparison.report.between_runs import (
-    Difference,
+    DifferenceInWords,
+    LimitInWords,
+    between_runs_findings,
     compare,
-    comparison_findings,
-    differences,
-    limits,
-    same_tokens,
-)  # fmt: skip
+    difference_in_words,
+    limit_in_words,
+)
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store import Manifest, Run, load_run, read_manifest
+from pruning_comparison.store import load_run, read_manifest
 
 NAN = math.nan
 
 
-def manifest(**changes):
-    spec = ComparisonSpec(model_name="one", pruning_levels=(0, 50), temperatures=(1.0,)).as_dict()
-    base = {
-        "spec": {**spec, **changes.pop("spec", {})},
-        "inputs": {"prompts": "p", "eval_text": "e", "calibration_text": "c", "model": "m"},
-        "model": {"name": "one"},
-        "versions": {"torch": "2.11.0"},
-        "hardware": {"processor": "slow", "threads": 1},
-        "commit": "abc",
-    }
-    return {key: {**value, **changes[key]} if isinstance(value, dict) and key in changes else changes.get(key, value)
-            for key, value in base.items()}  # fmt: skip
+# In words
 
 
-def stored(tokens=(10.0, 12.0), **changes):
-    windows = [
-        {"document": f"d{number}", "window": 0, "metric": metric, "value": value}
-        for number, count in enumerate(tokens)
-        for metric, value in (("window_tokens", count), ("window_bytes", 50.0))
+def test_a_difference_names_its_part_and_what_is_not_recorded():
+    found = [
+        Difference("spec", "pruning_levels", [0.0, 50.0], [0.0, 30.0]),
+        Difference("inputs", "model", "m", "n"),
+        Difference("model", "heads", 12, 8),
+        Difference("versions", "torch", "2.11.0", "2.12.0"),
+        Difference("hardware", "processor", "slow", "fast"),
+        Difference("commit", "commit", "abc", None),
     ]
-    stored_manifest = Manifest.from_dict({**manifest(**changes), "model": None})
-    return Run(Path(), stored_manifest, measurements=pd.DataFrame(windows))
-
-
-def left_out(first, second):
-    return {metric for limit in limits(first, second) for metric in limit.metrics}
-
-
-# What differs
-
-
-def test_everything_that_differs_is_named_and_nothing_else():
-    found = differences(
-        manifest(),
-        manifest(
-            spec={"model_name": "two", "pruning_levels": [0.0, 30.0]}, inputs={"model": "n"}, versions={"torch": "2.12.0"},
-            hardware={"processor": "fast"}, commit=None,
-        ),
-    )  # fmt: skip
-    assert found == [
-        Difference("model_name", "one", "two"),
-        Difference("pruning_levels", "0, 50", "0, 30"),
-        Difference("content of model", "m", "n"),
-        Difference("torch", "2.11.0", "2.12.0"),
-        Difference("machine: processor", "slow", "fast"),
-        Difference("commit", "abc", "not recorded"),
+    assert [difference_in_words(difference) for difference in found] == [
+        DifferenceInWords("pruning_levels", "0, 50", "0, 30"),
+        DifferenceInWords("content of model", "m", "n"),
+        DifferenceInWords("model: heads", "12", "8"),
+        DifferenceInWords("torch", "2.11.0", "2.12.0"),
+        DifferenceInWords("machine: processor", "slow", "fast"),
+        DifferenceInWords("commit", "abc", "not recorded"),
     ]
-    assert differences(manifest(), manifest()) == []
 
 
-# What cannot be compared
-
-
-def test_like_runs_are_compared_in_everything():
-    (found,) = limits(stored(), stored())
-    assert (found.metrics, found.note) == ((), "timed at another time")
-
-
-def test_another_evaluation_text_leaves_no_pairs_of_documents():
-    found = limits(stored(), stored(inputs={"eval_text": "other"}))
-    assert [limit.what for limit in found] == ["perplexity and bits per byte", "speed"]
-    assert "different texts" in found[0].why
-    assert found[0].metrics == ("perplexity", "bits_per_byte")
-
-
-def test_another_tokenizer_leaves_bits_per_byte():
-    assert same_tokens(stored(), stored())
-    assert not same_tokens(stored(), stored(tokens=(10.0, 11.0)))
-    assert left_out(stored(), stored(tokens=(10.0, 11.0))) == {"perplexity"}
-    assert "Bits per byte are compared instead" in limits(stored(), stored(tokens=(9.0, 11.0)))[0].why
-
-
-def test_other_prompts_leave_neither_texts_nor_speed():
-    found = left_out(stored(), stored(inputs={"prompts": "q"}))
-    assert {"distinct_2_distance", "generation_perplexity_distance", "tokens_per_second", "end_to_end_s"} <= found
-    assert "perplexity" not in found
-
-
-def test_texts_of_other_lengths_keep_the_times_that_do_not_depend_on_it():
-    found = left_out(stored(), stored(spec={"num_tokens": 7}))
-    assert "tokens_per_second" in found
-    assert "first_token_latency_s" not in found
-
-
-def test_another_model_judges_its_own_texts():
-    found = limits(stored(), stored(inputs={"model": "n"}))
-    assert {metric for limit in found for metric in limit.metrics} == {"generation_perplexity_distance"}
-    assert [limit.note for limit in found if limit.note] == ["counted in other tokens", "timed at another time"]
+def test_what_only_one_run_has_is_told_with_its_unit():
+    told = [
+        limit_in_words(Limit("only in one run", only_in=OnlyIn(axis, value, run)))
+        for axis, value, run in (
+            ("method", "random", "first"),
+            ("level", 30.0, "second"),
+            ("temperature", 0.7, "second"),
+        )
+    ]
+    assert told == [
+        LimitInWords("method random", "only the first run has it"),
+        LimitInWords("level 30 %", "only the second run has it"),
+        LimitInWords("temperature 0.7", "only the second run has it"),
+    ]
 
 
 @pytest.mark.parametrize(
-    "change", [{"hardware": {"processor": "fast"}}, {"versions": {"torch": "2.12.0"}}, {"hardware": {"threads": 2}}]
+    ("reason", "what", "why"),
+    [
+        ("no method in common", "methods", "every method of the second is set against every method of the first"),
+        ("other evaluation text", "perplexity and bits per byte", "different texts"),
+        ("other tokens", "perplexity", "Bits per byte are compared instead"),
+        ("another machine", "speed", "not what pruning does. It is shown and labelled so."),
+        ("timed at another time", "speed", "one after the other"),
+    ],
 )
-def test_speed_of_other_machines_is_labelled_and_not_left_out(change):
-    (found,) = limits(stored(), stored(**change))
-    assert found.metrics == ()
-    assert "tokens_per_second" in found.reserved
-    assert found.note == "another machine"
-    assert "not what pruning does" in found.why
+def test_a_limit_says_what_and_why(reason, what, why):
+    told = limit_in_words(Limit(reason))
+    assert told.what == what
+    assert why in told.why
 
 
-def test_other_batches_leave_no_speed():
-    assert "tokens_per_second" in left_out(stored(), stored(spec={"batch_size": 4}))
-
-
-def test_what_only_one_run_has_is_listed():
-    found = limits(
-        stored(spec={"pruning_methods": ["entropy", "random"]}),
-        stored(spec={"pruning_methods": ["entropy"], "pruning_levels": [0.0, 30.0, 50.0], "temperatures": [0.7, 1.0]}),
-    )
-    assert [(limit.what, limit.why) for limit in found if limit.what != "speed"] == [
-        ("method random", "only the first run has it"),
-        ("level 30 %", "only the second run has it"),
-        ("temperature 0.7", "only the second run has it"),
-    ]
-    apart = limits(stored(spec={"pruning_methods": ["entropy"]}), stored(spec={"pruning_methods": ["random"]}))
-    assert [limit.what for limit in apart] == ["methods", "speed"]
-    assert "every method of the second is set against every method of the first" in apart[0].why
-
-
-# In words
+def test_every_reason_has_words():
+    for reason in get_args(LimitReason):
+        if reason != "only in one run":
+            assert limit_in_words(Limit(reason)).why
 
 
 def row(metric, level, verdict, estimate, *, better="lower", note="", temperature=NAN):
@@ -159,7 +97,7 @@ def row(metric, level, verdict, estimate, *, better="lower", note="", temperatur
 
 
 def test_differences_are_claimed_only_where_they_are_clear():
-    (found,) = comparison_findings(
+    (found,) = between_runs_findings(
         pd.DataFrame(
             [
                 row("perplexity", 0.0, "supported", math.log(0.5)),
@@ -205,9 +143,9 @@ def runs(tmp_path_factory):
 def test_two_runs_of_other_models_are_compared_from_the_command_line(runs, tmp_path, capsys):
     argv = ["report", str(runs / "out0"), str(runs / "out1"), f"--output_dir={tmp_path}", "--quiet"]
     assert cli.main(argv) == 0
-    (folder,) = tmp_path.glob("comparison_*")
+    (folder,) = tmp_path.glob("between_runs_*")
     assert f"report: {folder / 'report.html'}" in capsys.readouterr().out
-    table = pd.read_csv(folder / "comparison.csv")
+    table = pd.read_csv(folder / "between_runs.csv")
     assert set(table["method"]) == {"magnitude"}
     assert set(table["variant"]) == {"baseline", "agency"}
     assert {"perplexity", "bits_per_byte", "tokens_per_second"} <= set(table["metric"])
@@ -237,12 +175,15 @@ def test_runs_that_cannot_be_compared_exit_2(runs, tmp_path, capsys):
     ):
         assert cli.main(["report", *argv, f"--output_dir={tmp_path}"]) == 2
         assert message in capsys.readouterr().err
-    assert not list(tmp_path.glob("comparison_*"))
+    assert not list(tmp_path.glob("between_runs_*"))
 
 
 def test_a_run_against_its_copy_shows_no_difference(runs):
     run = load_run((runs / "out0" / "latest").resolve())
-    compared = compare(run, run)
+    compared, limits = compare(run, run)
+    assert [limit.reason for limit in limits] == ["timed at another time"]
+    timed = compared["metric"] == "tokens_per_second"
+    assert set(compared.loc[timed, "note"]) == {"timed at another time"}
     measured = compared[compared["metric"] == "perplexity"]
     assert len(measured) == 4
     assert (measured["estimate"] == 0).all()

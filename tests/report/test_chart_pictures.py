@@ -20,7 +20,7 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image, ImageFilter
 
-from pruning_comparison.analysis.head_maps import SIGNALS, agreement, head_maps, round_maps
+from pruning_comparison.analysis.head_maps import SIGNALS, agreement, map_heads, map_rounds
 from pruning_comparison.report.charts import overview as charts
 from pruning_comparison.report.charts.heads import draw_head_charts
 from pruning_comparison.variants import VARIANTS
@@ -106,7 +106,7 @@ def head_tables() -> tuple[pd.DataFrame, pd.DataFrame, pd.DataFrame]:
 
 def figures_of(worse: float = 1.0, size: charts.FigureSize = charts.WIDE) -> dict[str, Figure]:
     heads, signals, replies = head_tables()
-    maps, rounds = head_maps(heads, signals, replies), round_maps(signals, replies)
+    maps, rounds = map_heads(heads, signals, replies), map_rounds(signals, replies)
     return charts.draw_all(*tables(worse), size=size) | draw_head_charts(
         "tiny", maps, rounds, agreement(heads), size=size
     )
@@ -160,7 +160,7 @@ def test_every_chart_is_drawn_again_from_the_tables_as_written(tmp_path):
         written.append(pd.read_csv(tmp_path / f"{number}.csv"))
     summary, contrasts, heads, signals, replies = written
     again = charts.draw_all(summary, contrasts) | draw_head_charts(
-        "tiny", head_maps(heads, signals, replies), round_maps(signals, replies), agreement(heads)
+        "tiny", map_heads(heads, signals, replies), map_rounds(signals, replies), agreement(heads)
     )
     first = charts.draw_all(*tables())
     for name in first:

@@ -24,9 +24,9 @@ from matplotlib.figure import Figure
 from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS
 from pruning_comparison.analysis.tradeoffs import EQUAL_COLUMNS, OPTIMUM_COLUMNS
 from pruning_comparison.metrics import METRICS
-from pruning_comparison.report.between_runs import Difference, LeftOut
+from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
 from pruning_comparison.report.findings import Finding
-from pruning_comparison.report.page import render_comparison, render_report
+from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.verdicts import Verdict
 
 NAN = math.nan
@@ -93,11 +93,11 @@ def answer(name, verdict, estimate, low, high, **other):
         "model": "tiny", "method": "entropy", "temperature": NAN, "id": name, "kind": "expectation",
         "family": "expectations", "contrast": "agency vs baseline", "metric": "perplexity",
         "estimand": "mean over levels >= 40", "scale": "log_ratio", "estimate": estimate, "ci_low": low, "ci_high": high,
-        "unit": "log ratio", "n": 15, "n_iterations": 3, "n_units": 5, "unit_name": "document", "p": 0.0002,
+        "unit": "log ratio", "n": 15, "n_iterations": 3, "n_clusters": 5, "cluster": "document", "p": 0.0002,
         "p_holm": 0.012, "smallest_p": 0.0625, "test": "crossed random effects", "p_claim_holm": 0.02,
         "effect_size": -2.5, "effect_size_low": -3.0, "effect_size_high": -2.0, "effect_size_name": "standardised",
         "margin": 0.05, "better": "lower", "verdict": verdict, "reason": "better", "more_iterations": NAN,
-        "more_units": NAN,
+        "more_clusters": NAN,
     }  # fmt: skip
     return {**row, **other}
 
@@ -382,7 +382,7 @@ def test_margins_are_stated():
 # Two runs
 
 
-def comparison(**changes):
+def between_runs(**changes):
     compared = pd.DataFrame(
         [
             {**answer("X:perplexity", "supported", -0.1, -0.2, -0.06, kind="exploratory", contrast=NASTY),
@@ -392,13 +392,13 @@ def comparison(**changes):
     )  # fmt: skip
     values = {
         "names": (NASTY, NASTY), "compared": compared, "findings": [Finding(NASTY, NASTY, NASTY)],
-        "differences": [Difference(NASTY, NASTY, NASTY)], "limits": [LeftOut(NASTY, NASTY)], **changes,
+        "differences": [DifferenceInWords(NASTY, NASTY, NASTY)], "limits": [LimitInWords(NASTY, NASTY)], **changes,
     }  # fmt: skip
-    return render_comparison(**values)
+    return render_between_runs(**values)
 
 
 def test_a_comparison_of_two_runs_is_one_offline_escaped_document():
-    html = comparison()
+    html = between_runs()
     html.encode("utf-8")
     document = Document(html)
     assert len(document.having("script")) == 1
@@ -414,7 +414,7 @@ def test_a_comparison_of_two_runs_is_one_offline_escaped_document():
 
 def test_a_comparison_in_which_nothing_can_be_compared_says_so():
     empty = pd.DataFrame(columns=[*HYPOTHESIS_COLUMNS, "variant", "level", "note"])
-    words = Document(comparison(compared=empty, findings=[], differences=[], limits=[])).words
+    words = Document(between_runs(compared=empty, findings=[], differences=[], limits=[])).words
     assert "Nothing in these two runs can be compared." in words
     assert "Nothing that is recorded." in words
 

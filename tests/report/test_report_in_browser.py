@@ -14,7 +14,7 @@ import pytest
 from builders import GONE, NASTY, asked_tables, estimate_row, heads_table, render_page, text_row
 from matplotlib.figure import Figure
 
-from pruning_comparison.analysis.head_maps import agreement, head_maps
+from pruning_comparison.analysis.head_maps import agreement, map_heads
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium here (Debian: apt install chromium)")
@@ -88,7 +88,7 @@ def html() -> str:
                  for level in (0, 50, 5, 100) for variant in ("baseline", "agency")],
         texts=[text_row(variant, level, NASTY, NASTY * 3 + "x" * 10_000)
                for variant in ("baseline", "agency") for level in (0, 50)],
-        heads=head_maps(table, *asked_tables()),
+        heads=map_heads(table, *asked_tables()),
         figures={"radar": Figure(figsize=(8.5, 4))},
         narrow={"radar": Figure(figsize=(4, 9))},
         agreed=agreement(table),

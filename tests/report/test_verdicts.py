@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pruning_comparison.analysis.questions import QUESTIONS
 from pruning_comparison.report.verdicts import (
-    TITLES,
     Verdict,
     exploratory_findings,
     interval_shown,
@@ -23,7 +23,7 @@ NAN = math.nan
 LOG = math.log
 OPTIMUM = [
     "model", "method", "variant", "highest_level", "tolerance", "share", "knee_level", "levels", "n", "n_iterations",
-    "n_units", "reason",
+    "n_clusters", "reason",
 ]  # fmt: skip
 PLACES = {
     "E1": ("tokens_per_second", "log_ratio", 0.02, "higher"),
@@ -49,12 +49,12 @@ def answer(name, verdict, estimate=NAN, low=NAN, high=NAN, **other):
         "model": "tiny", "method": "entropy", "temperature": NAN, "id": name,
         "kind": "expectation" if name.startswith("E") else "question", "family": "expectations",
         "contrast": "agency vs baseline", "metric": metric, "estimand": "mean", "scale": scale,
-        "estimate": estimate, "ci_low": low, "ci_high": high, "unit": unit, "n": 15, "n_iterations": 3, "n_units": 5,
-        "unit_name": "document" if metric == "perplexity" else "prompt", "p": 0.01, "p_holm": 0.02, "smallest_p": 0.0,
+        "estimate": estimate, "ci_low": low, "ci_high": high, "unit": unit, "n": 15, "n_iterations": 3, "n_clusters": 5,
+        "cluster": "document" if metric == "perplexity" else "prompt", "p": 0.01, "p_holm": 0.02, "smallest_p": 0.0,
         "test": "crossed random effects", "effect_size": -1.0, "effect_size_low": -2.0, "effect_size_high": -0.5,
         "effect_size_name": "standardised paired difference", "margin": margin, "better": better, "verdict": verdict,
         "reason": {"supported": "better", "refuted": "worse", "inconclusive": "wide interval"}[verdict],
-        "more_iterations": NAN, "more_units": NAN,
+        "more_iterations": NAN, "more_clusters": NAN,
     }  # fmt: skip
     return {**row, **other}
 
@@ -100,7 +100,7 @@ def test_refuted_because_there_is_no_difference_that_matters():
 
 def test_inconclusive_claims_nothing_and_says_how_much_would_settle_it():
     found = one(
-        answer("E2", "inconclusive", LOG(0.97), LOG(0.88), LOG(1.07), more_iterations=6.0, more_units=35.0),
+        answer("E2", "inconclusive", LOG(0.97), LOG(0.88), LOG(1.07), more_iterations=6.0, more_clusters=35.0),
     )
     assert found.verdict == "inconclusive"
     assert found.sentence == (
@@ -232,7 +232,7 @@ def test_temperature_names_the_direction_and_claims_it_only_when_supported():
     assert "the higher the temperature, the better agency does against the baseline" in better.sentence
     worse = one(answer("Q3", "supported", 0.2, 0.1, 0.3, reason="worse"))
     assert "the higher the temperature, the worse agency does against the baseline" in worse.sentence
-    open_one = one(answer("Q3", "inconclusive", 0.2, -0.1, 0.5, more_units=4.0))
+    open_one = one(answer("Q3", "inconclusive", 0.2, -0.1, 0.5, more_clusters=4.0))
     assert open_one.sentence.startswith("The data do not decide whether temperature changes how the two compare.")
     assert "no change fits the data as well" in open_one.sentence
     assert "About 4 more prompts would settle it" in open_one.sentence
@@ -288,7 +288,7 @@ def test_all_nine_are_answered_in_order_and_what_is_absent_is_inconclusive():
     assert all(
         verdict.sentence == "This was not measured, so nothing can be said." for verdict in found if verdict.id != "E2"
     )
-    assert list(TITLES) == ["E1", "E1p", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5"]
+    assert list(QUESTIONS) == ["E1", "E1p", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5"]
 
 
 def test_methods_and_models_are_named_where_there_are_several():

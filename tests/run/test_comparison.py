@@ -71,7 +71,7 @@ def test_every_cell_metric_prompt_and_document_is_there(folder, tmp_path):
     for _, cell in per_cell:
         assert set(
             cell.loc[cell["metric"] == "distinct_2", ["temperature", "prompt"]].itertuples(index=False, name=None)
-        ) == {(heat, prompt) for heat in (0.0, 1.0) for prompt in (0, 1)}
+        ) == {(temperature, prompt) for temperature in (0.0, 1.0) for prompt in (0, 1)}
         assert cell.loc[cell["metric"] == "window_nats", "document"].nunique() == 4
         assert len(cell[cell["metric"] == "tokens_per_second"]) == 2 * 2
     assert stored["heads"].groupby(["variant", "method", "iteration", "level"])["kept"].sum().isin([4, 8]).all()

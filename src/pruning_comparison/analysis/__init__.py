@@ -1,1 +1,95 @@
-"""analysis"""
+"""From measurements to estimates, answers and maps of heads. Tables in, tables out, without torch."""
+
+from pruning_comparison.analysis.between_runs import (
+    RUN_COLUMNS,
+    Difference,
+    Limit,
+    LimitReason,
+    OnlyIn,
+    Part,
+    RunTables,
+    compare_runs,
+    differences,
+    limits,
+    manifest_part,
+)
+from pruning_comparison.analysis.estimates import (
+    CONTRAST_COLUMNS,
+    MISSING_COLUMNS,
+    SUMMARY_COLUMNS,
+    MetricTable,
+    contrast,
+    missing_figures,
+    observations,
+    summarize,
+)
+from pruning_comparison.analysis.head_maps import (
+    AGREEMENT_COLUMNS,
+    SIGNALS,
+    HeadMap,
+    RoundMap,
+    agreement,
+    map_heads,
+    map_rounds,
+)
+from pruning_comparison.analysis.hypotheses import CLAIM_LEVEL, HYPOTHESIS_COLUMNS, answer_hypotheses
+from pruning_comparison.analysis.margins import Margins
+from pruning_comparison.analysis.questions import QUALITY_LEVEL, QUESTIONS, Question
+from pruning_comparison.analysis.random_effects import (
+    PLANNING,
+    Array,
+    Components,
+    detectable_effect,
+    smallest_permutation_p,
+)
+from pruning_comparison.analysis.tradeoffs import (
+    EQUAL_COLUMNS,
+    OPTIMUM_COLUMNS,
+    optimal_levels,
+    speed_at_equal_perplexity,
+)
+
+__all__ = [
+    "AGREEMENT_COLUMNS",
+    "CLAIM_LEVEL",
+    "CONTRAST_COLUMNS",
+    "EQUAL_COLUMNS",
+    "HYPOTHESIS_COLUMNS",
+    "MISSING_COLUMNS",
+    "OPTIMUM_COLUMNS",
+    "PLANNING",
+    "QUALITY_LEVEL",
+    "QUESTIONS",
+    "RUN_COLUMNS",
+    "SIGNALS",
+    "SUMMARY_COLUMNS",
+    "Array",
+    "Components",
+    "Difference",
+    "HeadMap",
+    "Limit",
+    "LimitReason",
+    "Margins",
+    "MetricTable",
+    "OnlyIn",
+    "Part",
+    "Question",
+    "RoundMap",
+    "RunTables",
+    "agreement",
+    "answer_hypotheses",
+    "compare_runs",
+    "contrast",
+    "detectable_effect",
+    "differences",
+    "limits",
+    "manifest_part",
+    "map_heads",
+    "map_rounds",
+    "missing_figures",
+    "observations",
+    "optimal_levels",
+    "smallest_permutation_p",
+    "speed_at_equal_perplexity",
+    "summarize",
+]

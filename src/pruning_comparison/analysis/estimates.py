@@ -6,13 +6,14 @@ Iterations and documents (or prompts) are crossed, not nested: the same document
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis.random_effects import Estimate, crossed_interval
+from pruning_comparison.analysis.random_effects import Array, Estimate, crossed_interval
 from pruning_comparison.metrics import METRICS, Metric, metric_named, of_kind
 
 SUMMARY_COLUMNS = (
@@ -25,11 +26,10 @@ MISSING_COLUMNS = ("variant", "method", "level", "metric", "reason", "count")
 _CELL = ["variant", "method", "level"]
 
 
-def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
+def summarize(model: str, tables: Mapping[str, MetricTable]) -> pd.DataFrame:
     """One row per estimate, columns ``SUMMARY_COLUMNS``; intervals over iterations and documents, or prompts."""
     rows = []
-    shown_alone = _shown_alone(_known(cells, measurements))
-    for _, data in [*observations(cells, measurements), *shown_alone]:
+    for data in tables.values():
         metric = METRICS[data.metric]
         for key, estimate in data.estimates():
             variant, method, level, temperature = key
@@ -41,7 +41,7 @@ def summarize(model: str, cells: pd.DataFrame, measurements: pd.DataFrame) -> pd
 
 
 def contrast(
-    model: str, cells: pd.DataFrame, measurements: pd.DataFrame, variant: str = "agency", reference: str = "baseline"
+    model: str, tables: Mapping[str, MetricTable], variant: str = "agency", reference: str = "baseline"
 ) -> pd.DataFrame:
     """Paired differences of two variants, columns ``CONTRAST_COLUMNS``.
 
@@ -49,7 +49,7 @@ def contrast(
     ratio, given as per cent change; the others by the mean difference in their own unit.
     """
     rows = []
-    for _, data in observations(cells, measurements):
+    for data in tables.values():
         metric = METRICS[data.metric]
         if not metric.compared:
             continue
@@ -75,7 +75,7 @@ def missing_figures(measurements: pd.DataFrame) -> pd.DataFrame:
 
 @dataclass(frozen=True)
 class MetricTable:
-    """One metric in tidy form: ``variant, method, level, temperature, iteration, unit, x, model_id`` and a scale.
+    """One metric in tidy form: ``variant, method, level, temperature, iteration, cluster, x, model_id`` and a scale.
 
     ``x`` is the logarithm where ``log_scale``. ``model_id`` is equal for observations that are the same by construction
     (same weights, no new randomness), which then count once.
@@ -85,6 +85,7 @@ class MetricTable:
     table: pd.DataFrame
     log_scale: bool
     weights: str | None = None
+    _pairs: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def estimates(self) -> list[tuple[tuple[str, str, float, float], Estimate]]:
         result: list[tuple[Any, Estimate]] = []
@@ -100,12 +101,18 @@ class MetricTable:
         return result
 
     def pairs(self, variant: str, reference: str) -> pd.DataFrame:
-        """Both variants on the same ``method, level, temperature, iteration, unit``: ``difference`` and ``pair``.
+        """Both variants on the same ``method, level, temperature, iteration, cluster``: ``difference`` and ``pair``.
 
         Repeats within an iteration are averaged. ``pair`` is equal for pairs that are the same by construction.
-        What is left of equal numbers by rounding is no difference.
+        What is left of equal numbers by rounding is no difference. Made once for each two variants, since contrasts and
+        answers ask for the same ones.
         """
-        keys = ["method", "level", "temperature", "iteration", "unit"]
+        if (variant, reference) not in self._pairs:
+            self._pairs[variant, reference] = self._paired(variant, reference)
+        return self._pairs[variant, reference]
+
+    def _paired(self, variant: str, reference: str) -> pd.DataFrame:
+        keys = ["method", "level", "temperature", "iteration", "cluster"]
         means = self.table.groupby(["variant", *keys, "model_id"], dropna=False, as_index=False)["x"].mean()
         of_variant, of_reference = (means[means["variant"] == name] for name in (variant, reference))
         both = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
@@ -128,23 +135,39 @@ class MetricTable:
 
 
 def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | None:
-    """Interval of one group; iterations that are identical by construction count once, incomplete units are left out."""
+    """Interval of one group; iterations that are identical by construction count once, incomplete clusters are left out."""
     first = group.groupby(identity)["iteration"].transform("min")
-    distinct = group[group["iteration"] == first]
-    matrix = distinct.pivot_table(index="iteration", columns="unit", values=column, aggfunc="mean")
-    complete = matrix.dropna(axis=1)
-    if complete.empty:
-        complete = matrix.dropna(axis=0)
-    return None if complete.empty else crossed_interval(complete.to_numpy(dtype=np.float64))
+    values = _crossed(group[group["iteration"] == first], column)
+    complete = values[:, ~np.isnan(values).any(0)]
+    if not complete.size:
+        complete = values[~np.isnan(values).any(1)]
+    # One row after the other in memory: another order of summing changes last digits, and so the results on record.
+    return crossed_interval(np.ascontiguousarray(complete)) if complete.size else None
 
 
-def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[str, MetricTable]]:
-    """Every metric that the measurements hold, as observations."""
+def _crossed(rows: pd.DataFrame, column: str) -> Array:
+    """Means of a column by iteration and cluster [a, b], NaN where there is no row.
+
+    What ``pivot_table`` gives; a report asks for hundreds of them, and pandas takes ten times as long.
+    """
+    rows = rows[rows["cluster"].notna() & rows[column].notna()]
+    row, iterations = pd.factorize(rows["iteration"], sort=True)
+    place, clusters = pd.factorize(rows["cluster"], sort=True)
+    shape = (len(iterations), len(clusters))
+    cell = row * shape[1] + place
+    sums = np.bincount(cell, rows[column].to_numpy(dtype=np.float64), minlength=shape[0] * shape[1])
+    counts = np.bincount(cell, minlength=shape[0] * shape[1])
+    means: Array = np.divide(sums, counts, out=np.full(len(sums), math.nan), where=counts > 0)
+    return means.reshape(shape)
+
+
+def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> dict[str, MetricTable]:
+    """Every metric that the measurements hold, by its name. A report makes them once and hands them on."""
     known = _known(cells, measurements)
     losses = _document_losses(known)
     result = [_loss_per(metric, losses) for metric in of_kind("loss") if metric.compared]
     for metric in of_kind("text"):
-        rows = known[known["metric"] == metric.name].assign(unit=lambda t: t["prompt"])
+        rows = known[known["metric"] == metric.name].assign(cluster=lambda t: t["prompt"])
         # New draws make new texts from the same model; only greedy decoding repeats itself.
         drawn = np.where(rows["temperature"] > 0, "@" + rows["iteration"].astype(str), "")
         rows = rows.assign(model_id=rows["fingerprint"] + drawn)
@@ -152,9 +175,9 @@ def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> list[tuple[
         result.extend(_distances(other, rows) for other in of_kind("distance") if other.distance_of == metric.name)
     for metric in of_kind("timing", "memory", "size", "cost"):
         rows = known[known["metric"] == metric.name]
-        rows = rows.assign(unit=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
+        rows = rows.assign(cluster=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
         result.append(_scaled(metric, rows))
-    return [(data.metric, data) for data in result if len(data.table)]
+    return {data.metric: data for data in [*result, *_shown_alone(losses)] if len(data.table)}
 
 
 def _known(cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
@@ -178,20 +201,18 @@ def _loss_per(metric: Metric, losses: pd.DataFrame) -> MetricTable:
     return MetricTable(metric.name, table.assign(x=per), metric.scale == "log", metric.over)
 
 
-def _shown_alone(known: pd.DataFrame) -> list[tuple[str, MetricTable]]:
+def _shown_alone(losses: pd.DataFrame) -> list[MetricTable]:
     """What is for the summary alone, as no contrast is made of it."""
-    losses = _document_losses(known)
-    tables = [
+    return [
         *(_ratio_to_dense(metric, losses) for metric in of_kind("ratio")),
         *(_loss_per(metric, losses) for metric in of_kind("loss") if not metric.compared),
     ]
-    return [(data.metric, data) for data in tables]
 
 
 def _ratio_to_dense(metric: Metric, losses: pd.DataFrame) -> MetricTable:
     """A metric of losses over the same variant's at level 0, paired by document."""
     base = metric_named(metric.ratio_of)
-    keys = ["variant", "method", "iteration", "unit"]
+    keys = ["variant", "method", "iteration", "cluster"]
     table = _loss_per(base, losses).table
     dense = table.loc[table["level"] == 0, [*keys, "x"]]
     both = table[table["level"] > 0].merge(dense, on=keys, suffixes=("", "_dense"))
@@ -207,13 +228,13 @@ def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
     table = pd.concat([group.sum().rename(name) for name, group in windows.items()], axis=1)
     # A document of which a window has no finite loss is left out whole: the sum of the others would flatter the model.
     whole = windows["window_nats"].size().reindex(table.index) == windows["window_tokens"].size().reindex(table.index)
-    table = table[whole].reset_index().rename(columns={"document": "unit"})
+    table = table[whole].reset_index().rename(columns={"document": "cluster"})
     return table.assign(temperature=np.nan, model_id=table["fingerprint"])
 
 
 def _distances(metric: Metric, rows: pd.DataFrame) -> MetricTable:
     """Distance from the dense model's value on the same prompt and draws; of logarithms where the metric is positive."""
-    keys = ["variant", "method", "iteration", "temperature", "unit"]
+    keys = ["variant", "method", "iteration", "temperature", "cluster"]
     scaled = rows.assign(y=_on_scale(metric_named(metric.distance_of), rows["value"]))
     dense = scaled[scaled["level"] == 0].drop_duplicates(keys)[[*keys, "y"]]
     both = scaled.merge(dense, on=keys, suffixes=("", "_dense"))

@@ -25,8 +25,8 @@ __all__ = [
     "HeadMap",
     "RoundMap",
     "agreement",
-    "head_maps",
-    "round_maps",
+    "map_heads",
+    "map_rounds",
 ]
 
 SIGNALS = ("utilisation", "contribution", "alignment", "redundancy", "importance", "withdrawal_cost")
@@ -74,7 +74,7 @@ class RoundMap:
     states: tuple[tuple[str, ...], ...] = field(repr=False)
 
 
-def head_maps(heads: pd.DataFrame, signals: pd.DataFrame, replies: pd.DataFrame) -> list[HeadMap]:
+def map_heads(heads: pd.DataFrame, signals: pd.DataFrame, replies: pd.DataFrame) -> list[HeadMap]:
     """One map per method and variant, methods in the table's order, baseline and agency first."""
     if heads.empty:
         return []
@@ -104,7 +104,7 @@ def head_maps(heads: pd.DataFrame, signals: pd.DataFrame, replies: pd.DataFrame)
     return found
 
 
-def round_maps(signals: pd.DataFrame, replies: pd.DataFrame, *, iteration: int | None = None) -> list[RoundMap]:
+def map_rounds(signals: pd.DataFrame, replies: pd.DataFrame, *, iteration: int | None = None) -> list[RoundMap]:
     """Every round of the first iteration (or of the one given), by method, variant and level.
 
     A round is told as the highest level that was measured saw it: levels share the rounds before them.

@@ -1,6 +1,6 @@
 """The four expectations and five questions, answered from the tables. Pure functions, deterministic under a seed.
 
-Every answer is one number per pair of iteration and unit (a mean, a slope or an interaction over levels), so that one
+Every answer is one number per pair of iteration and cluster (a mean, a slope or an interaction over levels), so that one
 model, that of crossed random effects, stands behind all of them. docs/decisions/0016-statistics.md gives the rules.
 """
 
@@ -14,9 +14,10 @@ from typing import Any, Literal
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis.estimates import observations
+from pruning_comparison.analysis.estimates import MetricTable
 from pruning_comparison.analysis.margins import Margins
 from pruning_comparison.analysis.pairs import Sample, Source, area_weights, mean_weights, slope_weights
+from pruning_comparison.analysis.questions import QUALITY_LEVEL, QUESTIONS
 from pruning_comparison.analysis.random_effects import (
     Array,
     EffectSize,
@@ -28,41 +29,32 @@ from pruning_comparison.analysis.random_effects import (
     needed,
     standardised,
 )
-from pruning_comparison.analysis.tradeoffs import (
-    EQUAL_COLUMNS,
-    OPTIMUM_COLUMNS,
-    SIGNIFICANCE,
-    equal_speed,
-    optimal_levels,
-    speed_at_equal_perplexity,
-)
+from pruning_comparison.analysis.tradeoffs import SIGNIFICANCE, equal_speed
 from pruning_comparison.metrics import METRICS, in_role
+from pruning_comparison.variants import PRIMARY
 
 __all__ = [
-    "EQUAL_COLUMNS",
+    "CLAIM_LEVEL",
     "HYPOTHESIS_COLUMNS",
-    "OPTIMUM_COLUMNS",
-    "Margins",
-    "answers",
-    "optimal_levels",
-    "speed_at_equal_perplexity",
+    "Claim",
+    "HypothesisResult",
+    "answer_hypotheses",
+    "hypothesis_table",
+    "make_result",
     "suggested_claim",
     "verdict",
 ]
 
 HYPOTHESIS_COLUMNS = (
     "model", "method", "temperature", "id", "kind", "family", "contrast", "metric", "estimand", "scale",
-    "estimate", "ci_low", "ci_high", "unit", "n", "n_iterations", "n_units", "unit_name",
+    "estimate", "ci_low", "ci_high", "unit", "n", "n_iterations", "n_clusters", "cluster",
     "p", "p_holm", "smallest_p", "test", "p_claim_holm",
     "effect_size", "effect_size_low", "effect_size_high", "effect_size_name",
-    "margin", "better", "verdict", "reason", "more_iterations", "more_units",
+    "margin", "better", "verdict", "reason", "more_iterations", "more_clusters",
 )  # fmt: skip
 
 CLAIM_LEVEL = 0.025
 """A claim's own corrected p may be at most this: half of what is promised, because skewed data make small p too small."""
-PRIMARY = ("agency", "baseline")
-QUALITY_LEVEL = 40.0
-"""Expectations about quality are about levels from here on (per cent of the heads)."""
 _EFFECT_SIZE = "standardised paired difference"
 
 Claim = Literal["better", "no difference", "worse"]
@@ -107,10 +99,10 @@ def verdict(claim: Claim, clear: bool, p_holm: float, p_claim_holm: float) -> tu
     return ("supported" if claim == "better" else "refuted"), claim
 
 
-def answers(
+def answer_hypotheses(
     model: str,
     cells: pd.DataFrame,
-    measurements: pd.DataFrame,
+    tables: Mapping[str, MetricTable],
     *,
     margins: Margins | None = None,
     variant: str = "agency",
@@ -123,7 +115,7 @@ def answers(
     are exploratory. What cannot be answered is a row all the same: inconclusive, with its reason.
     """
     margins = margins or Margins()
-    source = Source(model, cells, dict(observations(cells, measurements)), variant, reference, seed)
+    source = Source(model, cells, tables, variant, reference, seed)
     rows: list[HypothesisResult] = []
     for method in source.methods():
         rows += _expectations(source, method, margins)
@@ -178,9 +170,15 @@ def _questions(source: Source, method: str) -> list[HypothesisResult]:
     metric = "generation_perplexity_distance"
     temperatures = source.temperatures(metric, method)
     if len(temperatures) > 1:
-        heat = slope_weights(np.array(temperatures)) / 10 * (temperatures[-1] - temperatures[0])
+        weights = slope_weights(np.array(temperatures)) / 10 * (temperatures[-1] - temperatures[0])
         sample = source.sample(
-            metric, method, every, slope_weights, temperatures=temperatures, heat=list(heat), fewest=2
+            metric,
+            method,
+            every,
+            slope_weights,
+            temperatures=temperatures,
+            temperature_weights=list(weights),
+            fewest=2,
         )
     else:
         sample = Sample(None, "too little data" if temperatures else "missing")
@@ -227,9 +225,11 @@ def _over_temperatures(
     source: Source, metric: str, method: str, levels: Sequence[float], weigh: Callable[[Array], Array], fewest: int
 ) -> Sample:
     """Averaged over temperatures, where the metric has any."""
-    heats = source.temperatures(metric, method) or [math.nan]
-    share = [1 / len(heats)] * len(heats)
-    return source.sample(metric, method, levels, weigh, temperatures=heats, heat=share, fewest=fewest)
+    temperatures = source.temperatures(metric, method) or [math.nan]
+    share = [1 / len(temperatures)] * len(temperatures)
+    return source.sample(
+        metric, method, levels, weigh, temperatures=temperatures, temperature_weights=share, fewest=fewest
+    )
 
 
 def _equal_answer(source: Source, method: str, margins: Margins) -> HypothesisResult:
@@ -242,7 +242,7 @@ def _equal_answer(source: Source, method: str, margins: Margins) -> HypothesisRe
         test = PValue(fit.p_value(), 0.0, "Student's t with the jackknife's error")
     return make_result(
         source, method, "E1p", "tokens_per_second", "mean over equal perplexities of the log ratio of tokens per second",
-        fit, test, absent, margin=margins.speed, scale="log_ratio", temperature=math.nan, unit_name="prompt",
+        fit, test, absent, margin=margins.speed, scale="log_ratio", temperature=math.nan, cluster="prompt",
         better="higher", either=False,
     )  # fmt: skip
 
@@ -267,16 +267,16 @@ def _answer(
     if gain:
         values = None if values is None else (values if better == "higher" else -values)
         better = "higher"
-    unit_name = METRICS[metric].cluster
+    cluster = METRICS[metric].cluster
     fit = None if values is None else fit_crossed(values)
     nothing = PValue(math.nan, math.nan, "none")
-    test = nothing if values is None else difference_test(values, unit_name, seed=source.seed)
+    test = nothing if values is None else difference_test(values, cluster, seed=source.seed)
     absent = sample.absent or ("too little data" if fit is None or fit.n < 2 else "")
     if not scale:
         scale = "log_ratio" if METRICS[metric].scale == "log" else "difference"
     return make_result(
         source, method, name, metric, estimand, fit, test, absent,
-        margin=margin, scale=scale, temperature=temperature, unit_name=unit_name, better=better, either=either,
+        margin=margin, scale=scale, temperature=temperature, cluster=cluster, better=better, either=either,
     )  # fmt: skip
 
 
@@ -293,16 +293,16 @@ def make_result(
     margin: float,
     scale: str,
     temperature: float,
-    unit_name: str,
+    cluster: str,
     better: str,
     either: bool,
 ) -> HypothesisResult:
     contrast = f"{source.variant} vs {source.reference}"
-    kind, family = ("expectation", "expectations") if name.startswith("E") else ("question", "questions")
-    if name.startswith("X:"):
-        kind, family = "exploratory", "exploratory"
-    elif (source.variant, source.reference) != PRIMARY:
-        kind, family = "exploratory", f"exploratory {family} ({contrast})"
+    kind, family = "exploratory", "exploratory"
+    if not name.startswith("X:"):
+        kind, family = QUESTIONS[name].kind, QUESTIONS[name].family
+        if (source.variant, source.reference) != PRIMARY:
+            kind, family = "exploratory", f"exploratory {family} ({contrast})"
     log_scale = METRICS[metric].scale == "log"
     unit = {
         "log_ratio": "log ratio",
@@ -317,7 +317,7 @@ def make_result(
     labels = {
         "model": source.model, "method": method, "temperature": temperature, "id": name, "kind": kind, "family": family,
         "contrast": contrast, "metric": metric, "estimand": estimand, "scale": scale, "unit": unit,
-        "unit_name": unit_name, "margin": margin, "better": better,
+        "cluster": cluster, "margin": margin, "better": better,
     }  # fmt: skip
     return HypothesisResult(labels, fit, test, bounds, 1 if better == "higher" else -1, either, absent)
 
@@ -345,19 +345,20 @@ def hypothesis_table(rows: Sequence[HypothesisResult], columns: Sequence[str] = 
             elif decision == "inconclusive" and row.fit is not None:
                 alpha = CLAIM_LEVEL / max(tests[str(row.labels["family"])], 1)
                 distance = abs(row.fit.mean - part.boundary)
-                more = needed(distance, row.fit.components, row.fit.iterations, row.fit.units, alpha=alpha)
+                more = needed(distance, row.fit.components, row.fit.iterations, row.fit.clusters, alpha=alpha)
         fit, size = row.fit, part.effect
         estimate = math.nan if fit is None else size.estimate if row.labels["scale"] == "standardised" else fit.mean
         table.append(
             {
                 **row.labels,
                 "estimate": estimate, "ci_low": part.interval[0], "ci_high": part.interval[1],
-                "n": fit.n if fit else 0, "n_iterations": fit.iterations if fit else 0, "n_units": fit.units if fit else 0,
+                "n": fit.n if fit else 0, "n_iterations": fit.iterations if fit else 0,
+                "n_clusters": fit.clusters if fit else 0,
                 "p": row.test.p, "p_holm": p_holm, "smallest_p": row.test.smallest, "test": row.test.name,
                 "p_claim_holm": p_claim_holm,
                 "effect_size": size.estimate, "effect_size_low": size.low, "effect_size_high": size.high,
                 "effect_size_name": _EFFECT_SIZE, "verdict": decision, "reason": reason,
-                "more_iterations": more[0], "more_units": more[1],
+                "more_iterations": more[0], "more_clusters": more[1],
             }
         )  # fmt: skip
     return pd.DataFrame(table, columns=list(columns))

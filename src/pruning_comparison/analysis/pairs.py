@@ -1,10 +1,10 @@
-"""From tidy tables to one number per pair of iteration and unit: what every estimate is made from."""
+"""From tidy tables to one number per pair of iteration and cluster: what every estimate is made from."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -43,14 +43,9 @@ def curve_area(levels: Array, values: Array) -> Array:
     return np.asarray(np.trapezoid(values, levels, axis=-1) / (levels[-1] - levels[0]))
 
 
-def curve_slope(levels: Array, values: Array) -> Array:
-    """Least-squares slope of curves ``values`` [..., L] on ``levels`` [L], per 10 % of the heads."""
-    return np.asarray(values @ slope_weights(levels))
-
-
 @dataclass(frozen=True)
 class Sample:
-    """One number per iteration and unit [a, b], or None; ``absent`` says why there is none, or that too many are missing."""
+    """One number per iteration and cluster [a, b], or None; ``absent``: why there is none, or that too many are missing."""
 
     values: Array | None
     absent: str = ""
@@ -66,7 +61,6 @@ class Source:
     variant: str
     reference: str
     seed: int
-    _pairs: dict[str, pd.DataFrame] = field(default_factory=dict)
 
     def methods(self) -> list[str]:
         """Methods of which both variants were asked for."""
@@ -89,13 +83,11 @@ class Source:
         return sorted({float(value) for value in pairs["temperature"].dropna()})
 
     def pairs(self, metric: str, method: str) -> pd.DataFrame:
-        if metric not in self._pairs:
-            if metric not in self.data:
-                columns = ["method", "level", "temperature", "iteration", "unit", "difference", "pair"]
-                self._pairs[metric] = pd.DataFrame(columns=columns)
-            else:
-                self._pairs[metric] = self.data[metric].pairs(self.variant, self.reference)
-        pairs = self._pairs[metric]
+        if metric not in self.data:
+            return pd.DataFrame(
+                columns=["method", "level", "temperature", "iteration", "cluster", "difference", "pair"]
+            )
+        pairs = self.data[metric].pairs(self.variant, self.reference)
         return pairs[pairs["method"] == method]
 
     def sample(
@@ -106,49 +98,49 @@ class Source:
         weigh: Callable[[Array], Array] = mean_weights,
         *,
         temperatures: Sequence[float] = (math.nan,),
-        heat: Sequence[float] = (1.0,),
+        temperature_weights: Sequence[float] = (1.0,),
         fewest: int = 1,
     ) -> Sample:
-        """The pairs' differences weighed over levels, and over temperatures by ``heat``.
+        """The pairs' differences weighed over levels, and over temperatures by ``temperature_weights``.
 
         Levels at which nothing was measured are left out of the weights. Iterations that are the same by construction
-        count once; units that are not complete are left out. With more than a tenth of the pairs missing the sample is
+        count once; clusters that are not complete are left out. With more than a tenth of the pairs missing the sample is
         marked: what is missing is seldom missing by chance.
         """
         pairs = self.pairs(metric, method)
         pairs = pairs.assign(temperature=pairs["temperature"].fillna(-1.0))
-        heats = [-1.0 if math.isnan(value) else value for value in temperatures]
-        found = pairs[pairs["level"].isin(levels) & pairs["temperature"].isin(heats)]
+        places = [-1.0 if math.isnan(value) else value for value in temperatures]
+        found = pairs[pairs["level"].isin(levels) & pairs["temperature"].isin(places)]
         if len(levels) < fewest:
             return Sample(None, "too little data")
         counts = found.groupby("level")["temperature"].nunique()
-        known = [level for level in levels if counts.get(level, 0) == len(heats)]
+        known = [level for level in levels if counts.get(level, 0) == len(places)]
         if len(known) < fewest:
             return Sample(None, "missing")
-        units = set(pairs["unit"]) if metric not in self.data else self._units(metric, method)
-        expected = self.asked(method)["iteration"].nunique() * len(units) * len(levels) * len(heats)
+        clusters = set(pairs["cluster"]) if metric not in self.data else self._clusters(metric, method)
+        expected = self.asked(method)["iteration"].nunique() * len(clusters) * len(levels) * len(places)
         absent = "missing" if len(found) < (1 - _MOST_MISSING) * expected else ""
-        keys = [(temperature, level) for temperature in heats for level in known]
+        keys = [(temperature, level) for temperature in places for level in known]
         cube, identities = difference_cube(found, keys)
-        weights = np.outer(np.array(heat), weigh(np.array(known))).ravel()
+        weights = np.outer(np.array(temperature_weights), weigh(np.array(known))).ravel()
         values = complete_matrix(np.tensordot(weights, cube, axes=1), identities)
         return Sample(None, "missing") if values is None else Sample(values, absent)
 
-    def _units(self, metric: str, method: str) -> set[Any]:
+    def _clusters(self, metric: str, method: str) -> set[Any]:
         table = self.data[metric].table
         chosen = table["variant"].isin((self.variant, self.reference)) & (table["method"] == method)
-        return set(table.loc[chosen, "unit"])
+        return set(table.loc[chosen, "cluster"])
 
 
 def difference_cube(pairs: pd.DataFrame, keys: Sequence[Key]) -> tuple[Array, list[str]]:
     """Differences [K, a, b], NaN where missing, and what identifies each iteration [a]."""
-    iterations, units = sorted(set(pairs["iteration"])), sorted(set(pairs["unit"]))
+    iterations, clusters = sorted(set(pairs["iteration"])), sorted(set(pairs["cluster"]))
     layers, names = [], []
     for temperature, level in keys:
         layer = pairs[(pairs["temperature"] == temperature) & (pairs["level"] == level)]
         layers.append(
-            layer.pivot_table(index="iteration", columns="unit", values="difference", aggfunc="mean")
-            .reindex(index=iterations, columns=units)
+            layer.pivot_table(index="iteration", columns="cluster", values="difference", aggfunc="mean")
+            .reindex(index=iterations, columns=clusters)
             .to_numpy(dtype=np.float64)
         )
         names.append(layer.groupby("iteration")["pair"].first().reindex(iterations).fillna("").tolist())
@@ -156,7 +148,7 @@ def difference_cube(pairs: pd.DataFrame, keys: Sequence[Key]) -> tuple[Array, li
 
 
 def complete_matrix(values: Array, identities: Sequence[str]) -> Array | None:
-    """The matrix without repeated iterations and without holes: incomplete units go, or incomplete iterations."""
+    """The matrix without repeated iterations and without holes: incomplete clusters go, or incomplete iterations."""
     first = [identities.index(name) == row for row, name in enumerate(identities)]
     values = values[first]
     values = values[~np.isnan(values).all(1)]

@@ -1,6 +1,6 @@
-"""Estimates from crossed observations: a matrix [iterations, units], both factors random. Pure functions on arrays.
+"""Estimates from crossed observations: a matrix [iterations, clusters], both factors random. Pure functions on arrays.
 
-Units are documents or prompts: the same ones come back in every iteration. Dimension letters: a iterations, b units.
+Clusters are documents or prompts: the same ones come back in every iteration. Dimension letters: a iterations, b clusters.
 """
 
 from __future__ import annotations
@@ -39,45 +39,45 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Components:
-    """Variances of one observation: between iterations, between units, and what is left."""
+    """Variances of one observation: between iterations, between clusters, and what is left."""
 
     iterations: float
-    units: float
+    clusters: float
     residual: float
 
     @property
     def total(self) -> float:
-        return self.iterations + self.units + self.residual
+        return self.iterations + self.clusters + self.residual
 
-    def of_mean(self, iterations: int, units: int) -> tuple[float, float]:
-        """Variance of the mean of so many iterations and units, and its degrees of freedom after Satterthwaite.
+    def of_mean(self, iterations: int, clusters: int) -> tuple[float, float]:
+        """Variance of the mean of so many iterations and clusters, and its degrees of freedom after Satterthwaite.
 
-        With one iteration (or one unit) nothing is known about the spread between iterations (units): the variance is then
-        that of the mean over the units (iterations) of this one.
+        With one iteration (or one cluster) nothing is known about the spread between iterations (clusters): the variance is
+        then that of the mean over the clusters (iterations) of this one.
         """
-        a, b = iterations, units
+        a, b = iterations, clusters
         if min(a, b) == 1:
-            own = self.iterations if b == 1 else self.units
+            own = self.iterations if b == 1 else self.clusters
             return (own + self.residual) / (a * b), float(max(a * b - 1, 0))
-        expected = np.array([b * self.iterations + self.residual, a * self.units + self.residual, self.residual])
+        expected = np.array([b * self.iterations + self.residual, a * self.clusters + self.residual, self.residual])
         variance, df = _satterthwaite(expected[:, None], a, b)
         return float(variance[0]), float(df[0])
 
 
 @dataclass(frozen=True)
 class Fit:
-    """A mean over iterations and units, the variance of that mean, and its degrees of freedom; Student's t behind it."""
+    """A mean over iterations and clusters, the variance of that mean, and its degrees of freedom; Student's t behind it."""
 
     mean: float
     variance: float
     df: float
     components: Components
     iterations: int
-    units: int
+    clusters: int
 
     @property
     def n(self) -> int:
-        return self.iterations * self.units
+        return self.iterations * self.clusters
 
     def p_value(self, boundary: float = 0.0) -> float:
         """Two-sided p of "the mean is ``boundary``"; NaN for one observation.
@@ -110,21 +110,21 @@ class Fit:
 class CrossedFit(Fit):
     """The random-effects model of a matrix [a, b].
 
-    ``mean_squares`` are the mean squares of iterations, units and residual (NaN where a factor has one level).
+    ``mean_squares`` are the mean squares of iterations, clusters and residual (NaN where a factor has one level).
     """
 
     mean_squares: tuple[float, float, float]
 
     def _p_at(self, distance: float) -> float:
         mean_squares = np.array(self.mean_squares)[:, None]
-        return float(_p_values(np.array([distance]), mean_squares, self.iterations, self.units)[0])
+        return float(_p_values(np.array([distance]), mean_squares, self.iterations, self.clusters)[0])
 
     def margin(self, confidence: float = 0.95) -> float:
         student = super().margin(confidence)
         if (
             self.variance == 0
-            or min(self.iterations, self.units) == 1
-            or not fiducial_share(self.iterations, self.units)
+            or min(self.iterations, self.clusters) == 1
+            or not fiducial_share(self.iterations, self.clusters)
         ):
             return student
 
@@ -158,9 +158,9 @@ class EffectSize:
 
 
 PLANNING = {
-    "heads by a score": Components(iterations=0.0002, units=0.01, residual=0.001),
-    "random heads, small effect": Components(iterations=0.0011, units=0.0008, residual=0.0002),
-    "random heads, large effect": Components(iterations=0.0150, units=0.0124, residual=0.0031),
+    "heads by a score": Components(iterations=0.0002, clusters=0.01, residual=0.001),
+    "random heads, small effect": Components(iterations=0.0011, clusters=0.0008, residual=0.0002),
+    "random heads, large effect": Components(iterations=0.0150, clusters=0.0124, residual=0.0031),
 }
 """Components of agency against baseline in log perplexity on the bundled model, to plan with.
 
@@ -176,12 +176,12 @@ effect is 15 %). The spread between iterations of random pruning grows with the 
 def fit_crossed(values: Array) -> CrossedFit:
     """Two-way random-effects analysis of variance of a matrix [a, b] with one observation per cell.
 
-    With mean squares A (iterations), B (units) and E (residual), Var(mean) = (A + B - E) / (a b); degrees of freedom after
-    Satterthwaite (1946). A factor whose mean square is below E is pooled with E. With one iteration or one unit this is
-    Student's estimate over the other factor. ValueError if a value is not finite.
+    With mean squares A (iterations), B (clusters) and E (residual), Var(mean) = (A + B - E) / (a b); degrees of freedom
+    after Satterthwaite (1946). A factor whose mean square is below E is pooled with E. With one iteration or one cluster
+    this is Student's estimate over the other factor. ValueError if a value is not finite.
     """
     if values.ndim != 2 or not values.size or not np.isfinite(values).all():
-        raise ValueError(f"values must be a finite, non-empty [iterations, units] matrix, got shape {values.shape}")
+        raise ValueError(f"values must be a finite, non-empty [iterations, clusters] matrix, got shape {values.shape}")
     a, b = values.shape
     mean = float(values.mean())
     constant = float(np.ptp(values)) <= 1e-12 * float(np.abs(values).max())
@@ -202,12 +202,12 @@ def fit_crossed(values: Array) -> CrossedFit:
 
 
 def crossed_interval(values: Array, confidence: float = 0.95) -> Estimate:
-    """Mean and interval of crossed observations [iterations, units], both factors random; see ``fit_crossed``."""
+    """Mean and interval of crossed observations [iterations, clusters], both factors random; see ``fit_crossed``."""
     return fit_crossed(values).estimate(confidence)
 
 
 def mean_squares_of(values: Array) -> Array:
-    """Mean squares [3, N] of iterations, units and residual, of N matrices [N, a, b]; NaN where a factor has one level."""
+    """Mean squares [3, N] of iterations, clusters and residual of N matrices [N, a, b]; NaN for a factor with one level."""
     _, a, b = values.shape
     mean, by_row, by_column = values.mean((1, 2)), values.mean(2), values.mean(1)
     residual = values - by_row[:, :, None] - by_column[:, None, :] + mean[:, None, None]
@@ -293,8 +293,8 @@ def _pivots(a: int, b: int) -> tuple[Array, Array, Array]:
     ratio = 1.2207440846057596  # the root of x^4 = x + 1
     order = np.arange(1, _POINTS + 1)
     parts = []
-    for power, df in zip((1, 2, 3), (a - 1, b - 1, (a - 1) * (b - 1)), strict=True):
-        ranks = np.argsort(np.argsort((order / ratio**power) % 1))
+    for exponent, df in zip((1, 2, 3), (a - 1, b - 1, (a - 1) * (b - 1)), strict=True):
+        ranks = np.argsort(np.argsort((order / ratio**exponent) % 1))
         parts.append(df / stats.chi2.ppf((ranks + 0.5) / _POINTS, df))
     return parts[0], parts[1], parts[2]
 
@@ -308,7 +308,7 @@ def smallest_permutation_p(pairs: int) -> float:
 
 
 def sign_flip_p(means: Array, *, seed: int = 0) -> PValue:
-    """Two-sided p of "symmetric about zero" by flipping the signs of k cluster means [k] (Fisher's randomisation test).
+    """Two-sided p of "symmetric about zero" by flipping the signs of k independent means [k] (Fisher's randomisation test).
 
     All 2^k flips up to k = 13, else 9,999 random ones.
     """
@@ -325,12 +325,12 @@ def sign_flip_p(means: Array, *, seed: int = 0) -> PValue:
     return PValue(min(float(result.pvalue), 1.0), smallest, f"sign flips of {k}")
 
 
-def difference_test(values: Array, unit_name: str, *, seed: int = 0) -> PValue:
+def difference_test(values: Array, cluster: str, *, seed: int = 0) -> PValue:
     """The test of "no difference" for a matrix [a, b]: the crossed model's p, and the larger of it and sign flips'.
 
-    Sign flips treat whole iterations, or whole units, as one. Flipping one factor leaves out the other's variance, so
+    Sign flips treat whole iterations, or whole clusters, as one. Flipping one factor leaves out the other's variance, so
     it is done only where the other has at most a tenth of the variance of the mean, and only where the smallest p that
-    it can attain decides at all (at most 0.005, nine clusters). Else the crossed model stands alone, and the name says why.
+    it can attain decides at all (at most 0.005, nine of them). Else the crossed model stands alone, and the name says why.
     """
     fit = fit_crossed(values)
     model = fit.p_value()
@@ -339,15 +339,15 @@ def difference_test(values: Array, unit_name: str, *, seed: int = 0) -> PValue:
     if fit.variance == 0:
         return PValue(model, smallest_permutation_p(fit.n), "every pair is the same")
     a, b = values.shape
-    of_mean = (fit.components.iterations / a, fit.components.units / b)
+    of_mean = (fit.components.iterations / a, fit.components.clusters / b)
     allowed = []
     if a > 1 and (b == 1 or of_mean[1] <= _NEGLIGIBLE_SHARE * fit.variance):
         allowed.append((a, "iteration", 1))
     if b > 1 and (a == 1 or of_mean[0] <= _NEGLIGIBLE_SHARE * fit.variance):
-        allowed.append((b, unit_name, 0))
+        allowed.append((b, cluster, 0))
     name = "Student's t" if min(a, b) == 1 else "crossed random effects"
     if not allowed:
-        return PValue(model, 0.0, f"{name} (iterations and {unit_name}s both vary, so neither can be flipped alone)")
+        return PValue(model, 0.0, f"{name} (iterations and {cluster}s both vary, so neither can be flipped alone)")
     count, what, axis = max(allowed)
     least = smallest_permutation_p(count)
     if least > _DECISIVE_P:
@@ -416,11 +416,11 @@ def _noncentrality(statistic: float, df: float, level: float) -> float:
 # Power
 
 
-def power(effect: float, components: Components, iterations: int, units: int, alpha: float = 0.05) -> float:
+def power(effect: float, components: Components, iterations: int, clusters: int, alpha: float = 0.05) -> float:
     """Probability that the two-sided test at ``alpha`` rejects on the right side when the mean is ``effect`` away."""
-    if iterations * units < 2:
+    if iterations * clusters < 2:
         return 0.0
-    variance, df = components.of_mean(iterations, units)
+    variance, df = components.of_mean(iterations, clusters)
     if variance == 0:
         return float(effect != 0)
     critical = float(stats.t.ppf(1 - alpha / 2, df))
@@ -433,21 +433,21 @@ def power(effect: float, components: Components, iterations: int, units: int, al
 
 def detectable_effect(
     iterations: int,
-    units: int,
+    clusters: int,
     components: Components,
     *,
     alpha: float = 0.05,
     wanted: float = 0.8,
 ) -> float:
     """The smallest true mean, as a distance from the boundary, that is found with power ``wanted``; inf if none is."""
-    if iterations * units < 2:
+    if iterations * clusters < 2:
         return math.inf
-    error = math.sqrt(components.of_mean(iterations, units)[0])
+    error = math.sqrt(components.of_mean(iterations, clusters)[0])
     if error == 0:
         return 0.0
 
     def excess(effect: float) -> float:
-        return power(effect, components, iterations, units, alpha) - wanted
+        return power(effect, components, iterations, clusters, alpha) - wanted
 
     high = error
     while excess(high) < 0:
@@ -458,17 +458,17 @@ def detectable_effect(
 
 
 def needed(
-    effect: float, components: Components, iterations: int, units: int, *, alpha: float = 0.05, wanted: float = 0.8
+    effect: float, components: Components, iterations: int, clusters: int, *, alpha: float = 0.05, wanted: float = 0.8
 ) -> tuple[float, float]:
-    """How many more iterations (units as they are), and how many more units, give power ``wanted``.
+    """How many more iterations (clusters as they are), and how many more clusters, give power ``wanted``.
 
     NaN where none up to 10,000 would do: the other factor's variance stays.
     """
     if not math.isfinite(effect) or effect == 0:
         return math.nan, math.nan
-    more = _first(lambda count: power(effect, components, count, units, alpha) >= wanted, iterations + 1)
-    other = _first(lambda count: power(effect, components, iterations, count, alpha) >= wanted, units + 1)
-    return more - iterations, other - units
+    more = _first(lambda count: power(effect, components, count, clusters, alpha) >= wanted, iterations + 1)
+    other = _first(lambda count: power(effect, components, iterations, count, alpha) >= wanted, clusters + 1)
+    return more - iterations, other - clusters
 
 
 def _first(holds: Callable[[int], bool], start: int) -> float:

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 from numpy.typing import NDArray
 
-from pruning_comparison.analysis.estimates import MetricTable, observations
+from pruning_comparison.analysis.estimates import MetricTable
 from pruning_comparison.analysis.margins import Margins
 from pruning_comparison.analysis.pairs import Source
 from pruning_comparison.analysis.random_effects import Array, Components, Fit, crossed_p_values
@@ -36,7 +36,7 @@ class EqualSpeed:
 def speed_at_equal_perplexity(
     model: str,
     cells: pd.DataFrame,
-    measurements: pd.DataFrame,
+    tables: Mapping[str, MetricTable],
     *,
     variant: str = "agency",
     reference: str = "baseline",
@@ -48,7 +48,7 @@ def speed_at_equal_perplexity(
     Nothing is extrapolated. Intervals are jackknifed over iterations, documents and prompts. One row with a reason where
     there is nothing to interpolate. ``baseline_level`` and ``agency_level`` are those of ``reference`` and ``variant``.
     """
-    source = Source(model, cells, dict(observations(cells, measurements)), variant, reference, 0)
+    source = Source(model, cells, tables, variant, reference, 0)
     rows: list[list[Any]] = []
     for method in source.methods():
         found = equal_speed(source, method)
@@ -152,18 +152,18 @@ def _curves(
         return {}
     table = data[metric].table
     table = table[(table["method"] == method) & table["variant"].isin(variants)]
-    units = sorted(set(table["unit"]))
-    wide = table.pivot_table(index=["iteration", "variant", "level"], columns="unit", values="x", aggfunc="mean")
+    clusters = sorted(set(table["cluster"]))
+    wide = table.pivot_table(index=["iteration", "variant", "level"], columns="cluster", values="x", aggfunc="mean")
     result = {}
     for iteration in sorted(set(table["iteration"])):
         keys = [(iteration, name, level) for name in variants for level in levels]
-        rows = wide.reindex(index=pd.MultiIndex.from_tuples(keys), columns=units)
-        result[int(iteration)] = rows.to_numpy(dtype=np.float64).reshape(len(variants), len(levels), len(units))
+        rows = wide.reindex(index=pd.MultiIndex.from_tuples(keys), columns=clusters)
+        result[int(iteration)] = rows.to_numpy(dtype=np.float64).reshape(len(variants), len(levels), len(clusters))
     return result
 
 
 def _whole(values: Array) -> Array | None:
-    """[V, L, a, b] without the units that have a hole; None if none is left."""
+    """[V, L, a, b] without the clusters that have a hole; None if none is left."""
     whole = values[..., ~np.isnan(values).any((0, 1, 2))]
     return whole if whole.size else None
 
@@ -172,7 +172,7 @@ def _whole(values: Array) -> Array | None:
 
 OPTIMUM_COLUMNS = (
     "model", "method", "variant", "highest_level", "tolerance", "share", "knee_level", "levels", "n", "n_iterations",
-    "n_units", "reason",
+    "n_clusters", "reason",
 )  # fmt: skip
 _RESAMPLES = 500
 
@@ -180,7 +180,7 @@ _RESAMPLES = 500
 def optimal_levels(
     model: str,
     cells: pd.DataFrame,
-    measurements: pd.DataFrame,
+    tables: Mapping[str, MetricTable],
     *,
     margins: Margins | None = None,
     seed: int = 0,
@@ -194,10 +194,9 @@ def optimal_levels(
     never is. A level without data ends the search, with the reason.
     """
     margins = margins or Margins()
-    data = dict(observations(cells, measurements))
     rows = []
     for (method, variant), group in cells.groupby(["method", "variant"], sort=True):
-        found = _optimum(data, str(method), str(variant), sorted(set(group["level"])), margins.tolerance, seed)
+        found = _optimum(tables, str(method), str(variant), sorted(set(group["level"])), margins.tolerance, seed)
         rows.append({"model": model, "method": method, "variant": variant, "tolerance": margins.tolerance, **found})
     return pd.DataFrame(rows, columns=list(OPTIMUM_COLUMNS))
 
@@ -206,7 +205,7 @@ def _optimum(
     data: Mapping[str, MetricTable], method: str, variant: str, levels: list[float], tolerance: float, seed: int
 ) -> dict[str, Any]:
     nothing = {"highest_level": math.nan, "share": math.nan, "knee_level": math.nan, "levels": "", "n": 0,
-               "n_iterations": 0, "n_units": 0}  # fmt: skip
+               "n_iterations": 0, "n_clusters": 0}  # fmt: skip
     curves = _curves(data, "perplexity", method, (variant,), levels)
     if not curves:
         return nothing | {"reason": "missing"}
@@ -224,7 +223,7 @@ def _optimum(
         "levels": ",".join(f"{level:g}" for level in levels[:reached]),
         "n": a * b,
         "n_iterations": a,
-        "n_units": b,
+        "n_clusters": b,
     }
     if a * b < 2 or reached < 2:
         return nothing | shape | {"reason": reason or "too little data"}

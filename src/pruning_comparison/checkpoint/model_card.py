@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from pruning_comparison.formatting import measured_number
 from pruning_comparison.models.heads import MODELING_FILE, head_grid, kept_heads, live_groups
 
 _ROUTES = (
@@ -116,7 +117,9 @@ def _format_measured(measured: Sequence[BeforeAndAfter], form: str, made: Mappin
         change = (
             f"{100 * (figure.after / figure.before - 1):+.1f} %" if figure.before and figure.after is not None else ""
         )
-        rows.append((f"{figure.label} ({figure.unit})", _number(figure.before), _number(figure.after), change))
+        rows.append(
+            (f"{figure.label} ({figure.unit})", measured_number(figure.before), measured_number(figure.after), change)
+        )
     note = f"Measured on {_plain(str(made['measured_on']))}.\n" if "measured_on" in made else ""
     if form == "padded":
         note += "These figures are those of the compact form; padded, speed and bytes are the dense model's.\n"
@@ -129,12 +132,6 @@ def _format_licence(licence: Any) -> str:
     return (
         "The base model's licence holds for what is left of it; which one that is was not stated where it was read.\n"
     )
-
-
-def _number(value: float | None) -> str:
-    if value is None:
-        return "not measured"
-    return f"{value:,.0f}" if abs(value) >= 10_000 else f"{value:.4g}"
 
 
 def _format_value(value: Any) -> str:

@@ -243,8 +243,10 @@ def time_generation(
     steps = decode_steps(models) if steps is None else steps
 
     def begun(name: str, count: int) -> GenerationUnderWay:
-        heat = [temperature] * len(prompts)
-        return GenerationUnderWay(models[name], prompts, count, temperatures=heat, uniforms=uniforms, step=steps[name])
+        temperatures = [temperature] * len(prompts)
+        return GenerationUnderWay(
+            models[name], prompts, count, temperatures=temperatures, uniforms=uniforms, step=steps[name]
+        )
 
     peaks = {}
     for name, model in models.items():

@@ -433,9 +433,9 @@ class EmptiedAttention(nn.Module):
         self.layer_idx = layer_idx
 
     def forward(self, hidden_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, None]:
-        cache = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
-        if cache is not None:
-            cache_layers: list[Any] = cache.layers
+        key_values = next((value for value in (*args, *kwargs.values()) if isinstance(value, Cache)), None)
+        if key_values is not None:
+            cache_layers: list[Any] = key_values.layers
             while len(cache_layers) <= self.layer_idx:
                 cache_layers.append(EmptiedCacheLayer())
             if not isinstance(cache_layers[self.layer_idx], EmptiedCacheLayer):

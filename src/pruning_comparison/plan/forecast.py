@@ -15,14 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pruning_comparison.formatting import format_duration
-from pruning_comparison.measure.generation import generate, warm_up_tokens
-from pruning_comparison.measure.memory import parameter_bytes
+from pruning_comparison.measure import generate, parameter_bytes, warm_up_tokens
 from pruning_comparison.methods import IMPORTANCE, METHODS
 from pruning_comparison.metrics import RAW, of_kind
-from pruning_comparison.models.decoding import decode_step
-from pruning_comparison.run.inputs import Inputs
-from pruning_comparison.run.measure_cell import TEXT_BATCHES
-from pruning_comparison.run.workspace import negotiation_rules
+from pruning_comparison.models import decode_step
+from pruning_comparison.run import TEXT_BATCHES, Inputs, negotiation_rules
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
 

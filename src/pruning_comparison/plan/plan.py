@@ -1,6 +1,6 @@
 """What a run would measure and what it could find out, said before anything is measured.
 
-Reads config, tokenizer and texts, never weights. How long a run takes is reckoned in ``expected``.
+Reads config, tokenizer and texts, never weights. How long a run takes is reckoned in ``forecast``.
 """
 
 from __future__ import annotations
@@ -10,16 +10,21 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from pruning_comparison.analysis.hypotheses import CLAIM_LEVEL, QUALITY_LEVEL
-from pruning_comparison.analysis.margins import Margins
-from pruning_comparison.analysis.random_effects import PLANNING, Components, detectable_effect, smallest_permutation_p
-from pruning_comparison.formatting import listed, per_cent, plain_number
+from pruning_comparison.analysis import (
+    CLAIM_LEVEL,
+    PLANNING,
+    QUALITY_LEVEL,
+    QUESTIONS,
+    Components,
+    Margins,
+    detectable_effect,
+    smallest_permutation_p,
+)
+from pruning_comparison.formatting import counted, listed, per_cent, plain_number
 from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds, parameter_count
-from pruning_comparison.pruning.selection import expected_heads_pruned
-from pruning_comparison.report.verdicts import TITLES
-from pruning_comparison.run.inputs import Inputs
-from pruning_comparison.run.workspace import heads_leaving_together
+from pruning_comparison.pruning import expected_heads_pruned
+from pruning_comparison.run import Inputs, heads_leaving_together
 from pruning_comparison.spec import ComparisonSpec
 
 __all__ = ["ASSUMED", "format_plan", "plan_cost", "plan_run"]
@@ -108,14 +113,14 @@ def _expectations(
     high = [level for level in spec.pruning_levels if level >= QUALITY_LEVEL]
     pruned = [level for level in spec.pruning_levels if level > 0]
     found = []
-    for name, unit, units, levels, margin, sign in (
+    for name, cluster, clusters, levels, margin, sign in (
         ("E1", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.speed, 1),
         ("E2", "document", documents, high, margins.quality, -1),
         ("E3", "prompt", prompts, high, margins.diversity, -1),
         ("E4", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.latency, -1),
     ):
         distance = detectable_effect(
-            spec.iterations, units, assumed_components(name, spec), alpha=CLAIM_LEVEL / family, wanted=POWER
+            spec.iterations, clusters, assumed_components(name, spec), alpha=CLAIM_LEVEL / family, wanted=POWER
         )
         ratio = name != "E3"
         boundary = math.log1p(sign * margin) if ratio else sign * margin
@@ -123,14 +128,14 @@ def _expectations(
         found.append(
             {
                 "id": name,
-                "title": TITLES[name],
+                "title": QUESTIONS[name].title,
                 "levels": levels,
-                "unit": unit,
+                "cluster": cluster,
                 "iterations": spec.iterations,
-                "units": units,
-                "pairs": spec.iterations * units if levels else 0,
+                "clusters": clusters,
+                "pairs": spec.iterations * clusters if levels else 0,
                 "smallest_p_flipping_iterations": smallest_permutation_p(spec.iterations),
-                "smallest_p_flipping_units": smallest_permutation_p(units),
+                "smallest_p_flipping_clusters": smallest_permutation_p(clusters),
                 "detectable": None if not levels or math.isinf(effect) else math.expm1(effect) if ratio else effect,
                 "scale": "relative" if ratio else "absolute",
             }
@@ -180,11 +185,11 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         f"{plan['model']}: {plan['layers']} layers of {plan['heads_per_layer']} heads, {plan['heads']} heads in all",
         "",
         *(f"{'' if number else 'levels':13}{_format_level(level)}" for number, level in enumerate(plan["levels"])),
-        f"measures     {_count(plan['trajectories'], 'trajectory', 'trajectories')}, {_count(plan['cells'], 'cell')}: "
-        f"{listed(plan['variants'])}; {listed(plan['methods'])}; {_count(iterations, 'iteration')}; "
-        f"temperatures {listed([f'{heat:g}' for heat in plan['temperatures']])}",
-        f"evaluation   {evaluation['tokens']:,} tokens in {_count(evaluation['windows'], 'window')} of "
-        f"{_count(evaluation['documents'], 'document')}",
+        f"measures     {counted(plan['trajectories'], 'trajectory', 'trajectories')}, {counted(plan['cells'], 'cell')}: "
+        f"{listed(plan['variants'])}; {listed(plan['methods'])}; {counted(iterations, 'iteration')}; "
+        f"temperatures {listed([f'{temperature:g}' for temperature in plan['temperatures']])}",
+        f"evaluation   {evaluation['tokens']:,} tokens in {counted(evaluation['windows'], 'window')} of "
+        f"{counted(evaluation['documents'], 'document')}",
         f"calibration  {calibration['tokens_per_iteration']:,} tokens per iteration",
         f"pairs        {_times(iterations, evaluation['documents'], 'document')}",
         f"             {_times(iterations, plan['prompts'], 'prompt')}",
@@ -211,7 +216,7 @@ _HEADING = ("expectation", "at levels", "pairs", "smallest p", "supported if age
 def _format_expectation(row: Mapping[str, Any]) -> tuple[str, ...]:
     levels = [f"{level:g}" for level in row["levels"]]
     smallest = (
-        f"{plain_number(row['smallest_p_flipping_iterations'])}, {plain_number(row['smallest_p_flipping_units'])}"
+        f"{plain_number(row['smallest_p_flipping_iterations'])}, {plain_number(row['smallest_p_flipping_clusters'])}"
     )
     if row["detectable"] is None:
         effect = "nothing: no effect is large enough" if levels else "nothing: not measured"
@@ -225,15 +230,11 @@ def _format_expectation(row: Mapping[str, Any]) -> tuple[str, ...]:
 def _format_level(level: Mapping[str, Any]) -> str:
     asked, reached = level["level"], level["achieved_level"]
     off = "" if abs(asked - reached) < 1e-9 else f", which is {reached:.4g} %"
-    return f"{per_cent(asked)}: {_count(level['heads_pruned'], 'head')}{off}"
+    return f"{per_cent(asked)}: {counted(level['heads_pruned'], 'head')}{off}"
 
 
-def _count(number: int, word: str, plural: str = "") -> str:
-    return f"{number:,} {word if number == 1 else plural or word + 's'}"
-
-
-def _times(iterations: int, units: int, word: str, plural: str = "") -> str:
-    return f"{_count(iterations, 'iteration')} x {_count(units, word, plural)} = {iterations * units}"
+def _times(iterations: int, clusters: int, word: str, plural: str = "") -> str:
+    return f"{counted(iterations, 'iteration')} x {counted(clusters, word, plural)} = {iterations * clusters}"
 
 
 def _aligned(rows: Sequence[tuple[str, ...]]) -> list[str]:

@@ -14,9 +14,10 @@ from typing import Any, Literal
 import pandas as pd
 
 from pruning_comparison.formatting import interval_with_unit, listed, per_cent, plain_number, with_unit
+from pruning_comparison.report.rows import rows_of
 from pruning_comparison.variants import AGENCY_VS_BASELINE
 
-__all__ = ["Finding", "interval_with_unit", "listed", "per_cent", "plain_findings", "plain_number", "with_unit"]
+__all__ = ["Finding", "plain_findings"]
 
 
 _DO_NOT_TELL = "the data do not tell"
@@ -51,15 +52,11 @@ def _interval(row: Mapping[str, Any], unit: str) -> str:
     return f"{with_unit(float(row['estimate']), unit)} [{interval_with_unit(low, high, unit)}], {n}"
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
-
-
 def _measured(summary: pd.DataFrame, metric: str, method: str, variant: str) -> list[dict[str, Any]]:
     """The rows with a finite estimate, by level and temperature."""
     chosen = (summary["metric"] == metric) & (summary["method"] == method) & (summary["variant"] == variant)
     rows = summary[chosen].sort_values(["level", "temperature"])
-    return [row for row in _records(rows) if math.isfinite(row["estimate"])]
+    return [row for row in rows_of(rows) if math.isfinite(row["estimate"])]
 
 
 def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> _Direction:
@@ -261,7 +258,7 @@ def _same_at_level_0(contrasts: pd.DataFrame) -> Finding | None:
     ]
     if chosen.empty:
         return None
-    rows = _records(chosen)
+    rows = rows_of(chosen)
     sentence = (
         "At level 0 nothing is pruned and both should be the same model, but their perplexities differ. "
         "Look into this before trusting the rest."
@@ -279,7 +276,7 @@ def _levels_reached(cells: pd.DataFrame, manifest: Mapping[str, Any]) -> Finding
         return None
     model = manifest.get("model")
     heads = model.get("heads") if isinstance(model, Mapping) else None
-    rows = _records(off.drop_duplicates(["level", "achieved_level"]).sort_values(["level", "achieved_level"]))
+    rows = rows_of(off.drop_duplicates(["level", "achieved_level"]).sort_values(["level", "achieved_level"]))
     pairs = [f"{per_cent(row['level'])} became {row['achieved_level']:.4g} %" for row in rows]
     rounding = True
     for row in rows:

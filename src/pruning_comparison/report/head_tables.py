@@ -10,14 +10,13 @@ from typing import Any
 
 from markupsafe import Markup
 
-from pruning_comparison.analysis.head_maps import HeadMap
-from pruning_comparison.analysis.random_effects import Array
+from pruning_comparison.analysis import Array, HeadMap
 
 _HEAD_BYTES = 450_000
 
 
 @dataclass(frozen=True)
-class _HeadCell:
+class HeadCell:
     """A head on a map: what is written on it, the level at which it goes, and which of ten shades it has."""
 
     text: str
@@ -26,14 +25,14 @@ class _HeadCell:
 
 
 @dataclass(frozen=True)
-class _HeadTable:
+class HeadTable:
     caption: str
     heads: int
-    rows: tuple[tuple[_HeadCell, ...], ...]
+    rows: tuple[tuple[HeadCell, ...], ...]
     views: tuple[str, ...]
 
 
-def head_tables(maps: Sequence[HeadMap]) -> tuple[list[_HeadTable], Markup, int]:
+def head_tables(maps: Sequence[HeadMap]) -> tuple[list[HeadTable], Markup, int]:
     """The maps that fit, the data behind them as JSON that is safe inside a script element, and how many did not fit."""
     tables, data = [], []
     left = _HEAD_BYTES
@@ -59,17 +58,17 @@ def head_tables(maps: Sequence[HeadMap]) -> tuple[list[_HeadTable], Markup, int]
             for parts in zip(one.gone_at, one.refused, one.overridden, strict=True)
         )
         caption = f"{one.variant}, {one.method}: goes at, %"
-        tables.append(_HeadTable(caption, one.gone_at.shape[1], rows, tuple(name for name, _ in views)))
+        tables.append(HeadTable(caption, one.gone_at.shape[1], rows, tuple(name for name, _ in views)))
         data.append(text)
     safe = f"[{','.join(data)}]".replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")
     return tables, Markup(safe), len(maps) - len(tables)
 
 
-def _head_cell(level: float, levels: Sequence[float], refused: bool, overridden: bool) -> _HeadCell:
+def _head_cell(level: float, levels: Sequence[float], refused: bool, overridden: bool) -> HeadCell:
     mark = "×" if overridden else "·" if refused else ""
     if math.isinf(level):
-        return _HeadCell(f"–{mark}", "", None)
-    return _HeadCell(f"{level:g}{mark}", f"{level:g}", round(9 * levels.index(level) / max(1, len(levels) - 1)))
+        return HeadCell(f"–{mark}", "", None)
+    return HeadCell(f"{level:g}{mark}", f"{level:g}", round(9 * levels.index(level) / max(1, len(levels) - 1)))
 
 
 def _plain_values(values: Array) -> list[float | None]:

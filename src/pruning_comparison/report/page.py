@@ -16,29 +16,26 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pruning_comparison.analysis.head_maps import HeadMap
-from pruning_comparison.formatting import plain_number
+from pruning_comparison.analysis import HeadMap
 from pruning_comparison.metrics import METRICS
-from pruning_comparison.report.between_runs import Difference, LeftOut
+from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
 from pruning_comparison.report.findings import Finding
+from pruning_comparison.report.first_screen import format_margins, model_name, notices, opening
 from pruning_comparison.report.head_tables import head_tables
 from pruning_comparison.report.pictures import report_charts
 from pruning_comparison.report.sample_texts import clean, sample_groups
 from pruning_comparison.report.tables import (
     agreement_table,
+    answers_table,
     equal_table,
-    format_value,
-    hypothesis_table,
     method_tables,
     optimum_table,
     pairs,
     plain_table,
-    variants_in,
 )
 from pruning_comparison.report.verdicts import Verdict
-from pruning_comparison.variants import PRIMARY
 
-__all__ = ["render_comparison", "render_report"]
+__all__ = ["render_between_runs", "render_report"]
 
 
 _COMPARED_ROWS = 2_000
@@ -72,7 +69,7 @@ def render_report(
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
     that tell about a head when it is pointed at, and ``agreed`` (``AGREEMENT_COLUMNS``) says how far they agree.
     """
-    name = _model_name(summary, manifest)
+    name = model_name(summary, manifest)
     tables, rows_left_out = method_tables(summary, contrasts)
     samples, samples_left_out = sample_groups(texts)
     drawn, head_data, maps_left_out = head_tables(heads)
@@ -83,13 +80,13 @@ def render_report(
         "report.html",
         name=name,
         started=str(manifest.get("started") or ""),
-        opening=_opening(name, summary, cells, manifest),
+        opening=opening(name, summary, cells, manifest),
         verdicts=[[v for v in verdicts if v.id == key] for key in dict.fromkeys(v.id for v in verdicts)],
-        expert=hypothesis_table(answers[~exploratory], "Estimates, intervals and tests"),
-        exploratory=hypothesis_table(answers[exploratory], "Exploratory contrasts"),
+        expert=answers_table(answers[~exploratory], "Estimates, intervals and tests"),
+        exploratory=answers_table(answers[exploratory], "Exploratory contrasts"),
         optimum=optimum_table(optimal),
         equal=equal_table(equal),
-        margin_words=_format_margins(manifest.get("margins")),
+        margin_words=format_margins(manifest.get("margins")),
         findings=findings,
         charts=[chart for key, chart in charts.items() if not key.startswith("head_")],
         head_charts=[chart for key, chart in charts.items() if key.startswith("head_")],
@@ -110,7 +107,7 @@ def render_report(
             "Cells that failed",
         ),
         warnings=warnings,
-        notices=_notices(warnings, missing, cells),
+        notices=notices(warnings, missing, cells),
         samples=samples,
         samples_left_out=samples_left_out,
         with_texts=texts is not None,
@@ -122,13 +119,13 @@ def render_report(
     )
 
 
-def render_comparison(
+def render_between_runs(
     *,
     names: tuple[str, str],
     compared: pd.DataFrame,
     findings: Sequence[Finding],
-    differences: Sequence[Difference],
-    limits: Sequence[LeftOut],
+    differences: Sequence[DifferenceInWords],
+    limits: Sequence[LimitInWords],
 ) -> str:
     """The comparison of two runs as one HTML document under 3 MB that opens offline.
 
@@ -142,7 +139,7 @@ def render_comparison(
         findings=findings,
         differences=differences,
         limits=limits,
-        compared=hypothesis_table(kept, "The second run against the first"),
+        compared=answers_table(kept, "The second run against the first"),
         rows_left_out=len(compared) - len(kept),
     )
 
@@ -169,73 +166,3 @@ def _tied(text: str) -> str:
 
 def _sequence(value: Any) -> Sequence[Any]:
     return value if isinstance(value, (list, tuple)) else [] if value is None else [value]
-
-
-def _model_name(summary: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
-    model = manifest.get("model")
-    name = model.get("name") if isinstance(model, Mapping) else model
-    known = summary["model"].dropna()
-    return str(name) if name else str(known.iloc[0]) if len(known) else "unnamed model"
-
-
-def _opening(name: str, summary: pd.DataFrame, cells: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
-    """What was compared, in one paragraph, with the perplexities at the highest level and no claim beyond them."""
-    methods = [str(method) for method in summary["method"].dropna().unique()]
-    levels = sorted(float(level) for level in summary["level"].dropna().unique())
-    model = manifest.get("model")
-    size = ""
-    if isinstance(model, Mapping):
-        parts = [
-            f"{format_value(model[key])} {key}"
-            for key in ("layers", "heads", "parameters")
-            if key in model and model[key] is not None
-        ]
-        size = f" ({', '.join(parts)})" if parts else ""
-    if not methods:
-        return f"{name}{size}: nothing was measured."
-    iterations = cells["iteration"].nunique()
-    text = (
-        f"{name}{size} was measured with {_listed([f'{level:g}' for level in levels])} % of its attention heads "
-        f"pruned, ranked by {_listed(methods)}, as {_listed([str(v) for v in variants_in(summary)])}, in {iterations} "
-        f"iteration{'' if iterations == 1 else 's'}."
-    )
-    quality = summary[summary["metric"] == "perplexity"]
-    for method in methods if len(methods) <= 2 else ():
-        told = []
-        for variant in PRIMARY[::-1]:
-            rows = quality[(quality["method"] == method) & (quality["variant"] == variant)].dropna(subset=["estimate"])
-            if not rows.empty:
-                row = rows.sort_values("level").iloc[-1]
-                told.append(f"{plain_number(float(row['estimate']))} for the {variant} model at {row['level']:g} %")
-        dense = quality[(quality["method"] == method) & (quality["variant"] == "baseline") & (quality["level"] == 0)][
-            "estimate"
-        ].dropna()
-        if told:
-            before = f" (unpruned: {plain_number(float(dense.iloc[0]))})" if len(dense) else ""
-            text += f" With {method}, perplexity is {_listed(told)}{before}."
-    return text
-
-
-def _listed(parts: Sequence[str]) -> str:
-    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} and {parts[-1]}" if parts else "nothing"
-
-
-def _notices(warnings: Sequence[str], missing: pd.DataFrame, cells: pd.DataFrame) -> list[str]:
-    failed = int((cells["status"] == "failed").sum())
-    found = [
-        (len(warnings), "warning"),
-        (len(missing), "kind of missing figure" if len(missing) == 1 else "kinds of missing figures"),
-        (failed, "failed cell"),
-    ]
-    return [f"{count} {word}{'' if count == 1 or 'figures' in word else 's'}" for count, word in found if count]
-
-
-def _format_margins(margins: Any) -> str:
-    """The margins that the verdicts used, in the units of their options."""
-    if not isinstance(margins, Mapping):
-        return ""
-    return (
-        f"Differences of less than {100 * margins['speed']:g} % of speed, {100 * margins['quality']:g} % of perplexity, "
-        f"{margins['diversity']:g} in distance of distinct-2 and {100 * margins['latency']:g} % of latency count as none; "
-        f"the optimal level may lose {100 * margins['tolerance']:g} % of perplexity."
-    )

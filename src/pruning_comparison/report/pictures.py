@@ -20,7 +20,7 @@ _PNG_COLOURS = 128
 
 
 @dataclass(frozen=True)
-class _Picture:
+class Picture:
     """A PNG in base 64, and its width and height in pixels of 100 to the inch, which is how wide it is to be shown."""
 
     data: str
@@ -29,12 +29,12 @@ class _Picture:
 
 
 @dataclass(frozen=True)
-class _Chart:
+class Chart:
     heading: str
     reading: str
     alt: str
-    wide: _Picture
-    narrow: _Picture | None
+    wide: Picture
+    narrow: Picture | None
 
 
 _CHART_WORDS = {
@@ -78,7 +78,7 @@ _CHART_WORDS = {
 }
 
 
-def report_charts(pictures: Mapping[str, bytes], narrow: Mapping[str, bytes], name: str) -> dict[str, _Chart]:
+def report_charts(pictures: Mapping[str, bytes], narrow: Mapping[str, bytes], name: str) -> dict[str, Chart]:
     wide = _fitting(pictures, _CHART_BYTES, least=0.2)
     small = _fitting(narrow, _NARROW_CHART_BYTES, least=2 / 3)
     charts = {}
@@ -87,7 +87,7 @@ def report_charts(pictures: Mapping[str, bytes], narrow: Mapping[str, bytes], na
         heading, reading = _CHART_WORDS[stem] if stem else (key.replace("_", " "), "")
         method = key[len(stem) :].strip("_") if stem else ""
         heading = f"{heading}: {method}" if method else heading
-        charts[key] = _Chart(
+        charts[key] = Chart(
             heading,
             reading,
             f"Chart for {name}: {heading}. {reading} The numbers are in the tables of this report.",
@@ -97,7 +97,7 @@ def report_charts(pictures: Mapping[str, bytes], narrow: Mapping[str, bytes], na
     return charts
 
 
-def _fitting(pictures: Mapping[str, bytes], most_bytes: int, *, least: float) -> dict[str, _Picture]:
+def _fitting(pictures: Mapping[str, bytes], most_bytes: int, *, least: float) -> dict[str, Picture]:
     """The pictures at the largest scale at which they fit together.
 
     At the scale ``least`` the smallest ones are kept, as many as fit, but none is left out where ``least`` is below 100
@@ -112,7 +112,7 @@ def _fitting(pictures: Mapping[str, bytes], most_bytes: int, *, least: float) ->
     for key, (png, size) in sorted(smaller.items(), key=lambda item: len(item[1][0])):
         used += len(png)
         if used <= most_bytes or least < 2 / 3:
-            kept[key] = _Picture(base64.b64encode(png).decode(), *size)
+            kept[key] = Picture(base64.b64encode(png).decode(), *size)
     return {key: kept[key] for key in pictures if key in kept}
 
 

@@ -23,17 +23,17 @@ _FORBIDDEN = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f-\x9f\ud800-\udfff\ufdd0
 
 
 @dataclass(frozen=True)
-class _Sample:
+class TextSample:
     prompt: str
     versions: tuple[tuple[str, str], ...]
 
 
 @dataclass(frozen=True)
-class _SampleGroup:
+class TextSampleGroup:
     method: str
     level: float
     temperature: float | None
-    samples: tuple[_Sample, ...]
+    samples: tuple[TextSample, ...]
 
 
 def clean(value: Any) -> Any:
@@ -43,7 +43,7 @@ def clean(value: Any) -> Any:
     return _FORBIDDEN.sub("\N{REPLACEMENT CHARACTER}", value.replace("\r\n", "\n").replace("\r", "\n"))
 
 
-def sample_groups(texts: pd.DataFrame | None) -> tuple[list[_SampleGroup], int]:
+def sample_groups(texts: pd.DataFrame | None) -> tuple[list[TextSampleGroup], int]:
     """Per method the same prompts continued by the dense, baseline and agency model, and how many did not fit."""
     if texts is None or texts.empty:
         return [], 0
@@ -73,11 +73,11 @@ def sample_groups(texts: pd.DataFrame | None) -> tuple[list[_SampleGroup], int]:
             else:
                 left_out += 1
         if samples:
-            groups.append(_SampleGroup(str(method), level, temperature, tuple(samples)))
+            groups.append(TextSampleGroup(str(method), level, temperature, tuple(samples)))
     return groups, left_out
 
 
-def _sample(rows: pd.DataFrame, prompt: str, level: float) -> _Sample:
+def _sample(rows: pd.DataFrame, prompt: str, level: float) -> TextSample:
     wanted = (
         ("unpruned (level 0)", rows["level"] == 0),
         *((f"{variant} at {level:g} %", (rows["level"] == level) & (rows["variant"] == variant)) for variant in _SHOWN),
@@ -86,4 +86,4 @@ def _sample(rows: pd.DataFrame, prompt: str, level: float) -> _Sample:
     for label, where in wanted:
         found = rows.loc[where, "text"].dropna()
         versions.append((label, str(found.iloc[0]) if len(found) else "(no text was kept)"))
-    return _Sample(prompt, tuple(versions))
+    return TextSample(prompt, tuple(versions))

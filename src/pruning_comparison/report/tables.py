@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -10,16 +9,18 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.formatting import interval_with_unit, plain_number, with_unit
+from pruning_comparison.analysis import QUESTIONS
+from pruning_comparison.formatting import format_value, interval_with_unit, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import METRICS, in_role, metric_named
-from pruning_comparison.report.verdicts import TITLES, interval_shown, shown
+from pruning_comparison.report.rows import rows_of
+from pruning_comparison.report.verdicts import interval_shown, shown
 from pruning_comparison.variants import AGENCY_VS_BASELINE, variant_order
 
 _TABLE_BYTES = 600_000
 
 
 @dataclass(frozen=True)
-class _Cell:
+class TableCell:
     """One table cell: what is shown, a second line in small print, what it sorts by, and a word for its style."""
 
     text: str
@@ -29,52 +30,52 @@ class _Cell:
 
 
 @dataclass(frozen=True)
-class _Row:
-    heading: _Cell
-    cells: tuple[_Cell, ...]
+class TableRow:
+    heading: TableCell
+    cells: tuple[TableCell, ...]
 
 
 @dataclass(frozen=True)
-class _Table:
+class Table:
     caption: str
     columns: tuple[str, ...]
-    rows: tuple[_Row, ...]
+    rows: tuple[TableRow, ...]
 
 
 @dataclass(frozen=True)
-class _MethodTables:
+class MethodTables:
     method: str
-    main: _Table
-    other: _Table | None
+    main: Table
+    other: Table | None
 
 
-def agreement_table(agreed: pd.DataFrame | None) -> _Table | None:
+def agreement_table(agreed: pd.DataFrame | None) -> Table | None:
     if agreed is None or agreed.empty:
         return None
     rows = []
-    for row in _records(agreed):
+    for row in rows_of(agreed):
         one, two = f"{row['variant']}, {row['method']}", f"{row['other_variant']}, {row['other_method']}"
         pair = f"{one}: iterations" if row["kind"] == "iterations" else f"{one} and {two}"
         correlation = float(row["score_correlation"])
         rows.append(
-            _Row(
-                _Cell(pair),
+            TableRow(
+                TableCell(pair),
                 (
-                    _Cell(f"{row['level']:g} %", sort=f"{row['level']:g}"),
-                    _Cell(f"{100 * row['common']:.0f} %", sort=_sort_key(row["common"])),
-                    _Cell(f"{100 * row['chance']:.0f} %", sort=_sort_key(row["chance"])),
-                    _Cell("" if math.isnan(correlation) else f"{correlation:.2f}", sort=_sort_key(correlation)),
-                    _Cell(str(int(row["n"]))),
+                    TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
+                    TableCell(f"{100 * row['common']:.0f} %", sort=_sort_key(row["common"])),
+                    TableCell(f"{100 * row['chance']:.0f} %", sort=_sort_key(row["chance"])),
+                    TableCell("" if math.isnan(correlation) else f"{correlation:.2f}", sort=_sort_key(correlation)),
+                    TableCell(str(int(row["n"]))),
                 ),
             )
         )
     columns = ("Compared", "Level", "Gone in common", "By chance", "Rank correlation of scores", "Pairs")
-    return _Table("How far choices of heads agree", columns, tuple(rows[:400]))
+    return Table("How far choices of heads agree", columns, tuple(rows[:400]))
 
 
-def hypothesis_table(answers: pd.DataFrame, caption: str) -> _Table | None:
+def answers_table(answers: pd.DataFrame, caption: str) -> Table | None:
     """Every row of answers with all its figures; columns that would be empty or all alike are left out."""
-    rows = _records(answers)
+    rows = rows_of(answers)
     if not rows:
         return None
     several = {
@@ -87,36 +88,36 @@ def hypothesis_table(answers: pd.DataFrame, caption: str) -> _Table | None:
         "Asked", *(column.capitalize() for column in varying), "Estimate", "What is estimated", "Margin", "n",
         "p, corrected", "Smallest p", "Effect size", "Verdict",
     )  # fmt: skip
-    return _Table(caption, columns, tuple(_answer_row(row, varying) for row in rows))
+    return Table(caption, columns, tuple(_answer_row(row, varying) for row in rows))
 
 
-def _answer_row(row: Mapping[str, Any], varying: Sequence[str]) -> _Row:
+def _answer_row(row: Mapping[str, Any], varying: Sequence[str]) -> TableRow:
     metric = metric_named(str(row["metric"])).label
-    title = TITLES.get(str(row["id"]))
+    title = QUESTIONS[row["id"]].title if row["id"] in QUESTIONS else ""
     effect, low, high = (float(row[name]) for name in ("effect_size", "effect_size_low", "effect_size_high"))
     n = "" if pd.isna(row["n"]) else f"{int(row['n'])}"
     crossed = (
-        f"{int(row['n_iterations'])} × {int(row['n_units'])} {row['unit_name']}s"
-        if not (pd.isna(row["n_iterations"]) or pd.isna(row["n_units"]))
+        f"{int(row['n_iterations'])} × {int(row['n_clusters'])} {row['cluster']}s"
+        if not (pd.isna(row["n_iterations"]) or pd.isna(row["n_clusters"]))
         else ""
     )
-    return _Row(
-        _Cell(f"{title}: {metric}" if title else metric),
+    return TableRow(
+        TableCell(f"{title}: {metric}" if title else metric),
         (
             *(_place_cell(row, column) for column in varying),
-            _Cell(shown(row, "estimate"), interval_shown(row), _sort_key(row["estimate"]))
+            TableCell(shown(row, "estimate"), interval_shown(row), _sort_key(row["estimate"]))
             if not pd.isna(row["estimate"])
-            else _Cell("missing", tone="muted"),
-            _Cell(str(row["estimand"]), tone="wide"),
-            _Cell("" if pd.isna(row["margin"]) else shown(row, "margin"), sort=_sort_key(row["margin"])),
-            _Cell(n, crossed, n),
-            _Cell(_format_p(row["p_holm"]), f"uncorrected {_format_p(row['p'])}", _sort_key(row["p_holm"])),
-            _Cell(
+            else TableCell("missing", tone="muted"),
+            TableCell(str(row["estimand"]), tone="wide"),
+            TableCell("" if pd.isna(row["margin"]) else shown(row, "margin"), sort=_sort_key(row["margin"])),
+            TableCell(n, crossed, n),
+            TableCell(_format_p(row["p_holm"]), f"uncorrected {_format_p(row['p'])}", _sort_key(row["p_holm"])),
+            TableCell(
                 "no limit" if row["smallest_p"] == 0 else _format_p(row["smallest_p"]),
                 str(row["test"] or ""),
                 _sort_key(row["smallest_p"]),
             ),
-            _Cell(
+            TableCell(
                 "" if math.isnan(effect) else plain_number(effect),
                 "" if math.isnan(low) or math.isnan(high) else interval_with_unit(low, high, "1"),
                 _sort_key(effect),
@@ -126,22 +127,22 @@ def _answer_row(row: Mapping[str, Any], varying: Sequence[str]) -> _Row:
     )
 
 
-def _verdict_cell(row: Mapping[str, Any]) -> _Cell:
+def _verdict_cell(row: Mapping[str, Any]) -> TableCell:
     """The verdict and why; for an exploratory contrast, which is no verdict, only which way it goes."""
     verdict, reason = str(row["verdict"]), str(row["reason"] or "")
     if row["kind"] == "exploratory":
         word = "open" if verdict == "inconclusive" else reason
-        return _Cell(word, str(row.get("note") or ""), tone=word if word in ("better", "worse") else "muted")
-    return _Cell(verdict, reason, tone=verdict)
+        return TableCell(word, str(row.get("note") or ""), tone=word if word in ("better", "worse") else "muted")
+    return TableCell(verdict, reason, tone=verdict)
 
 
-def _place_cell(row: Mapping[str, Any], column: str) -> _Cell:
+def _place_cell(row: Mapping[str, Any], column: str) -> TableCell:
     value = row[column]
     if pd.isna(value):
-        return _Cell("")
+        return TableCell("")
     if column == "level":
-        return _Cell(f"{value:g} %", sort=f"{value:g}")
-    return _Cell(f"{value:g}" if isinstance(value, float) else str(value))
+        return TableCell(per_cent(value), sort=f"{value:g}")
+    return TableCell(f"{value:g}" if isinstance(value, float) else str(value))
 
 
 def _format_p(value: Any) -> str:
@@ -150,30 +151,30 @@ def _format_p(value: Any) -> str:
     return "< 0.001" if value < 0.001 else plain_number(float(value))
 
 
-def optimum_table(optimal: pd.DataFrame) -> _Table | None:
+def optimum_table(optimal: pd.DataFrame) -> Table | None:
     if optimal.empty:
         return None
     several = optimal["method"].nunique() > 1
     rows = []
-    for row in _records(optimal):
+    for row in rows_of(optimal):
         level, share, knee = (float(row[name]) for name in ("highest_level", "share", "knee_level"))
         n = "" if pd.isna(row["n"]) else str(int(row["n"]))
         rows.append(
-            _Row(
-                _Cell(str(row["variant"])),
+            TableRow(
+                TableCell(str(row["variant"])),
                 (
-                    *([_Cell(str(row["method"]))] if several else []),
-                    _Cell("unknown", str(row["reason"] or ""), tone="muted")
+                    *([TableCell(str(row["method"]))] if several else []),
+                    TableCell("unknown", str(row["reason"] or ""), tone="muted")
                     if math.isnan(level)
-                    else _Cell(f"{level:g} %", sort=f"{level:g}"),
-                    _Cell("" if math.isnan(share) else f"{100 * share:.0f} %", sort=_sort_key(share)),
-                    _Cell("none" if math.isnan(knee) else f"{knee:g} %", sort=_sort_key(knee)),
-                    _Cell(n),
+                    else TableCell(per_cent(level), sort=f"{level:g}"),
+                    TableCell("" if math.isnan(share) else f"{100 * share:.0f} %", sort=_sort_key(share)),
+                    TableCell("none" if math.isnan(knee) else per_cent(knee), sort=_sort_key(knee)),
+                    TableCell(n),
                 ),
             )
         )  # fmt: skip
     tolerance = 100 * float(optimal["tolerance"].iloc[0])
-    return _Table(
+    return Table(
         f"Optimal level: the highest at which perplexity rises by less than {tolerance:g} %, with 95 % confidence",
         (
             "Variant",
@@ -187,33 +188,33 @@ def optimum_table(optimal: pd.DataFrame) -> _Table | None:
     )
 
 
-def equal_table(equal: pd.DataFrame) -> _Table | None:
+def equal_table(equal: pd.DataFrame) -> Table | None:
     if equal.empty:
         return None
     several = equal["method"].nunique() > 1
     rows = []
-    for row in _records(equal):
+    for row in rows_of(equal):
         ratio, low, high = (float(row[name]) for name in ("speed_ratio", "ci_low", "ci_high"))
         n = "" if pd.isna(row["n"]) else str(int(row["n"]))
         rows.append(
-            _Row(
-                _Cell(plain_number(float(row["perplexity"])), sort=_sort_key(row["perplexity"])),
+            TableRow(
+                TableCell(plain_number(float(row["perplexity"])), sort=_sort_key(row["perplexity"])),
                 (
-                    *([_Cell(str(row["method"]))] if several else []),
+                    *([TableCell(str(row["method"]))] if several else []),
                     *(
-                        _Cell("" if pd.isna(row[name]) else f"{row[name]:.3g} %", sort=_sort_key(row[name]))
+                        TableCell("" if pd.isna(row[name]) else f"{row[name]:.3g} %", sort=_sort_key(row[name]))
                         for name in ("baseline_level", "agency_level")
                     ),
-                    _Cell(
+                    TableCell(
                         plain_number(ratio) if math.isfinite(ratio) else str(row["reason"] or "missing"),
                         "" if math.isnan(low) or math.isnan(high) else interval_with_unit(low, high, "1"),
                         _sort_key(ratio),
                     ),
-                    _Cell(n),
+                    TableCell(n),
                 ),
             )
         )
-    return _Table(
+    return Table(
         "Speed at equal perplexity, interpolated between the levels measured",
         (
             "Perplexity", *(["Method"] if several else []), "Baseline reaches it at", "Agency reaches it at",
@@ -227,7 +228,7 @@ def variants_in(table: pd.DataFrame) -> list[str]:
     return sorted((str(variant) for variant in table["variant"].dropna().unique()), key=variant_order)
 
 
-def method_tables(summary: pd.DataFrame, contrasts: pd.DataFrame) -> tuple[list[_MethodTables], int]:
+def method_tables(summary: pd.DataFrame, contrasts: pd.DataFrame) -> tuple[list[MethodTables], int]:
     """The tables of each method, and how many rows did not fit. Main measurements of all methods come first."""
     methods = [str(method) for method in summary["method"].dropna().unique()]
     chosen = in_role("main table")
@@ -250,10 +251,10 @@ def method_tables(summary: pd.DataFrame, contrasts: pd.DataFrame) -> tuple[list[
     columns = ("Measurement", "Level", "Temperature", *variants, "difference", "n")
     note = "estimate, with its 95 % interval below"
     return [
-        _MethodTables(
+        MethodTables(
             method,
-            _Table(f"{method}: main measurements ({note})", columns, tuple(main[method])),
-            _Table(f"{method}: all other measurements ({note})", columns, tuple(other[method]))
+            Table(f"{method}: main measurements ({note})", columns, tuple(main[method])),
+            Table(f"{method}: all other measurements ({note})", columns, tuple(other[method]))
             if other[method]
             else None,
         )
@@ -261,17 +262,17 @@ def method_tables(summary: pd.DataFrame, contrasts: pd.DataFrame) -> tuple[list[
     ], left_out
 
 
-def _row_size(row: _Row) -> int:
+def _row_size(row: TableRow) -> int:
     return 40 + sum(60 + len(cell.text) + len(cell.small) + len(cell.sort) for cell in (row.heading, *row.cells))
 
 
-def _rows(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str, metrics: Sequence[str]) -> list[_Row]:
+def _rows(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str, metrics: Sequence[str]) -> list[TableRow]:
     variants = variants_in(summary)
     keys = ["metric", "level", "temperature"]
     ours = summary[summary["method"] == method]
-    estimates = {(*_key(row, keys), row["variant"]): row for row in _records(ours)}
+    estimates = {(*_key(row, keys), row["variant"]): row for row in rows_of(ours)}
     compared = contrasts[(contrasts["method"] == method) & (contrasts["contrast"] == AGENCY_VS_BASELINE)]
-    differences = {_key(row, keys): row for row in _records(compared)}
+    differences = {_key(row, keys): row for row in rows_of(compared)}
     wanted = {name: index for index, name in enumerate(metrics)}
     places = {key[:3] for key in estimates if key[0] in wanted}
     rows = []
@@ -280,14 +281,14 @@ def _rows(summary: pd.DataFrame, contrasts: pd.DataFrame, method: str, metrics: 
         found = [estimates.get((*place, variant)) for variant in variants]
         counts = sorted({int(row["n"]) for row in found if row is not None and not pd.isna(row["n"])})
         rows.append(
-            _Row(
-                _Cell(metric_named(metric).label),
+            TableRow(
+                TableCell(metric_named(metric).label),
                 (
-                    _Cell(f"{level:g} %", sort=f"{level:g}"),
-                    _Cell("" if temperature is None else f"{temperature:g}"),
+                    TableCell(per_cent(level), sort=f"{level:g}"),
+                    TableCell("" if temperature is None else f"{temperature:g}"),
                     *(_estimate_cell(row) for row in found),
                     _difference_cell(differences.get(place)),
-                    _Cell(" / ".join(str(count) for count in counts), sort=str(counts[0]) if counts else ""),
+                    TableCell(" / ".join(str(count) for count in counts), sort=str(counts[0]) if counts else ""),
                 ),
             )
         )
@@ -298,17 +299,13 @@ def _key(row: Mapping[str, Any], keys: Sequence[str]) -> tuple[Any, ...]:
     return tuple(None if pd.isna(row[key]) else row[key] for key in keys)
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
-
-
-def _estimate_cell(row: Mapping[str, Any] | None) -> _Cell:
+def _estimate_cell(row: Mapping[str, Any] | None) -> TableCell:
     if row is None:
-        return _Cell("not measured", tone="muted")
+        return TableCell("not measured", tone="muted")
     estimate, unit = float(row["estimate"]), str(row["unit"])
     if math.isnan(estimate):
-        return _Cell("missing", tone="muted")
-    return _Cell(with_unit(estimate, unit), _format_interval(row, unit), f"{estimate:.10g}")
+        return TableCell("missing", tone="muted")
+    return TableCell(with_unit(estimate, unit), _format_interval(row, unit), f"{estimate:.10g}")
 
 
 def _format_interval(row: Mapping[str, Any], unit: str) -> str:
@@ -318,10 +315,10 @@ def _format_interval(row: Mapping[str, Any], unit: str) -> str:
     return interval_with_unit(low, high, unit)
 
 
-def _difference_cell(row: Mapping[str, Any] | None) -> _Cell:
+def _difference_cell(row: Mapping[str, Any] | None) -> TableCell:
     """The difference, its interval, and in a word whether it is better, worse, or not told by the data."""
     if row is None or math.isnan(float(row["estimate"])):
-        return _Cell("")
+        return TableCell("")
     estimate, unit = float(row["estimate"]), str(row["unit"])
     low, high = float(row["ci_low"]), float(row["ci_high"])
     sign = "+" if estimate > 0 else ""
@@ -334,41 +331,24 @@ def _difference_cell(row: Mapping[str, Any] | None) -> _Cell:
         verdict = tone or direction
     elif not (math.isnan(low) or math.isnan(high)):
         verdict = "not told"
-    shown = f"{sign}{with_unit(estimate, unit)}"
-    return _Cell(f"{shown}, {verdict}" if verdict else shown, small, f"{estimate:.10g}", tone)
+    text = f"{sign}{with_unit(estimate, unit)}"
+    return TableCell(f"{text}, {verdict}" if verdict else text, small, f"{estimate:.10g}", tone)
 
 
-def plain_table(table: pd.DataFrame, caption: str) -> _Table | None:
+def plain_table(table: pd.DataFrame, caption: str) -> Table | None:
     if table.empty:
         return None
     columns = [str(column) for column in table.columns]
     rows = []
-    for record in _records(table.head(500)):
-        first, *rest = (_Cell(format_value(record[column]), sort=_sort_key(record[column])) for column in columns)
-        rows.append(_Row(first, tuple(rest)))
-    shown = f" (the first 500 of {len(table)})" if len(table) > 500 else ""
-    return _Table(caption + shown, tuple(column.replace("_", " ") for column in columns), tuple(rows))
+    for record in rows_of(table.head(500)):
+        first, *rest = (TableCell(format_value(record[column]), sort=_sort_key(record[column])) for column in columns)
+        rows.append(TableRow(first, tuple(rest)))
+    note = f" (the first 500 of {len(table)})" if len(table) > 500 else ""
+    return Table(caption + note, tuple(column.replace("_", " ") for column in columns), tuple(rows))
 
 
 def _sort_key(value: Any) -> str:
     return f"{value:.10g}" if isinstance(value, (int, float)) and math.isfinite(value) else ""
-
-
-def format_value(value: Any) -> str:
-    """A setting or figure as a reader would write it."""
-    if value is None or (isinstance(value, float) and math.isnan(value)):
-        return "none"
-    if isinstance(value, bool):
-        return "yes" if value else "no"
-    if isinstance(value, int):
-        return f"{value:,}" if abs(value) >= 10_000 else str(value)
-    if isinstance(value, float):
-        return f"{value:.10g}"
-    if isinstance(value, (list, tuple)) and all(not isinstance(part, (list, tuple, Mapping)) for part in value):
-        return ", ".join(format_value(part) for part in value) or "none"
-    if isinstance(value, (list, tuple, Mapping)):
-        return json.dumps(value, ensure_ascii=False, default=str)
-    return str(value)
 
 
 def pairs(values: Any) -> list[tuple[str, str]]:

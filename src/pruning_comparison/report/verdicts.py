@@ -13,12 +13,14 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.formatting import listed, per_cent, plain_number
+from pruning_comparison.analysis import QUESTIONS, Question
+from pruning_comparison.formatting import capitalised, listed, per_cent, plain_number, rounded_up
 from pruning_comparison.metrics import metric_named
 from pruning_comparison.report.findings import Finding
+from pruning_comparison.report.rows import rows_of
 from pruning_comparison.variants import RETIRED, VARIANTS, Variant, reported_variant
 
-__all__ = ["TITLES", "Verdict", "exploratory_findings", "interval_shown", "part_findings", "shown", "verdicts"]
+__all__ = ["Verdict", "exploratory_findings", "interval_shown", "part_findings", "shown", "verdicts"]
 
 _NOISE = 1e-12
 """What rounding of floating-point numbers leaves of a difference that is none."""
@@ -39,78 +41,6 @@ class Verdict:
     about: str
     verdict: str
     sentence: str
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What an expectation or question asks, and how a difference between two variants is put into words.
-
-    ``claim`` has the places ``variant``, ``reference``, ``of_reference`` (the possessive) and ``size``; ``whether`` says the
-    same as an open question.
-    """
-
-    title: str
-    asked: str
-    claim: str = ""
-    more: str = "higher"
-    less: str = "lower"
-    place: str = ""
-
-
-_ASKED = {
-    "E1": _Asked(
-        "Speed",
-        "Expected: agency keeps or gains speed as heads are pruned, and is faster than the baseline.",
-        "{variant} generates text {size} than {reference}",
-        "faster",
-        "slower",
-        "with heads pruned",
-    ),
-    "E1p": _Asked(
-        "Speed at equal perplexity",
-        "The same, where both are pruned until their text is equally good.",
-        "at equal perplexity {variant} generates text {size} than {reference}",
-        "faster",
-        "slower",
-    ),
-    "E2": _Asked(
-        "Quality",
-        "Expected: agency keeps lower perplexity at high levels of pruning.",
-        "{variant}'s perplexity is {size} than {of_reference}",
-        place="with 40 % of the heads or more pruned",
-    ),
-    "E3": _Asked(
-        "Diversity",
-        "Expected: agency's text stays nearer to the unpruned model's diversity at high levels of pruning.",
-        "the distance of {variant}'s diversity (distinct-2) from the unpruned model's is {size} than {of_reference}",
-        "larger",
-        "smaller",
-        "with 40 % of the heads or more pruned",
-    ),
-    "E4": _Asked(
-        "Responsiveness",
-        "Expected: agency's first token comes sooner.",
-        "{variant}'s wait for the first token is {size} than {of_reference}",
-        "longer",
-        "shorter",
-        "with heads pruned",
-    ),
-    "Q1": _Asked(
-        "Resilience",
-        "Does agency improve resilience to pruning?",
-        "every further 10 % makes {variant}'s perplexity {size} relative to {of_reference}",
-    ),
-    "Q2": _Asked("Optimal level", "How many heads can go before quality suffers?"),
-    "Q3": _Asked(
-        "Temperature",
-        "How does temperature affect pruned models: does it change how the two compare?",
-    ),
-    "Q4": _Asked("Tight resources", "Is agency more beneficial the more is pruned?"),
-    "Q5": _Asked("Which metrics", "Which measurements benefit most from agency?"),
-}
-
-TITLES: Mapping[str, str] = {name: asked.title for name, asked in _ASKED.items()}
-"""What each expectation and question is called, in the order in which they are answered."""
 
 
 # Numbers in words
@@ -145,19 +75,19 @@ def _unit(row: Mapping[str, Any]) -> str:
     return " %" if _is_ratio(row) else ""
 
 
-def _size(row: Mapping[str, Any], value: float, asked: _Asked) -> str:
+def _size(row: Mapping[str, Any], value: float, question: Question) -> str:
     """A difference as a size and a direction: "5 % lower"."""
     amount = _amount(row, value)
-    return f"{plain_number(abs(amount))}{_unit(row)} {asked.more if amount > 0 else asked.less}"
+    return f"{plain_number(abs(amount))}{_unit(row)} {question.more if amount > 0 else question.less}"
 
 
-def _range(row: Mapping[str, Any], asked: _Asked) -> str:
+def _range(row: Mapping[str, Any], question: Question) -> str:
     """Both ends of the interval as sizes, the smaller change first where they point the same way."""
     low, high = float(row["ci_low"]), float(row["ci_high"])
     if low < 0 < high:
-        return f"{_size(row, low, asked)} to {_size(row, high, asked)}"
+        return f"{_size(row, low, question)} to {_size(row, high, question)}"
     near, far = (high, low) if high <= 0 else (low, high)
-    return f"{plain_number(abs(_amount(row, near)))} to {_size(row, far, asked)}"
+    return f"{plain_number(abs(_amount(row, near)))} to {_size(row, far, question)}"
 
 
 def _has_interval(row: Mapping[str, Any]) -> bool:
@@ -173,8 +103,8 @@ def _names(row: Mapping[str, Any]) -> dict[str, str]:
     return {"variant": variant, "reference": name, "of_reference": f"{name}'s"}
 
 
-def _claim(row: Mapping[str, Any], asked: _Asked) -> str:
-    return asked.claim.format(**_names(row), size=_size(row, float(row["estimate"]), asked))
+def _claim(row: Mapping[str, Any], question: Question) -> str:
+    return question.claim.format(**_names(row), size=_size(row, float(row["estimate"]), question))
 
 
 def _gain_interval(row: Mapping[str, Any]) -> tuple[float, float]:
@@ -183,13 +113,13 @@ def _gain_interval(row: Mapping[str, Any]) -> tuple[float, float]:
     return (low, high) if row["better"] == "higher" else (-high, -low)
 
 
-def _statement(row: Mapping[str, Any], asked: _Asked) -> str:
+def _statement(row: Mapping[str, Any], question: Question) -> str:
     """What a row allows one to say, without a first capital and without a full stop."""
     if row["verdict"] == INCONCLUSIVE:
-        return _open_statement(row, asked)
+        return _open_statement(row, question)
     if not _has_interval(row):
-        return _claim(row, asked)
-    told = f"{_claim(row, asked)} (95 % interval: {_range(row, asked)})"
+        return _claim(row, question)
+    told = f"{_claim(row, question)} (95 % interval: {_range(row, question)})"
     if row["verdict"] == SUPPORTED:
         return told
     low, high = _gain_interval(row)
@@ -200,20 +130,20 @@ def _statement(row: Mapping[str, Any], asked: _Asked) -> str:
         names = _names(row)
         return (
             f"{names['variant']} and {names['reference']} differ by too little to matter: the interval is "
-            f"{_range(row, asked)}, and less than {shown(row, 'margin')} counts as no difference"
+            f"{_range(row, question)}, and less than {shown(row, 'margin')} counts as no difference"
         )
     return f"{told}: a gain that matters does not fit the data"
 
 
-def _open_statement(row: Mapping[str, Any], asked: _Asked) -> str:
+def _open_statement(row: Mapping[str, Any], question: Question) -> str:
     if pd.isna(row["estimate"]):
         return "this was not measured"
     if not _has_interval(row):
-        return f"{_claim(row, asked)} in this sample, but there is too little data for an interval"
+        return f"{_claim(row, question)} in this sample, but there is too little data for an interval"
     if not any(_amount(row, float(row[column])) for column in ("estimate", "ci_low", "ci_high")):
         names = _names(row)
         return f"{names['variant']} and {names['reference']} do not differ at all in this sample{_why_open(row)}"
-    return f"{_claim(row, asked)} in this sample, but anything from {_range(row, asked)} fits the data{_why_open(row)}"
+    return f"{_claim(row, question)} in this sample, but anything from {_range(row, question)} fits the data{_why_open(row)}"
 
 
 def _why_open(row: Mapping[str, Any]) -> str:
@@ -231,44 +161,36 @@ def _why_open(row: Mapping[str, Any]) -> str:
 
 def _more(row: Mapping[str, Any]) -> str:
     """How much more would settle an inconclusive row, in a few words; nothing where that is not known or would not do."""
-    unit = row["unit_name"] if isinstance(row["unit_name"], str) else "unit"
     ways = [
-        f"{_round_up(row[column]):,} more {word}{'' if row[column] == 1 else 's'}"
-        for column, word in (("more_iterations", "iteration"), ("more_units", unit))
+        f"{rounded_up(row[column]):,} more {word}{'' if row[column] == 1 else 's'}"
+        for column, word in (("more_iterations", "iteration"), ("more_clusters", row["cluster"]))
         if not pd.isna(row[column]) and row[column] >= 1
     ]
     return f"about {' or '.join(ways)}" if ways else ""
 
 
-def _round_up(count: float) -> int:
-    """Two significant digits of a large number: it is an estimate."""
-    step = 10 ** max(0, len(str(int(count))) - 2)
-    return int(math.ceil(count / step) * step)
-
-
 def _more_sentence(row: Mapping[str, Any]) -> str:
     more = _more(row)
     if more:
-        return f" {_capital(more)} would settle it, if the difference is as large as it looks now."
+        return f" {capitalised(more)} would settle it, if the difference is as large as it looks now."
     if row["reason"] == "wide interval":
-        unit = row["unit_name"] if isinstance(row["unit_name"], str) else "unit"
-        return f" More iterations alone, or more {unit}s alone, would not settle it; more of both might."
+        return f" More iterations alone, or more {row['cluster']}s alone, would not settle it; more of both might."
     return ""
 
 
 def _where(row: Mapping[str, Any], place: str) -> str:
     """Where a row holds: the levels, the method, and the temperature if there is one."""
-    heat = "" if pd.isna(row["temperature"]) else f" at temperature {float(row['temperature']):g}"
-    by = f"by {row['method']}{heat}"
+    temperature = "" if pd.isna(row["temperature"]) else f" at temperature {float(row['temperature']):g}"
+    by = f"by {row['method']}{temperature}"
     return f"{place} {by}" if place else f"with heads pruned {by}"
 
 
-def _sentence(row: Mapping[str, Any], asked: _Asked, disappointed: str) -> str:
+def _sentence(row: Mapping[str, Any], question: Question, disappointed: str) -> str:
     """One whole sentence, or two: where, what, and what that means for the expectation."""
     if pd.isna(row["estimate"]):
         return f"This was not measured{_because(row)}, so nothing can be said."
-    place = _where(row, asked.place)
-    told = f"{_capital(place)}, {_statement(row, asked)}."
+    place = _where(row, question.place)
+    told = f"{capitalised(place)}, {_statement(row, question)}."
     if row["verdict"] == INCONCLUSIVE:
         return f"The data do not decide. {told}{_more_sentence(row)}"
     return f"{told} {disappointed}" if row["verdict"] == REFUTED else told
@@ -277,10 +199,6 @@ def _sentence(row: Mapping[str, Any], asked: _Asked, disappointed: str) -> str:
 def _because(row: Mapping[str, Any]) -> str:
     reason = row["reason"]
     return f" ({reason})" if isinstance(reason, str) and reason and reason != "missing" else ""
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
 
 
 # The verdicts
@@ -292,29 +210,29 @@ def verdicts(answers: pd.DataFrame, optimal: pd.DataFrame) -> list[Verdict]:
     ``answers`` has columns ``HYPOTHESIS_COLUMNS``, ``optimal`` ``OPTIMUM_COLUMNS``; exploratory rows of ``answers`` are
     passed over. One that has no row at all is inconclusive, since it was not measured. Nothing comes of empty tables.
     """
-    rows = _records(answers[answers["kind"] != "exploratory"])
+    rows = rows_of(answers[answers["kind"] != "exploratory"])
     if not rows:
         return []
-    levels = _records(optimal)
+    levels = rows_of(optimal)
     places = list(dict.fromkeys((str(row["model"]), str(row["method"])) for row in rows))
     named = _Named(len({model for model, _ in places}) > 1, len({method for _, method in places}) > 1)
     found: list[Verdict] = []
-    for name, asked in _ASKED.items():
+    for name, question in QUESTIONS.items():
         for model, method in places:
             here = [r for r in rows if (r["id"], str(r["model"]), str(r["method"])) == (name, model, method)]
             there = [r for r in levels if (str(r["model"]), str(r["method"])) == (model, method)]
             about = named.about(model, method)
             if name == "Q2":
-                found.append(_optimal_level(asked, about, there))
+                found.append(_optimal_level(question, about, there))
             elif name in ("Q4", "Q5") and here:
-                found.extend(_over_metrics(name, asked, about, here))
+                found.extend(_over_metrics(name, question, about, here))
             elif here:
                 several = len(here) > 1
                 found.extend(
-                    _one(name, asked, named.about(model, method, row if several else None), row) for row in here
+                    _one(name, question, named.about(model, method, row if several else None), row) for row in here
                 )
             elif name != "E1p":
-                found.append(Verdict(name, asked.title, asked.asked, about, INCONCLUSIVE, _NOT_MEASURED))
+                found.append(Verdict(name, question.title, question.asked, about, INCONCLUSIVE, _NOT_MEASURED))
     return found
 
 
@@ -341,22 +259,22 @@ class _Named:
         return ", ".join(parts)
 
 
-def _one(name: str, asked: _Asked, about: str, row: Mapping[str, Any]) -> Verdict:
+def _one(name: str, question: Question, about: str, row: Mapping[str, Any]) -> Verdict:
     if name == "Q3":
         sentence = _temperature_sentence(row)
     elif name == "Q1":
-        sentence = _sentence(row, asked, "So agency is not more resilient here, but less.")
+        sentence = _sentence(row, question, "So agency is not more resilient here, but less.")
     else:
         worse = _has_interval(row) and _gain_interval(row)[1] < 0
-        sentence = _sentence(row, asked, _DISAPPOINTED["worse" if worse else "otherwise"])
-    return Verdict(name, asked.title, asked.asked, about, str(row["verdict"]), sentence)
+        sentence = _sentence(row, question, _DISAPPOINTED["worse" if worse else "otherwise"])
+    return Verdict(name, question.title, question.asked, about, str(row["verdict"]), sentence)
 
 
-def _optimal_level(asked: _Asked, about: str, rows: Sequence[Mapping[str, Any]]) -> Verdict:
+def _optimal_level(question: Question, about: str, rows: Sequence[Mapping[str, Any]]) -> Verdict:
     """Q2: per variant the highest level within the tolerance, how sure that is, and the knee."""
     known = [row for row in rows if not pd.isna(row["highest_level"])]
     if not known:
-        return Verdict("Q2", asked.title, asked.asked, about, INCONCLUSIVE, _NOT_MEASURED)
+        return Verdict("Q2", question.title, question.asked, about, INCONCLUSIVE, _NOT_MEASURED)
     tolerance = f"{100 * float(known[0]['tolerance']):g} %"
     at: dict[float, list[str]] = {}
     sure = []
@@ -379,7 +297,7 @@ def _optimal_level(asked: _Asked, about: str, rows: Sequence[Mapping[str, Any]])
     if knees:
         bends = [f"{per_cent(row['knee_level'])} for {reported_variant(str(row['variant'])).title}" for row in knees]
         sentence += f" The best trade of speed for quality (the knee) is at {listed(bends)}."
-    return Verdict("Q2", asked.title, asked.asked, about, REPORTED, sentence)
+    return Verdict("Q2", question.title, question.asked, about, REPORTED, sentence)
 
 
 def _temperature_sentence(row: Mapping[str, Any]) -> str:
@@ -406,10 +324,10 @@ def _temperature_sentence(row: Mapping[str, Any]) -> str:
             "The data do not decide whether temperature changes how the two compare. "
             f"In this sample {claim}, {but} ({figures}).{_more_sentence(row)}"
         )
-    return f"{_capital(_where(row, ''))}, {claim} ({figures})."
+    return f"{capitalised(_where(row, ''))}, {claim} ({figures})."
 
 
-def _over_metrics(name: str, asked: _Asked, about: str, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
+def _over_metrics(name: str, question: Question, about: str, rows: Sequence[Mapping[str, Any]]) -> list[Verdict]:
     """Q4 and Q5 ask metric by metric: one verdict for the metrics that it holds for, one for those it does not, one for
     those that are open.
     """
@@ -426,7 +344,7 @@ def _over_metrics(name: str, asked: _Asked, about: str, rows: Sequence[Mapping[s
         chosen = [row for row in rows if row["verdict"] == word]
         if chosen:
             sentence = heads[name, word].format(listed([_metric_told(name, row) for row in chosen]))
-            found.append(Verdict(name, asked.title, asked.asked, about, word, sentence))
+            found.append(Verdict(name, question.title, question.asked, about, word, sentence))
     return found
 
 
@@ -440,10 +358,6 @@ def _metric_told(name: str, row: Mapping[str, Any]) -> str:
     return f"{metric} ({plain_number(float(row['estimate']))})"
 
 
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    return [{str(key): value for key, value in row.items()} for row in table.to_dict("records")]
-
-
 # What each part of agency brings
 
 
@@ -453,10 +367,10 @@ def part_findings(answers: pd.DataFrame) -> list[Finding]:
     A part that makes no difference that matters is said to bring nothing. Contrasts of variants were not asked beforehand,
     so these are hints. Nothing comes of a run without such variants.
     """
-    asked = _ASKED["E2"]
+    question = QUESTIONS["E2"]
     rows = [
         row
-        for row in _records(answers[answers["kind"] == "exploratory"])
+        for row in rows_of(answers[answers["kind"] == "exploratory"])
         if row["id"] == "E2" and not pd.isna(row["estimate"])
     ]
     found = []
@@ -469,18 +383,18 @@ def part_findings(answers: pd.DataFrame) -> list[Finding]:
                 told.append(_part_told(row, variant))
                 figures.append(f"{variant.name}: {shown(row, 'estimate')} [{interval_shown(row)}], n = {int(row['n'])}")
         if told:
-            place = _capital(_where(next(iter(by_contrast.values())), asked.place))
+            place = capitalised(_where(next(iter(by_contrast.values())), question.place))
             sentence = f"{place}, perplexity tells what each part brings (hints and no verdicts). {' '.join(told)}"
             found.append(Finding(f"{method}: what each part of agency brings", sentence, "; ".join(figures)))
     return found
 
 
 def _part_told(row: Mapping[str, Any], variant: Variant) -> str:
-    asked, part = _ASKED["E2"], variant.lacks
-    size = f"agency's perplexity is {_size(row, float(row['estimate']), asked)} than where {variant.instead}"
+    question, part = QUESTIONS["E2"], variant.lacks
+    size = f"agency's perplexity is {_size(row, float(row['estimate']), question)} than where {variant.instead}"
     if row["verdict"] == INCONCLUSIVE:
         return f"{part}: the data do not decide; in this sample {size}."
-    interval = f"(95 % interval: {_range(row, asked)})"
+    interval = f"(95 % interval: {_range(row, question)})"
     if row["verdict"] == SUPPORTED:
         return f"{part} {'help' if variant.plural else 'helps'}: {size} {interval}."
     if row["reason"] == "no difference":
@@ -494,21 +408,23 @@ def _part_told(row: Mapping[str, Any], variant: Variant) -> str:
 
 def exploratory_findings(answers: pd.DataFrame) -> list[Finding]:
     """What exploratory rows of answers say, one finding for each contrast, method and model: hints and no verdicts."""
-    rows = [row for row in _records(answers[answers["kind"] == "exploratory"]) if row["id"] in _ASKED]
+    rows = [row for row in rows_of(answers[answers["kind"] == "exploratory"]) if row["id"] in QUESTIONS]
     found = []
     for model, method, contrast in dict.fromkeys((row["model"], row["method"], row["contrast"]) for row in rows):
         here = [row for row in rows if (row["model"], row["method"], row["contrast"]) == (model, method, contrast)]
-        asked = [(row, _ASKED[row["id"]]) for row in here if _ASKED[row["id"]].claim]
-        clear = [(row, words) for row, words in asked if row["verdict"] != INCONCLUSIVE]
-        told = [f"{_capital(_where(row, words.place))}, {_statement(row, words)}." for row, words in clear]
-        unclear = list(dict.fromkeys(words.title.lower() for row, words in asked if row["verdict"] == INCONCLUSIVE))
+        claims = [(row, QUESTIONS[row["id"]]) for row in here if QUESTIONS[row["id"]].claim]
+        clear = [(row, question) for row, question in claims if row["verdict"] != INCONCLUSIVE]
+        told = [f"{capitalised(_where(row, question.place))}, {_statement(row, question)}." for row, question in clear]
+        unclear = list(
+            dict.fromkeys(question.title.lower() for row, question in claims if row["verdict"] == INCONCLUSIVE)
+        )
         if unclear:
             told.append(f"The data do not decide about {listed(unclear)}.")
         if told:
             sentence = " ".join(["Not asked beforehand, so these are hints and no verdicts.", *told])
             figures = "; ".join(
-                f"{words.title.lower()}: {shown(row, 'estimate')} [{interval_shown(row)}], n = {int(row['n'])}"
-                for row, words in asked
+                f"{question.title.lower()}: {shown(row, 'estimate')} [{interval_shown(row)}], n = {int(row['n'])}"
+                for row, question in claims
                 if not pd.isna(row["estimate"])
             )
             found.append(

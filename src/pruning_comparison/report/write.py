@@ -5,31 +5,43 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis import head_maps
-from pruning_comparison.analysis.estimates import CONTRAST_COLUMNS, contrast, missing_figures, summarize
-from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS, PRIMARY, answers
-from pruning_comparison.analysis.margins import Margins
-from pruning_comparison.analysis.tradeoffs import optimal_levels, speed_at_equal_perplexity
+from pruning_comparison.analysis import (
+    CONTRAST_COLUMNS,
+    HYPOTHESIS_COLUMNS,
+    Margins,
+    MetricTable,
+    agreement,
+    answer_hypotheses,
+    contrast,
+    differences,
+    map_heads,
+    map_rounds,
+    missing_figures,
+    observations,
+    optimal_levels,
+    speed_at_equal_perplexity,
+    summarize,
+)
 from pruning_comparison.errors import StoreError
 from pruning_comparison.metrics import METRICS
-from pruning_comparison.report import between_runs as two_runs
-from pruning_comparison.report import findings, verdicts
-from pruning_comparison.report import page as report
-from pruning_comparison.report.charts import heads as head_charts
-from pruning_comparison.report.charts import overview as charts
+from pruning_comparison.report import between_runs, findings, verdicts
+from pruning_comparison.report.charts import NARROW, WIDE, draw_all, draw_head_charts, save_charts
+from pruning_comparison.report.page import render_between_runs, render_report
+from pruning_comparison.report.rows import rows_with_null
 from pruning_comparison.store import Manifest, Run, load_run, write_atomically, write_manifest, write_table
+from pruning_comparison.variants import PRIMARY
 
 REPORT = "report.html"
 CHARTS = "charts"
-NARROW = "narrow"
-COMPARISON = "comparison.csv"
+NARROW_CHARTS = "narrow"
+BETWEEN_RUNS = "between_runs.csv"
 
 LOGGER = logging.getLogger(__name__)
 
@@ -74,21 +86,21 @@ def write_results(
         *verdicts.exploratory_findings(tables.answers),
     ]
     LOGGER.info("drawing the charts")
-    maps = head_maps.head_maps(heads, asked["signals"], asked["replies"])
-    rounds = head_maps.round_maps(asked["signals"], asked["replies"])
-    agreed = head_maps.agreement(heads)
+    maps = map_heads(heads, asked["signals"], asked["replies"])
+    rounds = map_rounds(asked["signals"], asked["replies"])
+    agreed = agreement(heads)
     figures, narrow = (
         {
-            **charts.draw_all(tables.summary, tables.contrasts, size=size),
-            **head_charts.draw_head_charts(run.model, maps, rounds, agreed, size=size),
+            **draw_all(tables.summary, tables.contrasts, size=size),
+            **draw_head_charts(run.model, maps, rounds, agreed, size=size),
         }
-        for size in (charts.WIDE, charts.NARROW)
+        for size in (WIDE, NARROW)
     )
 
     for name, table in {
         **vars(tables),
         "cells": run.cells,
-        "measurements": _labelled(run.model, run.measurements),
+        "measurements": _with_model(run.model, run.measurements),
         "heads": heads,
         **{name: table for name, table in {**asked, "head_agreement": agreed}.items() if len(table)},
     }.items():
@@ -97,10 +109,10 @@ def write_results(
         write_table(folder / "generated_texts.csv", texts)
     words = {"verdicts": [vars(verdict) for verdict in told], "findings": [vars(finding) for finding in plain]}
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
-    pictures = charts.save_charts(figures, folder / CHARTS)
-    narrow_pictures = charts.save_charts(narrow, folder / CHARTS / NARROW, svg=False)
+    pictures = save_charts(figures, folder / CHARTS)
+    narrow_pictures = save_charts(narrow, folder / CHARTS / NARROW_CHARTS, svg=False)
     LOGGER.info("writing the report")
-    html = report.render_report(
+    html = render_report(
         summary=tables.summary,
         contrasts=tables.contrasts,
         cells=run.cells,
@@ -121,29 +133,29 @@ def write_results(
     return folder / REPORT
 
 
-def write_comparison(
+def write_between_runs(
     first: Path,
     second: Path,
     *,
     output_dir: Path,
 ) -> Path:
-    """Compares the second run with the first and writes ``comparison_<timestamp>/`` with report and ``comparison.csv``.
+    """Compares the second run with the first and writes ``between_runs_<timestamp>/``: report and ``between_runs.csv``.
 
     Returns the report's path.
     """
     runs = load_run(first), load_run(second)
     LOGGER.info("estimating")
-    limits = two_runs.limits(*runs)
-    compared = two_runs.compare(*runs)
+    compared, limits = between_runs.compare(*runs)
+    found = differences(runs[0].manifest.as_dict(), runs[1].manifest.as_dict())
     folder = _new_folder(output_dir)
-    write_table(folder / COMPARISON, compared)
+    write_table(folder / BETWEEN_RUNS, compared)
     LOGGER.info("writing the report")
-    html = report.render_comparison(
+    html = render_between_runs(
         names=(str(first), str(second)),
         compared=compared,
-        findings=two_runs.comparison_findings(compared),
-        differences=two_runs.differences(runs[0].manifest.as_dict(), runs[1].manifest.as_dict()),
-        limits=limits,
+        findings=between_runs.between_runs_findings(compared),
+        differences=[between_runs.difference_in_words(difference) for difference in found],
+        limits=[between_runs.limit_in_words(limit) for limit in limits],
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT
@@ -161,18 +173,19 @@ def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins
 
 
 def _estimate(run: Run, margins: Margins) -> _Tables:
-    variants, tables = run.variants, (run.model, run.cells, run.measurements)
+    """Observations and pairs are made here, once; every estimate is made from them."""
+    tables = observations(run.cells, run.measurements)
     return _Tables(
-        summarize(*tables),
-        _contrasts(run.model, variants, run.cells, run.measurements),
-        _answers(run, variants, margins),
-        optimal_levels(*tables, margins=margins, seed=run.seed),
-        speed_at_equal_perplexity(*tables),
+        summarize(run.model, tables),
+        _contrasts(run.model, run.variants, tables),
+        _answers(run, tables, run.variants, margins),
+        optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
+        speed_at_equal_perplexity(run.model, run.cells, tables),
         missing_figures(run.measurements),
     )
 
 
-def _answers(run: Run, variants: list[str], margins: Margins) -> pd.DataFrame:
+def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], margins: Margins) -> pd.DataFrame:
     """Agency against the baseline, and then against every other variant, as exploratory.
 
     In a run without agency it is every other variant against the baseline.
@@ -180,34 +193,37 @@ def _answers(run: Run, variants: list[str], margins: Margins) -> pd.DataFrame:
     agency, baseline = PRIMARY
     others = [name for name in variants if name not in PRIMARY]
     if agency in variants:
-        pairs = [(agency, reference) for reference in (baseline, *others) if reference in variants]
+        contrasts = [(agency, reference) for reference in (baseline, *others) if reference in variants]
     else:
-        pairs = [(variant, baseline) for variant in others if baseline in variants]
-    tables = [
-        answers(
-            run.model, run.cells, run.measurements,
+        contrasts = [(variant, baseline) for variant in others if baseline in variants]
+    answers = [
+        answer_hypotheses(
+            run.model, run.cells, tables,
             margins=margins, variant=variant, reference=reference, seed=run.seed,
         )
-        for variant, reference in pairs
+        for variant, reference in contrasts
     ]  # fmt: skip
-    filled = [table for table in tables if len(table)]
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(HYPOTHESIS_COLUMNS))
+    return _joined(answers, HYPOTHESIS_COLUMNS)
 
 
-def _contrasts(model: str, variants: list[str], cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
+def _contrasts(model: str, variants: list[str], tables: Mapping[str, MetricTable]) -> pd.DataFrame:
     """Every variant against the baseline, where there is one."""
     others = [variant for variant in variants if variant != "baseline"] if "baseline" in variants else []
-    tables = [contrast(model, cells, measurements, variant) for variant in others]
+    return _joined([contrast(model, tables, variant) for variant in others], CONTRAST_COLUMNS)
+
+
+def _joined(tables: Sequence[pd.DataFrame], columns: Sequence[str]) -> pd.DataFrame:
+    """The tables below one another; an empty one with these columns where none has a row."""
     filled = [table for table in tables if len(table)]
-    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(CONTRAST_COLUMNS))
+    return pd.concat(filled, ignore_index=True) if filled else pd.DataFrame(columns=list(columns))
 
 
-def _labelled(model: str, measurements: pd.DataFrame) -> pd.DataFrame:
+def _with_model(model: str, measurements: pd.DataFrame) -> pd.DataFrame:
     return measurements.assign(model=model)[["model", *measurements.columns]]
 
 
 def _new_folder(output_dir: Path) -> Path:
-    stamp = time.strftime("comparison_%Y%m%d_%H%M%S")
+    stamp = time.strftime("between_runs_%Y%m%d_%H%M%S")
     for attempt in range(1000):
         folder = output_dir / (stamp if attempt == 0 else f"{stamp}_{attempt}")
         try:
@@ -229,14 +245,8 @@ def _results_json(
             name: {"unit": metric.unit, "better": metric.direction, "label": metric.label}
             for name, metric in METRICS.items()
         },
-        **{name: _records(table) for name, table in vars(tables).items()},
-        "cells": [{**row, "details": json.loads(row["details"])} for row in _records(cells)],
+        **{name: rows_with_null(table) for name, table in vars(tables).items()},
+        "cells": [{**row, "details": json.loads(row["details"])} for row in rows_with_null(cells)],
         **words,
     }
     return json.dumps(document, indent=1, sort_keys=True, allow_nan=False, default=str) + "\n"
-
-
-def _records(table: pd.DataFrame) -> list[dict[str, Any]]:
-    """Rows as plain dictionaries, with null where a value is missing."""
-    plain = table.astype(object)
-    return [{str(k): v for k, v in row.items()} for row in plain.where(plain.notna(), None).to_dict("records")]

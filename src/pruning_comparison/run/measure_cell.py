@@ -151,7 +151,7 @@ def _write_and_measure(
 ) -> tuple[list[Measurement], list[GeneratedText]]:
     spec, inputs = workspace.spec, workspace.inputs
     tokenizer = inputs.preview.tokenizer
-    jobs = [(heat, prompt) for heat in spec.temperatures for prompt in range(len(inputs.prompts))]
+    jobs = [(temperature, prompt) for temperature in spec.temperatures for prompt in range(len(inputs.prompts))]
     tokens: list[list[int]] = []
     finite: list[bool] = []
     rows = TEXT_BATCHES * spec.quality_batch_size
@@ -163,7 +163,7 @@ def _write_and_measure(
             model,
             [inputs.prompt_ids[prompt] for _, prompt in batch],
             spec.num_tokens,
-            temperatures=[heat for heat, _ in batch],
+            temperatures=[temperature for temperature, _ in batch],
             uniforms=torch.stack(draws),
             check_finite=True,
             step=step,
@@ -182,15 +182,15 @@ def _write_and_measure(
     functions = text_functions()
     measurements: list[Measurement] = []
     texts: list[GeneratedText] = []
-    for (heat, prompt), row, fine, (nats, _) in zip(jobs, written, finite, losses, strict=True):
+    for (temperature, prompt), row, fine, (nats, _) in zip(jobs, written, finite, losses, strict=True):
         text = tokenizer.decode(row)
-        texts.append(GeneratedText(heat, prompt, inputs.prompts[prompt], text))
+        texts.append(GeneratedText(temperature, prompt, inputs.prompts[prompt], text))
         whole = WrittenText(row, text, inputs.preview.config.vocab_size, nats)
         reason = f"the text has only {len(row)} tokens before its end" if fine else "the model's logits are not finite"
         if not math.isfinite(nats):
             reason = "the unpruned model's loss is not a finite number"
         measurements.extend(
-            _measurement(name, function(whole), reason, temperature=heat, prompt=prompt)
+            _measurement(name, function(whole), reason, temperature=temperature, prompt=prompt)
             for name, function in functions.items()
         )
     return measurements, texts

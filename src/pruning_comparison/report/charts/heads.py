@@ -15,10 +15,10 @@ from matplotlib.figure import Figure
 from matplotlib.patches import Patch
 from matplotlib.ticker import FixedLocator, FuncFormatter, MaxNLocator, NullLocator
 
-from pruning_comparison.analysis.head_maps import HeadMap, RoundMap
-from pruning_comparison.analysis.random_effects import Array
+from pruning_comparison.analysis import Array, HeadMap, RoundMap
+from pruning_comparison.formatting import label_number
 from pruning_comparison.report.charts.panels import new_figure, placeholder, wrapped_title
-from pruning_comparison.report.charts.style import WIDE, FigureSize, drawable, format_label, in_style
+from pruning_comparison.report.charts.style import WIDE, FigureSize, drawable, in_style
 from pruning_comparison.variants import variant_order
 
 __all__ = ["draw_head_charts", "head_agreement", "head_departures", "head_negotiation", "head_values"]
@@ -137,7 +137,7 @@ def head_values(model: str, maps: Sequence[HeadMap], *, size: FigureSize = WIDE)
         bar.ax.tick_params(labelsize=7.5, length=2)
         if not isinstance(norm, LogNorm):
             bar.ax.yaxis.set_major_locator(MaxNLocator(4))
-            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: format_label(value)))
+            bar.ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: label_number(value)))
         bar.ax.yaxis.set_minor_locator(NullLocator())
     return figure
 

@@ -14,6 +14,7 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FixedLocator, FuncFormatter
 
+from pruning_comparison.formatting import label_number
 from pruning_comparison.metrics import in_role, metric_named
 from pruning_comparison.report.charts.panels import (
     main_temperature,
@@ -30,7 +31,6 @@ from pruning_comparison.report.charts.style import (
     FigureSize,
     drawable,
     finite,
-    format_label,
     format_methods,
     format_n,
     in_style,
@@ -173,13 +173,13 @@ def position(value: float, limit: int) -> float:
     return float(min(limit, max(-limit, math.log2(value) if value < math.inf else limit)))
 
 
-def _format_ring(doubling: float, position: object = None) -> str:
+def _format_ring(doubling: float, index: object = None) -> str:
     return f"{100 * 2.0**doubling:g} %"
 
 
 def _format_raw(score: _Score) -> str:
     factor, unit = unit_scale(score.metric, [score.baseline, score.agency])
-    return f"{format_label(score.baseline * factor)} → {format_label(score.agency * factor)} {unit}".rstrip()
+    return f"{label_number(score.baseline * factor)} → {label_number(score.agency * factor)} {unit}".rstrip()
 
 
 def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> None:
@@ -235,7 +235,7 @@ def _draw_dots(axes: Axes, scores: Sequence[_Score], limit: int, head: str) -> N
         size = 6 if beyond == look.marker else 9
         axes.plot([at], [height], marker=beyond, markersize=size, color=look.colour, zorder=3)
         axes.annotate(
-            f"{format_label(100 * score.value)} %", (at, height), xytext=(0, 6), textcoords="offset points", ha="center",
+            f"{label_number(100 * score.value)} %", (at, height), xytext=(0, 6), textcoords="offset points", ha="center",
             fontsize=8, bbox={"boxstyle": "square,pad=0.1", "facecolor": "white", "edgecolor": "none"}, zorder=2.5,
         )  # fmt: skip
     axes.axvline(0.0, color=VARIANTS["baseline"].look.colour, linewidth=1.6, zorder=1)

@@ -131,9 +131,9 @@ def _drawable_characters() -> frozenset[int]:
 
 def drawable(name: object) -> str:
     """A name as the font can draw it: a box for each character it lacks, so that no name can make matplotlib warn."""
-    drawable = _drawable_characters()
+    known = _drawable_characters()
     return "".join(
-        " " if character.isspace() else character if ord(character) in drawable else "\N{WHITE SQUARE}"
+        " " if character.isspace() else character if ord(character) in known else "\N{WHITE SQUARE}"
         for character in str(name)
     )
 
@@ -161,19 +161,6 @@ def wrapped(text: str, width_pt: float, size: float, weight: str = "normal") -> 
 
 def metric_label(metric: str) -> str:
     return drawable(metric_named(metric).short_label)
-
-
-def format_label(value: float) -> str:
-    """A number for a label: three significant digits, thousands separated."""
-    if not math.isfinite(value):
-        return "missing" if math.isnan(value) else ("∞" if value > 0 else "−∞")
-    if value == 0:
-        return "0"
-    digits = max(0, 2 - math.floor(math.log10(abs(value))))
-    if abs(value) < 1e-4:
-        return f"{value:.2e}"
-    text = f"{value:,.{digits}f}"
-    return text.rstrip("0").rstrip(".") if "." in text else text
 
 
 def tick(value: float, position: object = None) -> str:
