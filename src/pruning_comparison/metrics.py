@@ -113,7 +113,7 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         scale="log",
         bounds=(1.0, math.inf),
-        compute="pruning_comparison.measure.losses:mean_loss",
+        compute="pruning_comparison.losses:mean_loss",
         over="window_tokens",
         alike=("tokenizer",),
         roles={
@@ -145,7 +145,7 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         scale="log",
         bounds=(1.0, math.inf),
-        compute="pruning_comparison.measure.losses:mean_loss",
+        compute="pruning_comparison.losses:mean_loss",
         over="window_words",
         compared=False,  # between variants it would say what perplexity says
     ),
@@ -155,7 +155,7 @@ METRICS: dict[str, Metric] = {
         unit="bit/byte",
         label="Bits per byte",
         direction="lower",
-        compute="pruning_comparison.measure.losses:bits_per_byte",
+        compute="pruning_comparison.losses:bits_per_byte",
         over="window_bytes",
         roles={"two runs": 2},
     ),

@@ -14,7 +14,7 @@ from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from pruning_comparison.formatting import format_duration
-from pruning_comparison.measure.losses import mean_loss
+from pruning_comparison.losses import mean_loss
 from pruning_comparison.spec import Cell, ComparisonSpec
 
 if TYPE_CHECKING:

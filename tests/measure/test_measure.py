@@ -11,13 +11,13 @@ import pytest
 import torch
 from builders import Letters, tiny_gpt2
 
+from pruning_comparison.losses import bits_per_byte, mean_loss
 from pruning_comparison.measure.generation import (
     common_uniforms,
     generate,
     sample,
     time_generation,
 )
-from pruning_comparison.measure.losses import bits_per_byte, mean_loss
 from pruning_comparison.measure.perplexity import (
     EvaluationWindow,
     WindowLoss,

@@ -15,7 +15,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.errors import InputError
-from pruning_comparison.measure.losses import mean_loss
+from pruning_comparison.losses import mean_loss
 from pruning_comparison.texts import Document, tokenize
 
 
