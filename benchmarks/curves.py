@@ -7,7 +7,6 @@ a logarithmic axis.
 from __future__ import annotations
 
 import argparse
-import json
 from pathlib import Path
 
 import matplotlib
@@ -19,6 +18,7 @@ import pandas as pd
 from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, NullLocator
 
+from pruning_comparison.store.run_folder import read_manifest
 from pruning_comparison.variants import VARIANTS as RECORDS
 
 VARIANTS = (
