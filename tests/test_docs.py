@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import pruning_comparison
 from pruning_comparison.cli import make_parser
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -16,18 +17,40 @@ PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").r
 def test_the_python_examples_run_in_their_order(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
-    assert len(blocks) == 5
+    assert len(blocks) == 7
+    for name, text in re.findall(
+        r"```python (\w+\.py)\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL
+    ):
+        (tmp_path / name).write_text(text, "utf-8")
+    monkeypatch.syspath_prepend(tmp_path)
     names: dict[str, object] = {}
     for number, block in enumerate(blocks):
         exec(compile(block, f"docs/python.md, example {number + 1}", "exec"), names)
     assert Path(str(names["report"])).is_file()
     assert (tmp_path / "quality.pdf").is_file()
-    assert (tmp_path / "heads.png").is_file()
+    assert names["gone"].loc["baseline"].sum() == 2 * 24  # two iterations, half of 48 heads
+    assert len(names["run"].measurements) > 100
     assert list(names["quality"].index) == [("agency", 0.0), ("baseline", 0.0), ("agency", 50.0), ("baseline", 50.0)]
     same = names["agreed"].query("kind == 'iterations' and variant == 'baseline'")
     assert list(same["common"]) == [1.0]  # magnitude depends on weights alone
     assert names["keep"].sum() == 24
     assert names["smaller"].num_parameters() < names["model"].num_parameters()
+    assert names["spec"].pruning_methods == ("value-norm", "entropy")
+    # By hand: the norm of the columns of c_attn that make a head's values.
+    columns = names["model"].transformer.h[2].attn.c_attn.weight[:, 2 * names["model"].config.n_embd :].chunk(8, 1)
+    scores = names["my_methods"].value_norm(names["model"], None, None)
+    assert scores.shape == (6, 8)
+    assert scores[2].tolist() == pytest.approx([float(one.norm()) for one in columns], rel=1e-5)
+    assert 48 - sum(map(len, names["pruned"].config.kept_heads)) == 12  # 25 % of 48
+
+
+def test_python_in_the_documentation_imports_from_the_package_alone():
+    """Of all that is meant for users: what lies deeper may move."""
+    for page in (ROOT / "README.md", ROOT / "docs" / "python.md", ROOT / "docs" / "checkpoints.md"):
+        for block in re.findall(r"```python[^\n]*\n(.*?)```", page.read_text("utf-8"), re.DOTALL):
+            assert not re.findall(r"(?:from|import) pruning_comparison\.\S+", block), page
+            for names in re.findall(r"from pruning_comparison import (.+)", block):
+                assert {name.strip() for name in names.split(",")} <= set(pruning_comparison.__all__)
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))

@@ -112,7 +112,7 @@ def test_from_the_command_line_beside_a_method_of_the_package(folder, tmp_path, 
     run = latest_run(tmp_path / "out")
     assert heads_gone(run, "mine:score") == LOWEST_FOUR
     assert heads_gone(run, "magnitude") != []
-    stored = read_manifest(run)["spec"]
+    stored = read_manifest(run).spec
     assert stored["pruning_methods"] == ["magnitude", "mine:score"]
     assert set(stored["own_methods"]) == {"mine:score"}
     assert (run / "charts" / "comprehensive_summary_mine-score.png").is_file()
@@ -169,7 +169,7 @@ def test_a_changed_source_is_another_run_from_which_only_other_methods_are_taken
     assert heads_gone(first, "mine:score") == heads_gone(same, "mine:score") == LOWEST_FOUR
     assert heads_gone(changed, "mine:score") == [(1, 0), (1, 1), (1, 2), (1, 3)]
     manifests = [read_manifest(run) for run in (first, changed)]
-    assert manifests[0]["spec_hash"] != manifests[1]["spec_hash"]
+    assert manifests[0].spec_hash != manifests[1].spec_hash
 
 
 def test_an_interrupted_run_is_continued_with_the_same_source_alone(folder, tmp_path, write_module, monkeypatch):
@@ -418,7 +418,7 @@ def test_the_options_of_a_run_repeat_it(folder, tmp_path, write_module, capsys, 
     assert "--trust_methods" in capsys.readouterr().err
     assert cli.main([*repeat, "--trust_methods"]) == 0
     again = latest_run(tmp_path / "again")
-    assert read_manifest(again)["spec_hash"] == read_manifest(run)["spec_hash"]
+    assert read_manifest(again).spec_hash == read_manifest(run).spec_hash
     assert unmeasured(again).replace(b",memory", b"") == unmeasured(run).replace(b",memory", b"")
 
 
@@ -434,5 +434,5 @@ def test_on_workers_that_cannot_import_it(folder, tmp_path, write_module, monkey
     monkeypatch.chdir(Path(folder))
     spec = tiny_spec(folder, pruning_methods=(method,), variants=("baseline",))
     run = run_comparison(spec, output_dir=tmp_path / "out", launcher=RayLauncher(workers=1))
-    assert read_manifest(run)["finished"] is not None
+    assert read_manifest(run).finished is not None
     assert heads_gone(run, "mine") == LOWEST_FOUR

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import re
 import sys
+from dataclasses import replace
 
 import pytest
 from builders import save_tiny_model, tiny_spec, write_short_texts
@@ -124,7 +125,7 @@ def test_the_terminal_shows_news_warnings_and_failures_once_and_no_traceback(
     assert "Traceback" not in shown
     assert shown.count("estimating\n") == shown.count("writing the report\n") == 1
     run = latest_run(tmp_path)
-    write_manifest(run, {**read_manifest(run), "commit": "another"})
+    write_manifest(run, replace(read_manifest(run), commit="another"))
     request.getfixturevalue("no_report")
     assert cli.main(options) == 1
     lines = capsys.readouterr().err.splitlines()

@@ -16,7 +16,7 @@ _ROUTES = (
     (
         "compact",
         "with pruning-comparison",
-        "`load_pruned(folder)` from `pruning_comparison.checkpoint.forms`; runs no code of it",
+        "`load_pruned(folder)` from `pruning_comparison`; runs no code of it",
     ),
     (
         "compact",

@@ -246,7 +246,7 @@ def _check_local_folder(folder: Path, model_name: str) -> None:
     if model_type.startswith(PRUNED):
         raise ModelLoadError(
             f"{model_name!r} is a pruned model ({model_type}); a comparison and further pruning start from the dense model. "
-            "Give that one; load_pruned in pruning_comparison.checkpoint.forms loads this one for use."
+            "Give that one; load_pruned of pruning_comparison loads this one for use."
         )
 
 

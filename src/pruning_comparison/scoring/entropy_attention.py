@@ -32,6 +32,9 @@ _Stretch = tuple[slice, slice, slice]
 @contextmanager
 def entropies_in_place_of_maps(model: PreTrainedModel) -> Iterator[None]:
     """Within it, the attention modules return entropies [B, H, T] where the eager implementation returns maps."""
+    # Registered here and not when this file is imported: importing changes nothing for anybody.
+    ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attend_with_entropies)
+    ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(IMPLEMENTATION)
     try:
@@ -147,7 +150,3 @@ def _mask(*args: Any, **kwargs: Any) -> Tensor | None:
     """Eager attention's mask, once where all rows of the batch have the same."""
     mask: Tensor | None = eager_mask(*args, **kwargs)
     return mask[:1] if mask is not None and bool((mask == mask[:1]).all()) else mask
-
-
-ALL_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, attend_with_entropies)
-ALL_MASK_ATTENTION_FUNCTIONS.register(IMPLEMENTATION, _mask)

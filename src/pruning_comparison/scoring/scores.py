@@ -52,18 +52,24 @@ class ScoreSettings:
         return replace(self, **decided)
 
 
-def score_heads(method: Method, model: PreTrainedModel, windows: Tensor, settings: ScoreSettings) -> HeadScores:
+def score_heads(
+    method: Method, model: PreTrainedModel, windows: Tensor | None = None, settings: ScoreSettings | None = None
+) -> HeadScores:
     """The method's scores of a model's heads, float [L, H] on the CPU, higher = keep.
 
-    Its function is given those settings that it names. MethodError where a user's own function raises, or returns no finite
-    [L, H].
+    Its function is given those settings that it names, the defaults where there are none. ``windows``, token ids int64
+    [N, T], may be left out for methods that read no text; ValueError for others. MethodError where a user's own function
+    raises, or returns no finite [L, H].
     """
+    settings = settings or ScoreSettings()
+    if windows is None and method.reads_text:
+        raise ValueError(f"{method.name} reads text: give windows of token ids [N, T]")
     if method.own:
         return _scores_of_own(method, model, windows, settings)
     return _as_scores(_call(method, model, windows, settings))
 
 
-def _call(method: Method, model: PreTrainedModel, windows: Tensor, settings: ScoreSettings) -> Any:
+def _call(method: Method, model: PreTrainedModel, windows: Tensor | None, settings: ScoreSettings) -> Any:
     function = method.function()
     offered = {
         "model": model,
@@ -77,7 +83,9 @@ def _as_scores(result: Any) -> HeadScores:
     return result if isinstance(result, HeadScores) else HeadScores(result)
 
 
-def _scores_of_own(method: Method, model: PreTrainedModel, windows: Tensor, settings: ScoreSettings) -> HeadScores:
+def _scores_of_own(
+    method: Method, model: PreTrainedModel, windows: Tensor | None, settings: ScoreSettings
+) -> HeadScores:
     """What a user's function returns, checked: an error in it is the user's to mend, and costs nothing measured."""
     grid = head_grid(model.config)
     where = f"--pruning_method: {method.name}"
