@@ -16,13 +16,7 @@ import torch
 from builders import save_tiny_model, tiny_gpt2, tiny_spec, token_ids, write_short_texts
 
 from pruning_comparison.measure.generation import common_uniforms
-from pruning_comparison.measure.text_quality import (
-    compression_ratio,
-    distinct_n,
-    expectation_adjusted_distinct_n,
-    generation_losses,
-    seq_rep_n,
-)
+from pruning_comparison.measure.text_quality import WrittenText, generation_losses, text_functions
 from pruning_comparison.methods import METHODS
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.run.cell import run_cell
@@ -52,14 +46,12 @@ def measure():
         spec = tiny_spec(folder, pruning_methods=("fisher",), variants=tuple(VARIANTS), **settings)
         workspace = load_workspace(spec, prepare(spec, identify=False))
         _, dense = run_cell(workspace, Cell("baseline", "fisher", 0, 0.0))
-        values = text_metrics()
         found = {
             **{f"method {name}": _of_method(method) for name, method in METHODS.items()},
             **{f"variant {name}": _of_variant(workspace, variant) for name, variant in VARIANTS.items()},
             **{
-                f"metric {one.metric}": {"revision": METRICS[one.metric].revision, "value": values[one.metric]}
-                for one in dense.measurements
-                if one.prompt is not None
+                f"metric {name}": {"revision": METRICS[name].revision, "value": value}
+                for name, value in text_metrics().items()
             },
             "the protocol": _of_protocol(workspace, dense),
         }
@@ -86,17 +78,10 @@ def _of_variant(workspace, variant):
 
 
 def text_metrics():
-    """Every text metric of one text, and the log perplexity of it, under the tiny model, after two tokens."""
-    ((nats, count),) = generation_losses(tiny_gpt2(), [torch.tensor([1, 2])], [torch.tensor(TOKENS)], batch_size=1)
-    return {
-        "generation_perplexity": math.exp(nats / count),
-        "distinct_1": distinct_n(TOKENS, 1),
-        "distinct_2": distinct_n(TOKENS, 2),
-        "distinct_3": distinct_n(TOKENS, 3),
-        "distinct_2_adjusted": expectation_adjusted_distinct_n(TOKENS, 2, 97),
-        "seq_rep_4": seq_rep_n(TOKENS, 4),
-        "compression_ratio": compression_ratio("over and over and over again"),
-    }
+    """Every text metric of one text, which the tiny model judges after two tokens."""
+    ((nats, _),) = generation_losses(tiny_gpt2(), [torch.tensor([1, 2])], [torch.tensor(TOKENS)], batch_size=1)
+    written = WrittenText(TOKENS, "over and over and over again", vocabulary=97, nats=nats)
+    return {name: function(written) for name, function in text_functions().items()}
 
 
 def _of_protocol(workspace, dense):

@@ -7,9 +7,10 @@ import json
 from dataclasses import replace
 
 import pytest
-from pin_results import PINNED, changes, measure, text_metrics
+from pin_results import PINNED, changes, measure
 
 from pruning_comparison.methods import METHODS
+from pruning_comparison.metrics import of_kind
 from pruning_comparison.variants import VARIANTS
 
 
@@ -28,11 +29,10 @@ def test_every_result_is_what_was_pinned_at_its_revision(pinned, measured):
 
 
 def test_everything_that_has_results_of_its_own_is_pinned(pinned):
-    """Which text metrics there are is what a cell has measured of its texts."""
     kinds = {kind: {name for name in pinned if name.startswith(kind)} for kind in ("method ", "variant ", "metric ")}
     assert kinds["method "] == {f"method {name}" for name in METHODS}
     assert kinds["variant "] == {f"variant {name}" for name in VARIANTS}
-    assert kinds["metric "] == {f"metric {name}" for name in text_metrics()}
+    assert kinds["metric "] == {f"metric {metric.name}" for metric in of_kind("text")}
     assert set(pinned) == {"the protocol"}.union(*kinds.values())
 
 
