@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pruning_comparison.errors import InputError
+from pruning_comparison.paths import kind_of, names_in
 
 BUNDLED_TEXTS = ("held_out", "validation", "calibration")
 DEFAULT_EVAL_TEXT = "bundled:held_out"
@@ -42,10 +43,11 @@ def load_documents(source: str, *, option: str) -> list[Document]:
     """
     if source.startswith("bundled:"):
         return _bundled_documents(source.removeprefix("bundled:"), option)
-    path = Path(source)
-    if path.is_dir():
-        documents = [Document(file.name, _read_text(file, option)) for file in sorted(path.glob("*.txt"))]
-    elif path.is_file():
+    path, kind = Path(source), kind_of(source, option)
+    if kind == "folder":
+        files_of_text = [path / name for name in names_in(path, option) if name.endswith(".txt")]
+        documents = [Document(file.name, _read_text(file, option)) for file in files_of_text]
+    elif kind == "file":
         documents = _split_articles(path.name, _read_text(path, option))
     else:
         raise InputError(
@@ -64,7 +66,7 @@ def load_prompts(prompt_file: str | None, max_prompts: int) -> list[str]:
         lines = files("pruning_comparison").joinpath("data", "texts", "prompts.txt").read_text("utf-8").splitlines()
     else:
         path = Path(prompt_file)
-        if not path.is_file():
+        if kind_of(prompt_file, "--prompt_file") != "file":
             raise InputError(
                 f"--prompt_file: {prompt_file!r} does not exist. Give a text file with one prompt per line."
             )
@@ -125,6 +127,9 @@ def _bundled_documents(name: str, option: str) -> list[Document]:
 
 
 def _read_text(path: Path, option: str) -> str:
+    """A file's text, unpacked. InputError, naming ``option``, for what is no file, no UTF-8, or too much."""
+    if kind_of(path, option) != "file":
+        raise InputError(f"{option}: {str(path)!r} is no file. Give a text file, or a folder of .txt files.")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read(_MOST_TEXT_BYTES + 1)

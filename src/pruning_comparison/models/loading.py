@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import struct
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -31,7 +32,16 @@ from transformers.utils import logging as transformers_logging
 
 from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.models import gguf
-from pruning_comparison.models.heads import PRUNED, HeadGrid, UnsupportedModelError, check_supported, head_grid
+from pruning_comparison.models.heads import (
+    PRUNED,
+    HeadGrid,
+    UnsupportedModelError,
+    check_supported,
+    head_grid,
+    input_major_weight,
+    output_projections,
+)
+from pruning_comparison.paths import kind_of, names_in
 
 BUNDLED = "bundled"
 OFFLINE_CHOICES = (
@@ -138,7 +148,7 @@ def preview_model(model_name: str) -> ModelPreview:
         path = gguf.smollm2_file()
         return ModelPreview(model_name, str(path), *gguf.read_header(path), title=gguf.SMOLLM2_TITLE)
     folder = bundled_model_folder() if model_name == BUNDLED else Path(model_name)
-    if model_name == BUNDLED or folder.is_dir():
+    if model_name == BUNDLED or kind_of(model_name, "--model_name") == "folder":
         _check_local_folder(folder, model_name)
         source = str(folder)
     elif _looks_like_path(model_name):
@@ -190,15 +200,13 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
                 trust_remote_code=False,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                # Upstream's error speaks of a report that is not shown; ours names tensor, shapes and config field.
+                ignore_mismatched_sizes=True,
             )
         except Exception as error:
             raise _weights_error(preview.name, error) from error
-    wrong = sorted(report.get("missing_keys", ())) + [str(key) for key in report.get("mismatched_keys", ())]
-    if wrong:
-        raise ModelLoadError(
-            f"the weights of {preview.name!r} do not fit its config: {len(wrong)} tensors are missing or have another "
-            f"shape, first {wrong[0]}. Download the model again."
-        )
+    _check_all_read(preview.name, preview.config, report)
+    _check_heads(preview.name, model)
     ready: Any = ready_for_use(model, preview.name, dtype)
     return LoadedModel(ready.to(device), preview)
 
@@ -218,15 +226,90 @@ def ready_for_use(model: Any, name: str, dtype: torch.dtype) -> PreTrainedModel:
     return model.eval()  # type: ignore[no-any-return]
 
 
+_WEIGHTLESS = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$|rotary_emb\.inv_freq$|(?:^|\.)position_ids$")
+"""Names of buffers that older releases stored and nothing needs: masks, rotary frequencies, positions."""
+
+_LIKELY_SWITCHES = (
+    (r"(?:q|k|v|o|out)_proj\.bias$|(?:query_key_value|dense)\.bias$", "attention_bias"),
+    (r"mlp\..*\.bias$", "mlp_bias"),
+    (r"(?:q|k)_norm\.weight$|lora_|\.experts\.", "model_type"),
+    (r"lm_head\.|embed_out\.", "tie_word_embeddings"),
+)
+"""What in a config decides whether a tensor is there, by a pattern of the tensor's name."""
+
+_LIKELY_SIZES = (
+    (r"embed_tokens\.|wte\.|embed_in\.", "vocab_size"),
+    (r"(?:k|v)_proj\.", "num_key_value_heads or head_dim"),
+    (r"(?:q|o|out)_proj\.|query_key_value\.|attention\.dense\.", "num_attention_heads or head_dim"),
+    (r"(?:up|gate|down)_proj\.|fc[12]\.|dense_(?:h_to_4h|4h_to_h)\.", "intermediate_size"),
+    (r"embed_positions\.|wpe\.", "max_position_embeddings"),
+)
+"""What in a config decides the shape of a tensor, by a pattern of the tensor's name."""
+
+
+def _check_all_read(name: str, config: Any, report: Any) -> None:
+    """ModelLoadError where a stored tensor was not read, or one that the model needs was not stored or has another shape.
+
+    Else another model than the stored one would be measured. What transformers knows to carry no weight is not among them:
+    old masks (``attn.bias``, ``masked_bias``), rotary frequencies, a head that is tied to the embedding.
+    """
+    mismatched = sorted((str(key), tuple(stored), tuple(wanted)) for key, stored, wanted in report["mismatched_keys"])
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        raise ModelLoadError(
+            f"the weights of {name!r} do not fit its config: {key} is stored as {stored}, and the config makes it {wanted}"
+            f"{_and_others(mismatched)}. {_likely_field(key, config, (*_LIKELY_SIZES, *_LIKELY_SWITCHES))}"
+        )
+    for keys, what in (
+        (
+            sorted(key for key in map(str, report["unexpected_keys"]) if not _WEIGHTLESS.search(key)),
+            "would not be read, so that another model would be measured",
+        ),
+        (sorted(map(str, report["missing_keys"])), "is not among them, and the config asks for it"),
+    ):
+        if keys:
+            raise ModelLoadError(
+                f"the weights of {name!r} do not fit its config: {keys[0]} {what}{_and_others(keys)}. "
+                f"{_likely_field(keys[0], config, _LIKELY_SWITCHES)}"
+            )
+
+
+def _and_others(found: Sequence[Any]) -> str:
+    return "" if len(found) == 1 else f" (and {len(found) - 1} more)"
+
+
+def _likely_field(key: str, config: Any, likely: Sequence[tuple[str, str]]) -> str:
+    """What to look at in the config for a tensor that does not fit it."""
+    layer = re.search(r"\.(\d+)\.", f".{key}")
+    if layer and int(layer[1]) >= int(config.num_hidden_layers):
+        field = "num_hidden_layers"
+    else:
+        field = next((named for pattern, named in likely if re.search(pattern, key)), "model_type")
+    values = ", ".join(f"{one} is {getattr(config, one, 'not set')!r}" for one in field.split(" or "))
+    return f"Check {field} in config.json ({values}), or download or save the model again."
+
+
+def _check_heads(name: str, model: Any) -> None:
+    """ModelLoadError where the attention modules have other sizes than the grid says that heads are counted by."""
+    grid = head_grid(model.config)
+    for layer, projection in enumerate(output_projections(model)):
+        found = 0 if projection is None else len(input_major_weight(projection))
+        if found != grid.n_heads * grid.head_size:
+            raise ModelLoadError(
+                f"the attention of {name!r} does not have the heads of its config: the output projection of layer {layer} "
+                f"reads {found} features, not {grid.n_heads} heads of {grid.head_size}. Check config.json."
+            )
+
+
 def _file_digest(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _check_local_folder(folder: Path, model_name: str) -> None:
-    if not (folder / "config.json").is_file():
+    names = [name for name in names_in(folder, "--model_name") if kind_of(folder / name, "--model_name") == "file"]
+    if "config.json" not in names:
         raise ModelLoadError(f"{model_name!r} has no config.json in {folder}. Give a folder saved by save_pretrained.")
-    names = [path.name for path in folder.iterdir()]
     weights = [folder / name for name in names if name.endswith(".safetensors")]
     if not weights:
         pickled = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
@@ -236,7 +319,7 @@ def _check_local_folder(folder: Path, model_name: str) -> None:
                 "loaded. Save it again with save_pretrained, which writes safetensors."
             )
         raise ModelLoadError(f"{model_name!r} has no .safetensors weights in {folder}. Give the folder that has them.")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not set(TOKENIZER_FILES) & set(names):
         raise ModelLoadError(
             f"{model_name!r} has no tokenizer files in {folder}. Save the tokenizer there with save_pretrained."
         )
