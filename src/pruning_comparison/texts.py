@@ -24,7 +24,8 @@ DEFAULT_CALIBRATION_TEXT = "bundled:calibration"
 _MOST_TEXT_BYTES = 1 << 30
 """No text that is read is larger, unpacked: a small .gz file can hold any amount."""
 
-_WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = ?$", re.MULTILINE)
+_WIKITEXT_TITLE = re.compile(r"^ = (?!=)\S(?:[^\r\n]*\S)?(?<!=) = ?\r?$", re.MULTILINE)
+"""A title, of one letter or more, between single signs; sections of an article have two or more. Lines may end in CRLF."""
 
 
 @dataclass(frozen=True)

@@ -16,7 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -39,7 +45,13 @@ from pruning_comparison.models.heads import (
     mlp_output_projections,
     pruned_classes,
 )
-from pruning_comparison.models.loading import TOKENIZER_FILES, quiet_transformers, ready_for_use, safetensors_header
+from pruning_comparison.models.loading import (
+    TOKENIZER_FILES,
+    generation_settings,
+    quiet_transformers,
+    ready_for_use,
+    safetensors_header,
+)
 
 FORMS = ("compact", "plain", "padded")
 """How a pruned model can be saved; see ``save_pruned``."""
@@ -91,7 +103,10 @@ def save_pruned(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
+            # What transformers would refuse to save is kept as well: it is written by ourselves, as it came.
+            saved.generation_config = GenerationConfig()
             saved.save_pretrained(temporary, max_shard_size=max_shard_size)
+            (temporary / "generation_config.json").write_text(generation_settings(model), "utf-8", newline="\n")
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         card = model_card(model, form=form, holds=forms_that_hold(model), measured=measured)
@@ -143,6 +158,8 @@ def load_pruned(
     first = next(iter(stored.values()))["dtype"]
     dtype = dtype or _DTYPES[first]
     model = ready_for_use(_filled(model_class, config, weights, dtype), name, dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device), _read_tokenizer(folder, config)  # type: ignore[arg-type]
 
 
@@ -182,7 +199,6 @@ def stock_form(model: PreTrainedModel, form: str) -> PreTrainedModel:
         expected, actual = model(**inputs).logits, stock(**inputs).logits
     if model.dtype == torch.float32 and not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3):
         raise AssertionError(f"the {form} form is off by up to {float((actual - expected).abs().max())} in its logits")
-    stock.generation_config = model.generation_config
     return stock  # type: ignore[no-any-return]
 
 

@@ -79,7 +79,8 @@ def _windows_of(document: Document, tokenizer: Any, window: int, stride: int) ->
         first = max(scored_to, start + 1)
         if first >= end:
             break
-        begin, stop = spans[first][0], spans[end - 1][1]
+        # From where the token before ends, so that a space that offsets leave out of both counts once.
+        begin, stop = spans[first - 1][1], spans[end - 1][1]
         size = len(document.text[begin:stop].encode("utf-8"))
         words = bisect_left(word_starts, stop) - bisect_left(word_starts, begin)
         windows.append(EvaluationWindow(document.name, index, torch.tensor(ids[start:end]), end - first, size, words))

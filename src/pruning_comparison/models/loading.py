@@ -11,7 +11,7 @@ import logging
 import math
 import re
 import struct
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -50,6 +51,7 @@ OFFLINE_CHOICES = (
 )
 _CARD_LICENCE = re.compile(r"\A---\s*\n(?:.*\n)*?license:[ \t]*[\"']?([\w.+-]+)")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZING = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -57,7 +59,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 class ModelPreview:
     """What is known of a model before its weights are read: enough to check a spec against it.
 
-    ``name`` is what was asked for, ``title`` what results call it where that says too little.
+    ``name`` is what was asked for, ``title`` what results call it where that says too little. ``generation`` are the model's
+    own settings for ``generate``, None where it has none: they never act on a measurement, but say what ends a text.
     """
 
     name: str
@@ -65,6 +68,7 @@ class ModelPreview:
     config: Any
     tokenizer: Any
     title: str | None = None
+    generation: GenerationConfig | None = None
 
     @property
     def grid(self) -> HeadGrid:
@@ -76,18 +80,22 @@ class ModelPreview:
         return int(self.config.max_position_embeddings)
 
     def end_of_text(self) -> frozenset[int]:
-        """Token ids that end a text, as tokenizer and config name them."""
-        named = [getattr(self.tokenizer, "eos_token_id", None), getattr(self.config, "eos_token_id", None)]
+        """Token ids that end a text: those that tokenizer, config and generation config name."""
+        named = [getattr(one, "eos_token_id", None) for one in (self.tokenizer, self.config, self.generation)]
         flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
         return frozenset(item for item in flat if item is not None)
 
     def identity(self) -> str:
-        """Names the weights for a run's identity: config and, as known, hub commit or digests of the local files."""
+        """Names the model for a run's identity: config, what ends a text, and hub commit or digests of local files."""
         folder = Path(self.source)
         parts: list[Any] = [self.name, getattr(self.config, "_commit_hash", None), self.config.to_json_string()]
+        parts.append(sorted(self.end_of_text()))
         if folder.is_dir():
             parts[0] = BUNDLED if self.name == BUNDLED else "local"
-            parts += [_file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+            read = sorted(
+                path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in _TOKENIZING
+            )
+            parts += [_file_digest(path) for path in read]
         elif folder.is_file():
             parts.append(_file_digest(folder))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -160,7 +168,7 @@ def preview_model(model_name: str) -> ModelPreview:
         source = model_name
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = _neutral(AutoConfig.from_pretrained(source, trust_remote_code=False))
         except Exception as error:
             raise _config_error(model_name, error) from error
         try:
@@ -178,7 +186,9 @@ def preview_model(model_name: str) -> ModelPreview:
                 f"the tokenizer of {model_name!r} cannot be loaded: {_first_line(error)}. "
                 "A model needs its tokenizer files (tokenizer.json, or vocab.json and merges.txt) beside config.json."
             ) from error
-    return ModelPreview(model_name, source, config, tokenizer)
+        generation = _generation_config(source, model_name)
+        check_tokenizer(tokenizer, source, model_name)
+    return ModelPreview(model_name, source, config, tokenizer, generation=generation)
 
 
 def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -208,22 +218,103 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
     _check_all_read(preview.name, preview.config, report)
     _check_heads(preview.name, model)
     ready: Any = ready_for_use(model, preview.name, dtype)
+    set_generation(ready, preview.generation, preview.end_of_text())
     return LoadedModel(ready.to(device), preview)
 
 
 def ready_for_use(model: Any, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode, without gradients and generation settings; ModelLoadError if a weight is not finite."""
+    """The model in evaluation mode, without gradients; ModelLoadError if a weight is not finite."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise ModelLoadError(
             f"the weights of {name!r} contain NaN or infinity in {dtype}. Download the model again, or choose "
             "--precision=float32."
         )
-    # Hub models bring generation settings (penalties, sampling) that would act on one measurement and not on another.
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
-    )
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+STORED_GENERATION = "stored_generation_config"
+"""Attribute of a loaded model that holds the generation config it came with, for whoever saves it."""
+
+
+def set_generation(model: Any, stored: GenerationConfig | None, end_of_text: Collection[int]) -> None:
+    """Gives a model neutral settings for ``generate`` and puts the ``stored`` ones aside.
+
+    Hub models bring settings (penalties, sampling) that would act on one measurement and not on another.
+    """
+    ends = sorted(end_of_text) or None
+    model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, eos_token_id=ends)
+    setattr(model, STORED_GENERATION, stored)
+
+
+def generation_settings(model: Any) -> str:
+    """The whole generation config that a model came with, as the JSON of ``generation_config.json``.
+
+    As it was stored, even where transformers would refuse to save it.
+    """
+    stored = getattr(model, STORED_GENERATION, None) or model.generation_config
+    return str(stored.to_json_string(use_diff=True))
+
+
+def _generation_config(source: str, model_name: str) -> GenerationConfig | None:
+    """A model's generation config; None where there is none. ModelLoadError where it cannot be read."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except Exception as error:
+        if Path(source).is_dir() and (Path(source) / "generation_config.json").exists():
+            raise ModelLoadError(
+                f"the generation_config.json of {model_name!r} cannot be read: {_first_line(error)}. Mend it, or delete it."
+            ) from error
+        return None
+
+
+_PROBE = "A  probe:\nthe caf\u00e9 has 3 \N{GRINNING FACE} faces,\tand it's 2 % off."
+
+
+def check_tokenizer(tokenizer: Any, source: str, model_name: str) -> None:
+    """ModelLoadError where a tokenizer cannot say which characters its tokens stand for, or loses what its file keeps.
+
+    Some classes rebuild the splitting rule that ``tokenizer.json`` holds and get it wrong: a byte-level tokenizer that is
+    called Llama's loses its spaces.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelLoadError(
+            f"the tokenizer of {model_name!r} ({type(tokenizer).__name__}) does not say which characters a token stands "
+            "for, which bytes and words are counted by. Choose a model with a tokenizer.json."
+        )
+    stored = Path(source) / "tokenizer.json"
+    if not stored.is_file():
+        return
+    try:
+        original = Tokenizer.from_file(str(stored))
+        kept = original.decode(original.encode(_PROBE, add_special_tokens=False).ids)
+    except Exception as error:
+        raise ModelLoadError(f"the tokenizer.json of {model_name!r} cannot be read: {_first_line(error)}.") from error
+    found = tokenizer.decode(
+        tokenizer(_PROBE, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False
+    )
+    if found != kept:
+        raise ModelLoadError(
+            f"the tokenizer of {model_name!r} does not do what its tokenizer.json says: {_PROBE!r} comes back as {found!r}, "
+            f"not as {kept!r}. Its tokenizer_config.json names the class {type(tokenizer).__name__}; "
+            "PreTrainedTokenizerFast there reads tokenizer.json as it is."
+        )
+
+
+def _neutral(config: Any) -> Any:
+    """A config whose switches for what a forward pass returns and keeps are as every measurement here needs them.
+
+    They say nothing about the model, and with some of them set no attention implementation but the slowest is allowed.
+    """
+    for name, value in (
+        ("output_attentions", False),
+        ("output_hidden_states", False),
+        ("return_dict", True),
+        ("use_cache", True),
+    ):
+        if hasattr(config, name) and getattr(config, name) != value:
+            setattr(config, name, value)
+    return config
 
 
 _WEIGHTLESS = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$|rotary_emb\.inv_freq$|(?:^|\.)position_ids$")
