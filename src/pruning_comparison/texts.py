@@ -90,15 +90,22 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
 
 
-def whole_windows(documents: list[Document], tokenizer: Any, window: int) -> Tensor:
-    """All windows [M, window] of token ids that follow one another in a document; what is left at its end is left out."""
+def whole_windows(documents: list[Document], tokenizer: Any, window: int, *, bos: int | None = None) -> Tensor:
+    """All windows [M, window] of token ids that follow one another in a document; what is left at its end is left out.
+
+    Where the model's texts begin with a token ``bos``, each window does, and holds one token less of the text.
+    """
     pieces: list[Tensor] = []
+    of_text = window - (bos is not None)
     for document in documents:
         ids = torch.tensor(tokenize(tokenizer, document.text)[0])
-        whole = len(ids) // window
+        whole = len(ids) // of_text
         if whole:
-            pieces.append(ids[: whole * window].view(whole, window))
-    return torch.cat(pieces) if pieces else torch.empty(0, window, dtype=torch.long)
+            pieces.append(ids[: whole * of_text].view(whole, of_text))
+    if not pieces:
+        return torch.empty(0, window, dtype=torch.long)
+    windows = torch.cat(pieces)
+    return windows if bos is None else torch.cat([torch.full((len(windows), 1), bos), windows], 1)
 
 
 def sample_windows(available: Tensor, tokens: int, generator: torch.Generator) -> Tensor:

@@ -85,6 +85,26 @@ class ModelPreview:
         flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
         return frozenset(item for item in flat if item is not None)
 
+    def bos(self, rule: str) -> int | None:
+        """The token that every text given to the model begins with, None where none does.
+
+        ``rule`` is "auto" (the tokenizer's own default, which is what users of the model get), "always" or "never".
+        ModelLoadError for "always" where the model has no such token; ValueError for any other rule.
+        """
+        named = getattr(self.tokenizer, "bos_token_id", None)
+        if rule == "never":
+            return None
+        if rule == "auto":
+            begun = list(self.tokenizer("a")["input_ids"])
+            return named if named is not None and begun[:1] == [named] else None
+        if rule != "always":
+            raise ValueError(f"unknown rule {rule!r}; choose one of auto, always, never")
+        if named is None:
+            raise ModelLoadError(
+                f"--bos: the tokenizer of {self.name} has no token that begins texts. Leave the option out."
+            )
+        return int(named)
+
     def identity(self) -> str:
         """Names the model for a run's identity: config, what ends a text, and hub commit or digests of local files."""
         folder = Path(self.source)
