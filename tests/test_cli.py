@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import get_args, get_type_hints
 
 import pytest
 import torch
 from builders import save_tiny_model
 
 from pruning_comparison import cli
+from pruning_comparison import spec as spec_module
+from pruning_comparison.errors import InputError
 from pruning_comparison.spec import ComparisonSpec
 
 
@@ -43,6 +46,33 @@ def test_several_methods_and_variants():
     spec = spec_of("--device=cpu", "--pruning_method=entropy,random", "--variants=baseline,agency-adaptation")
     assert spec.pruning_methods == ("entropy", "random")
     assert spec.variants == ("baseline", "agency-adaptation")
+
+
+def test_choices_are_the_types_of_their_fields():
+    """What an option accepts and what the type checker accepts cannot differ."""
+    hints = get_type_hints(ComparisonSpec)
+    for field, choices in {
+        "precision": spec_module.PRECISIONS,
+        "execution": spec_module.EXECUTIONS,
+        "scope": spec_module.SCOPES,
+        "prune_unit": spec_module.PRUNE_UNITS,
+        "entropy_direction": spec_module.ENTROPY_DIRECTIONS,
+        "adaptation": spec_module.ADAPTATIONS,
+    }.items():
+        assert get_args(hints[field]) == choices
+        for choice in choices:
+            assert getattr(ComparisonSpec(**{field: choice}), field) == choice
+
+
+def test_the_unit_of_pruning_is_named_unit_on_the_command_line_and_in_old_runs():
+    spec = spec_of("--device=cpu", "--unit=kv_group")
+    assert spec.prune_unit == "kv_group"
+    stored = spec.as_dict()
+    assert stored["prune_unit"] == "kv_group"
+    old = {"unit" if name == "prune_unit" else name: value for name, value in stored.items()}
+    assert ComparisonSpec.from_dict(old) == ComparisonSpec.from_dict(stored) == spec
+    with pytest.raises(InputError, match="--unit: 'group' is unknown"):
+        ComparisonSpec(prune_unit="group")
 
 
 def test_level_zero_is_always_measured():

@@ -98,7 +98,7 @@ def test_on_a_terminal_there_is_a_running_table(monkeypatch):
         live.say("a line of [news]")
         live.progress(1, 6, "agency, entropy, iteration 1, level 20 %")
     told = screen.getvalue()
-    assert "RunningMeans so far" in told
+    assert "Known so far" in told
     assert "7.389" in told
     assert "20 %" in told
     assert "a line of [news]" in told

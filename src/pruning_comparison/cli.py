@@ -22,8 +22,8 @@ from pruning_comparison.spec import (
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     PRECISIONS,
+    PRUNE_UNITS,
     SCOPES,
-    UNITS,
     ComparisonSpec,
     available_cores,
 )
@@ -175,7 +175,8 @@ def would_resume(argv: Sequence[str]) -> bool:
             return False
         from pruning_comparison.run.comparison import would_resume as comparison_would_resume
 
-        return comparison_would_resume(_spec_of(options), Path(options.output_dir))
+        with Live(quiet=True):
+            return comparison_would_resume(_spec_of(options), Path(options.output_dir))
     except (PruningComparisonError, SystemExit):
         return False
 
@@ -244,7 +245,8 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")
     add(
         "unit",
-        help=f"{' or '.join(UNITS)}: heads leave one by one, or with all others that read the same keys and values",
+        default=default["prune_unit"],
+        help=f"{' or '.join(PRUNE_UNITS)}: heads leave one by one, or with all others that read the same keys and values",
     )
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads leave first under entropy")
     add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
@@ -346,6 +348,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values: dict[str, Any] = {
         field.name: getattr(options, field.name, field.default) for field in fields(ComparisonSpec)
     }
+    values["prune_unit"] = getattr(options, "unit", values["prune_unit"])
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _names(options.pruning_method)
@@ -398,7 +401,6 @@ def _run(options: argparse.Namespace) -> int:
             folder = run_comparison(
                 spec,
                 output_dir=output_dir,
-                report=live.say,
                 on_progress=live.progress,
                 on_measured=live.measured,
                 code_commit=commit_of(CHECKOUT),
@@ -411,7 +413,7 @@ def _run(options: argparse.Namespace) -> int:
                 _report_what_there_is(stopped.folder, options.save_outputs, margins)
             raise
         try:
-            report = write_results(folder, save_outputs=options.save_outputs, margins=margins, say=live.say)
+            report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"everything is measured and kept in {folder}; pruning-comparison report {folder} draws it.", folder
@@ -440,8 +442,8 @@ def _report(options: argparse.Namespace) -> int:
 
     output_dir = Path(options.output_dir)
     check_writable(output_dir)
-    with Live(quiet=options.quiet) as live:
-        report = write_comparison(first, second, output_dir=output_dir, say=live.say)
+    with Live(quiet=options.quiet):
+        report = write_comparison(first, second, output_dir=output_dir)
     print(f"report: {report}")
     return 0
 
@@ -511,8 +513,8 @@ def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
     from pruning_comparison.report.write import write_results
 
     folder, margins = _run_in(output_dir), _margins_of(options)
-    with Live(quiet=options.quiet) as live:
-        report = write_results(folder, save_outputs=options.save_outputs, margins=margins, say=live.say)
+    with Live(quiet=options.quiet):
+        report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
     print(f"report: {report}")
     return 0
 

@@ -5,10 +5,12 @@ A bar and a table on a terminal, plain lines elsewhere, nothing when quiet.
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from pruning_comparison.formatting import format_duration
@@ -89,7 +91,7 @@ class RunningMeans:
 
 
 class Live:
-    """Progress, news and the running table of one run, on standard error."""
+    """Progress, news and the running table of one run, on standard error. Within it, what the package logs is news."""
 
     def __init__(
         self, *, quiet: bool, steps: Mapping[str, int] | None = None, clock: Callable[[], float] | None = None
@@ -103,6 +105,7 @@ class Live:
         self._progress: Progress | None = None
         self._screen: RichLive | None = None
         self._task: TaskID | None = None
+        self._listening = ExitStack()
 
     def __enter__(self) -> Live:
         if not self._quiet and sys.stderr.isatty():
@@ -121,9 +124,11 @@ class Live:
             self._progress = Progress(*columns, console=console)
             self._screen = RichLive(self._progress, console=console, transient=True, refresh_per_second=4)
             self._screen.start()
+        self._listening.enter_context(_heard(self.say))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self._listening.close()
         if self._screen is not None:
             self._screen.stop()
 
@@ -169,7 +174,7 @@ class Live:
     def _table(self) -> Table:
         from rich.table import Table
 
-        table = Table(title="RunningMeans so far: means over iterations", title_justify="left", header_style="")
+        table = Table(title="Known so far: means over iterations", title_justify="left", header_style="")
         several = len({method for method, _, _ in self._known.rows()}) > 1
         for column in (*(["method"] if several else []), "level"):
             table.add_column(column)
@@ -191,3 +196,30 @@ class Live:
             parts.append(f"timing {format_duration(left['timing']).removeprefix('about ')}")
         detail = f" ({', '.join(parts)})" if len(parts) > 1 else ""
         return f"{format_duration(sum(left.values()))} left{detail}"
+
+
+class _Hearing(logging.Handler):
+    """Says what is logged, in one line each: tracebacks are for ``run.log``."""
+
+    def __init__(self, say: Callable[[str], None]) -> None:
+        super().__init__(logging.INFO)
+        self._say = say
+
+    def emit(self, record: logging.LogRecord) -> None:
+        warns = record.levelno == logging.WARNING
+        self._say(f"{'warning: ' if warns else ''}{record.getMessage()}")
+
+
+@contextmanager
+def _heard(say: Callable[[str], None]) -> Iterator[None]:
+    """Within it, what this package logs from INFO on is said as well."""
+    logger, hearing = logging.getLogger("pruning_comparison"), _Hearing(say)
+    before = logger.level
+    logger.addHandler(hearing)
+    if logger.getEffectiveLevel() > logging.INFO:
+        logger.setLevel(logging.INFO)
+    try:
+        yield
+    finally:
+        logger.setLevel(before)
+        logger.removeHandler(hearing)

@@ -8,18 +8,28 @@ import math
 import os
 from collections.abc import Collection, Iterator, Mapping
 from dataclasses import asdict, dataclass, fields
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 from pruning_comparison.errors import InputError
 from pruning_comparison.methods import METHODS, Method, method_named
 from pruning_comparison.variants import VARIANTS, variant_named
 
-PRECISIONS = ("float32", "float16", "bfloat16")
-EXECUTIONS = ("compact", "masked")
-SCOPES = ("model", "layer")
-UNITS = ("head", "kv_group")
-ENTROPY_DIRECTIONS = ("auto", "high", "low")
-ADAPTATIONS = ("none", "bias", "gate", "refit", "refit-mlp")
+Precision = Literal["float32", "float16", "bfloat16"]
+Execution = Literal["compact", "masked"]
+Scope = Literal["model", "layer"]
+PruneUnit = Literal["head", "kv_group"]
+EntropyDirection = Literal["auto", "high", "low"]
+Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
+
+PRECISIONS: tuple[Precision, ...] = get_args(Precision)
+EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
+SCOPES: tuple[Scope, ...] = get_args(Scope)
+PRUNE_UNITS: tuple[PruneUnit, ...] = get_args(PruneUnit)
+ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
+ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
+
+OPTION_OF_FIELD: Mapping[str, str] = {"pruning_methods": "pruning_method", "prune_unit": "unit"}
+"""Fields of a spec whose option has another name."""
 
 
 class Trajectory(NamedTuple):
@@ -53,7 +63,7 @@ class ComparisonSpec:
 
     model_name: str = "gpt2"
     device: str = "cpu"
-    precision: str = "float32"
+    precision: Precision = "float32"
     pruning_levels: tuple[float, ...] = (0.0, 20.0, 40.0, 60.0, 80.0)
     pruning_methods: tuple[str, ...] = ("entropy",)
     variants: tuple[str, ...] = ("baseline", "agency")
@@ -62,10 +72,10 @@ class ComparisonSpec:
     iterations: int = 3
     max_prompts: int = 5
     batch_size: int = 1
-    execution: str = "compact"
-    scope: str = "model"
-    unit: str = "head"
-    entropy_direction: str = "auto"
+    execution: Execution = "compact"
+    scope: Scope = "model"
+    prune_unit: PruneUnit = "head"
+    entropy_direction: EntropyDirection = "auto"
     seed: int = 0
     prompt_file: str | None = None
     eval_text: str = "bundled:held_out"
@@ -76,7 +86,7 @@ class ComparisonSpec:
     calibration_tokens: int = 16384
     calibration_window: int = 256
     score_tokens: int | None = None
-    adaptation: str = "refit-mlp"
+    adaptation: Adaptation = "refit-mlp"
     ridge: float = 0.1
     mlp_ridge: float = 0.3
     new_bias: bool = True
@@ -99,7 +109,7 @@ class ComparisonSpec:
             ("precision", PRECISIONS),
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
-            ("unit", UNITS),
+            ("prune_unit", PRUNE_UNITS),
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
         ):
@@ -209,6 +219,8 @@ class ComparisonSpec:
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> ComparisonSpec:
         """The inverse of ``as_dict``; unknown names raise InputError."""
+        if "unit" in values:  # as runs of 0.1.0 have it
+            values = {"prune_unit" if name == "unit" else name: value for name, value in values.items()}
         known = {field.name for field in fields(cls)}
         unknown = sorted(set(values) - known)
         if unknown:
@@ -249,7 +261,11 @@ def available_cores() -> int:
     return os.cpu_count() or 1
 
 
+def option_of(field: str) -> str:
+    """The option that sets a field of a spec: "--unit" for ``prune_unit``."""
+    return f"--{OPTION_OF_FIELD.get(field, field)}"
+
+
 def _require(condition: bool, field: str, value: object, problem: str, advice: str) -> None:
     if not condition:
-        option = "--" + {"pruning_methods": "pruning_method"}.get(field, field)
-        raise InputError(f"{option}: {value!r} {problem}. {advice}")
+        raise InputError(f"{option_of(field)}: {value!r} {problem}. {advice}")

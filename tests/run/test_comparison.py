@@ -230,7 +230,7 @@ def test_key_value_groups_are_pruned_as_a_whole_in_every_variant(tmp_path):
     texts = write_short_texts(tmp_path / "texts")
     spec = small_spec(
         folder,
-        unit="kv_group",
+        prune_unit="kv_group",
         variants=tuple(VARIANTS),
         pruning_levels=(0, 30, 60),
         pruning_methods=("entropy",),

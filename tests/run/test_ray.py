@@ -72,23 +72,22 @@ def workers_find_these_tests():
     os.environ.pop("PYTHONPATH") if before is None else os.environ.update(PYTHONPATH=before)
 
 
-def test_two_workers_measure_what_one_process_measures_whoever_dies(spec, whole, folder, tmp_path):
+def test_two_workers_measure_what_one_process_measures_whoever_dies(spec, whole, folder, tmp_path, caplog):
     """Also: a worker that is killed is replaced, its trajectory goes on where it was, and nobody else is disturbed."""
     deadly = Cell("agency", "random", 1, 50.0).describe()
     (folder / "deadly").write_text(deadly)
     (folder / "died").write_text("")
     (folder / "begun").write_text("")
-    said, progress = [], []
+    progress = []
     run = run_comparison(
         spec,
         output_dir=tmp_path,
         launcher=RayLauncher(workers=2, worker=Mortal),
-        report=said.append,
         on_progress=lambda done, total, what: progress.append((done, total)),
     )
     assert unmeasured(run) == unmeasured(whole)
     assert read_manifest(run)["finished"] is not None
-    assert f"a worker died at {deadly}; another one goes on from there" in said
+    assert f"a worker died at {deadly}; another one goes on from there" in caplog.messages
     begun = [line.split(" ", 1) for line in (folder / "begun").read_text().splitlines()]
     words = [what for _, what in begun]
     assert sorted(words) == sorted([*(cell.describe() for cell in spec.cells()), deadly])
@@ -149,8 +148,8 @@ def test_a_trajectory_that_kills_every_worker_is_given_up_and_the_rest_is_kept(f
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the cluster's processes in /proc")
-def test_a_lost_cluster_is_started_again_and_goes_on_with_what_is_missing(spec, whole, tmp_path):
-    lost, said = [], []
+def test_a_lost_cluster_is_started_again_and_goes_on_with_what_is_missing(spec, whole, tmp_path, caplog):
+    lost = []
 
     def lose(done, total, what):
         if done >= 3 and not lost:
@@ -159,11 +158,9 @@ def test_a_lost_cluster_is_started_again_and_goes_on_with_what_is_missing(spec, 
                     os.kill(int(child), signal.SIGKILL)
                     lost.append(done)
 
-    run = run_comparison(
-        spec, output_dir=tmp_path, launcher=RayLauncher(workers=2), report=said.append, on_progress=lose
-    )
+    run = run_comparison(spec, output_dir=tmp_path, launcher=RayLauncher(workers=2), on_progress=lose)
     assert len(lost) == 1
-    assert "the cluster was lost; a new one goes on with what is missing" in said
+    assert "the cluster was lost; a new one goes on with what is missing" in caplog.messages
     assert unmeasured(run) == unmeasured(whole)
     assert read_manifest(run)["finished"] is not None
 
@@ -183,12 +180,13 @@ def test_timings_without_a_node_of_their_own_are_missing_with_the_reason(folder,
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, configure_logging=False)
     address = ray.get_runtime_context().gcs_address
     script = (
-        "import sys; from pathlib import Path\n"
+        "import logging, sys; from pathlib import Path\n"
+        "logging.basicConfig(level=logging.INFO, stream=sys.stdout)\n"
         f"sys.path.insert(0, {str(Path(__file__).parents[1])!r})\n"
         "from builders import tiny_spec; from pruning_comparison.run.comparison import run_comparison\n"
         "from pruning_comparison.run.launchers import RayLauncher\n"
         f"run_comparison(tiny_spec(Path({str(folder)!r}), threads=1), output_dir=Path({str(tmp_path)!r}),\n"
-        f"    launcher=RayLauncher({address!r}, node_timeout_s=3), report=print)\n"
+        f"    launcher=RayLauncher({address!r}, node_timeout_s=3))\n"
     )
     try:
         # Somebody else's work, for as long as this test takes.

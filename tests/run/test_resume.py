@@ -39,16 +39,16 @@ def counted(monkeypatch, name):
     return calls
 
 
-def test_added_levels_methods_and_iterations_take_over_what_is_there(folder, tmp_path, monkeypatch):
+def test_added_levels_methods_and_iterations_take_over_what_is_there(folder, tmp_path, monkeypatch, caplog):
     small = run_comparison(tiny_spec(folder), output_dir=tmp_path / "grown", code_commit="old")
     grown = tiny_spec(folder, pruning_levels=(0, 30, 50), pruning_methods=("magnitude", "random"), iterations=2)
-    measured, timed, said = counted(monkeypatch, "run_cell"), counted(monkeypatch, "time_level"), []
-    run = run_comparison(grown, output_dir=tmp_path / "grown", report=said.append, code_commit="new")
+    measured, timed = counted(monkeypatch, "run_cell"), counted(monkeypatch, "time_level")
+    run = run_comparison(grown, output_dir=tmp_path / "grown", code_commit="new")
     # 2 variants x 2 methods x 2 iterations x 3 levels are 24 cells; 2 variants x 2 levels are there, timed at 2 levels.
     assert len(measured) == 24 - 4
     assert len(timed) == 12 - 2
     assert not {cell for cell in measured if cell[1:3] == ("magnitude", 0) and cell.level != 30}
-    assert f"taken over from {small}: 4 cells and 2 timings" in said
+    assert f"taken over from {small}: 4 cells and 2 timings" in caplog.messages
     assert read_manifest(run)["reused"] == [{"run": small.name, "commit": "old", "cells": 4, "timings": 2}]
     with RunStore(run) as store:
         commits = store.table("cells")["code_commit"].value_counts().to_dict()
@@ -57,14 +57,14 @@ def test_added_levels_methods_and_iterations_take_over_what_is_there(folder, tmp
     assert unmeasured(run).replace(b",old\n", b",\n").replace(b",new\n", b",\n") == unmeasured(whole)
 
 
-def test_added_prompts_take_over_heads_and_perplexity_even_when_cut_off(folder, tmp_path, monkeypatch):
+def test_added_prompts_take_over_heads_and_perplexity_even_when_cut_off(folder, tmp_path, monkeypatch, caplog):
     """Nothing is scored, negotiated or evaluated again; texts and timings are those of a run that starts from nothing."""
     common = {"variants": ("baseline", "agency", "agency-selection"), "memory_logging": True}
     small = run_comparison(tiny_spec(folder, **common), output_dir=tmp_path / "grown", code_commit="old")
     grown = tiny_spec(
         folder, **common, max_prompts=2, temperatures=(0.7, 1.0), num_tokens=4, pruning_levels=(0, 50, 75)
     )
-    built, evaluated, said = counted(monkeypatch, "run_cell"), [], []
+    built, evaluated = counted(monkeypatch, "run_cell"), []
     original, rest, left = measure_cell.measure_perplexity, measuring.measure_texts_and_size, [2]
 
     def stops_at_the_third(*arguments):
@@ -77,8 +77,8 @@ def test_added_prompts_take_over_heads_and_perplexity_even_when_cut_off(folder, 
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "measure_texts_and_size", stops_at_the_third)
         with pytest.raises(Interrupted) as cut:
-            run_comparison(grown, output_dir=tmp_path / "grown", report=said.append, code_commit="new")
-    assert f"taken over from {small}: 6 cells without their texts" in said
+            run_comparison(grown, output_dir=tmp_path / "grown", code_commit="new")
+    assert f"taken over from {small}: 6 cells without their texts" in caplog.messages
     assert read_manifest(cut.value.folder)["reused"] == [
         {"run": small.name, "commit": "old", "cells without their texts": 6}
     ]
@@ -100,14 +100,13 @@ def test_added_prompts_take_over_heads_and_perplexity_even_when_cut_off(folder, 
     assert len(negotiated) == 4
 
 
-def test_a_part_that_does_not_come_out_as_it_was_measured_fails(folder, tmp_path):
+def test_a_part_that_does_not_come_out_as_it_was_measured_fails(folder, tmp_path, caplog):
     small = run_comparison(tiny_spec(folder), output_dir=tmp_path)
     with sqlite3.connect(small / "journal.sqlite") as journal:
         journal.execute("UPDATE cells SET fingerprint = 'another' WHERE level = 50 AND variant = 'agency'")
-    said = []
-    run_comparison(tiny_spec(folder, max_prompts=2), output_dir=tmp_path, report=said.append)
-    (failure,) = [line for line in said if line.startswith("failed")]
-    assert failure.startswith(
+    run_comparison(tiny_spec(folder, max_prompts=2), output_dir=tmp_path)
+    (failure,) = [record for record in caplog.records if record.levelname == "ERROR"]
+    assert failure.getMessage().startswith(
         "failed: agency, magnitude, iteration 1, level 50 %: AssertionError: made again, the model is"
     )
 
@@ -153,22 +152,22 @@ def test_nothing_is_taken_over_from_other_versions_or_machines(folder, tmp_path,
     assert "reused" not in read_manifest(run_comparison(tiny_spec(folder, iterations=2), output_dir=tmp_path))
 
 
-def test_a_changed_spec_says_what_differs_and_leaves_the_unfinished_run_alone(folder, tmp_path, monkeypatch):
+def test_a_changed_spec_says_what_differs_and_leaves_the_unfinished_run_alone(folder, tmp_path, monkeypatch, caplog):
     stand_in(monkeypatch)
     with monkeypatch.context() as patch:
         patch.setattr(measuring, "run_cell", stopped)
         with pytest.raises(Interrupted) as cut:
             run_comparison(tiny_spec(folder), output_dir=tmp_path)
-    before, said = (cut.value.folder / "manifest.json").read_bytes(), []
-    run = run_comparison(tiny_spec(folder, seed=7, num_tokens=5), output_dir=tmp_path, report=said.append)
+    before = (cut.value.folder / "manifest.json").read_bytes()
+    run = run_comparison(tiny_spec(folder, seed=7, num_tokens=5), output_dir=tmp_path)
     assert run != cut.value.folder
-    assert [line for line in said if "stays as it is" in line] == [
+    assert [line for line in caplog.messages if "stays as it is" in line] == [
         f"{cut.value.folder} is unfinished and stays as it is: num_tokens, seed differ. This starts a new run"
     ]
     assert (cut.value.folder / "manifest.json").read_bytes() == before
 
 
-def test_another_commit_and_other_versions_are_warned_of_and_kept_per_cell(folder, tmp_path, monkeypatch):
+def test_another_commit_and_other_versions_are_warned_of_and_kept_per_cell(folder, tmp_path, monkeypatch, caplog):
     stand_in(monkeypatch)
     original, left = measuring.run_cell, [2]
 
@@ -184,15 +183,14 @@ def test_another_commit_and_other_versions_are_warned_of_and_kept_per_cell(folde
             run_comparison(tiny_spec(folder), output_dir=tmp_path, code_commit="one")
     manifest = read_manifest(cut.value.folder)
     write_manifest(cut.value.folder, {**manifest, "versions": {**manifest["versions"], "torch": "0.4"}})
-    said = []
-    run = run_comparison(tiny_spec(folder), output_dir=tmp_path, code_commit="two", report=said.append)
+    run = run_comparison(tiny_spec(folder), output_dir=tmp_path, code_commit="two")
     assert run == cut.value.folder
     expected = [
         "continued at commit two after starting at one",
         "continued with other versions, so that cells of one run may differ in rounding",
     ]
     assert read_manifest(run)["warnings"] == expected
-    assert [line for line in said if line.startswith("warning")] == [f"warning: {line}" for line in expected]
+    assert [one.getMessage() for one in caplog.records if one.levelname == "WARNING"] == expected
     with RunStore(run) as store:
         assert store.table("cells")["code_commit"].value_counts().to_dict() == {"one": 2, "two": 2}
 

@@ -15,7 +15,8 @@ import torch
 from torch import Tensor
 
 from pruning_comparison.agency.signals import CostModel, HeadSignals
-from pruning_comparison.pruning.selection import Scope, heads_to_prune
+from pruning_comparison.pruning.selection import heads_to_prune
+from pruning_comparison.spec import Scope
 
 
 class HeadState(StrEnum):

@@ -16,9 +16,10 @@ from transformers import PreTrainedModel
 from pruning_comparison.agency.consent import Reply, States, head_states, negotiate, quota_of_level
 from pruning_comparison.agency.signals import HeadSignals, cost_model, measure_signals, nats_weights, observe
 from pruning_comparison.models.devices import fast_products
-from pruning_comparison.pruning.selection import Scope, select_heads
+from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
 from pruning_comparison.scoring.scores import HeadScores
+from pruning_comparison.spec import Scope
 
 _T = TypeVar("_T")
 

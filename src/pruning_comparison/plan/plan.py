@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
-from typing import Any, cast
+from typing import Any
 
 from pruning_comparison.analysis.hypotheses import CLAIM_LEVEL, QUALITY_LEVEL
 from pruning_comparison.analysis.margins import Margins
@@ -16,7 +16,7 @@ from pruning_comparison.analysis.random_effects import PLANNING, Components, det
 from pruning_comparison.formatting import listed, per_cent, plain_number
 from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds, parameter_count
-from pruning_comparison.pruning.selection import Scope, expected_heads_pruned
+from pruning_comparison.pruning.selection import expected_heads_pruned
 from pruning_comparison.report.verdicts import TITLES
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.run.workspace import heads_leaving_together
@@ -89,8 +89,8 @@ def plan_cost(spec: ComparisonSpec, inputs: Inputs) -> dict[str, Any]:
 
 
 def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]:
-    together = heads_leaving_together(grid, spec.unit)
-    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, cast(Scope, spec.scope), together)
+    together = heads_leaving_together(grid, spec.prune_unit)
+    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, spec.scope, together)
     return {"level": level, "heads_pruned": gone, "achieved_level": 100 * gone / grid.total}
 
 

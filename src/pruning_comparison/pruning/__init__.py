@@ -1,6 +1,6 @@
 """From scores to the heads that stay, and cutting the others: masked, or for real."""
 
-from pruning_comparison.pruning.selection import SCOPES, Scope, expected_heads_pruned, heads_to_prune, select_heads
+from pruning_comparison.pruning.selection import expected_heads_pruned, heads_to_prune, select_heads
 from pruning_comparison.pruning.surgery import (
     HeadGates,
     converted_copy,
@@ -11,9 +11,7 @@ from pruning_comparison.pruning.surgery import (
 )
 
 __all__ = [
-    "SCOPES",
     "HeadGates",
-    "Scope",
     "converted_copy",
     "expected_heads_pruned",
     "heads_to_prune",

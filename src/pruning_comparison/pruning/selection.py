@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import math
-from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-Scope = Literal["model", "layer"]
-SCOPES: tuple[str, ...] = get_args(Scope)
+from pruning_comparison.spec import SCOPES, Scope
 
 
 def heads_to_prune(level: float, total: int) -> int:

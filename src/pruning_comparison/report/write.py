@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import json
+import logging
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
@@ -31,7 +32,7 @@ CHARTS = "charts"
 NARROW = "narrow"
 COMPARISON = "comparison.csv"
 
-Say = Callable[[str], None]
+LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,6 @@ def write_results(
     *,
     save_outputs: bool,
     margins: Mapping[str, float] | None = None,
-    say: Say = lambda message: None,
 ) -> Path:
     """Writes every table, chart and the report of a run folder anew from its journal; returns the report's path.
 
@@ -66,7 +66,7 @@ def write_results(
     with RunStore(folder) as store:
         heads, texts = store.table("heads"), store.table("texts")
         asked = {name: store.table(name) for name in ("signals", "replies")}
-    say("estimating")
+    LOGGER.info("estimating")
     tables = _estimate(run, used)
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
@@ -74,7 +74,7 @@ def write_results(
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
     ]
-    say("drawing the charts")
+    LOGGER.info("drawing the charts")
     maps = head_maps.head_maps(heads, asked["signals"], asked["replies"])
     rounds = head_maps.round_maps(asked["signals"], asked["replies"])
     agreed = head_maps.agreement(heads)
@@ -100,7 +100,7 @@ def write_results(
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
     pictures = charts.save_charts(figures, folder / CHARTS)
     narrow_pictures = charts.save_charts(narrow, folder / CHARTS / NARROW, svg=False)
-    say("writing the report")
+    LOGGER.info("writing the report")
     html = report.render_report(
         summary=tables.summary,
         contrasts=tables.contrasts,
@@ -127,19 +127,18 @@ def write_comparison(
     second: Path,
     *,
     output_dir: Path,
-    say: Say = lambda message: None,
 ) -> Path:
     """Compares the second run with the first and writes ``comparison_<timestamp>/`` with report and ``comparison.csv``.
 
     Returns the report's path.
     """
     runs = two_runs.read_run(first), two_runs.read_run(second)
-    say("estimating")
+    LOGGER.info("estimating")
     limits = two_runs.limits(*runs)
     compared = two_runs.compare(*runs)
     folder = _new_folder(output_dir)
     write_table(folder / COMPARISON, compared)
-    say("writing the report")
+    LOGGER.info("writing the report")
     html = report.render_comparison(
         names=(str(first), str(second)),
         compared=compared,

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import logging
+import traceback
 from collections.abc import Mapping
+from dataclasses import dataclass
 
 from transformers import PreTrainedModel
 
@@ -15,7 +16,13 @@ from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell
 from pruning_comparison.store import CellResult, Measurement
 
-LOGGER = logging.getLogger(__name__)
+
+@dataclass(frozen=True)
+class Failure:
+    """Why something could not be measured: the reason in one line, and the traceback, for the log."""
+
+    reason: str
+    traceback: str = ""
 
 
 def attempt(
@@ -36,37 +43,41 @@ def attempt(
     except Exception as error:
         if raise_failures:
             raise
-        return None, CellResult(cell=cell, status="failed", reason=reason_of(error, cell.describe()))
+        failure = failure_of(error)
+        return None, CellResult(cell=cell, status="failed", reason=failure.reason, traceback=failure.traceback)
 
 
 def attempt_rebuild(
     workspace: Workspace, cell: Cell, kept: KeptHeads, *, raise_failures: bool
-) -> tuple[PrunedModel | None, str | None]:
-    """The model of a measured cell made again, and None; where that fails, None and the reason."""
+) -> tuple[PrunedModel | None, Failure | None]:
+    """The model of a measured cell made again, and None; where that fails, None and why."""
     try:
         return rebuild(workspace, cell, kept), None
     except Exception as error:
         if raise_failures:
             raise
-        return None, reason_of(error, cell.describe())
+        return None, failure_of(error)
 
 
 def attempt_timing(
     workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int, *, raise_failures: bool
-) -> tuple[list[tuple[str, Measurement]], str | None]:
-    """Timings of one level and None; where they fail, missing values that say why, and the reason."""
+) -> tuple[list[tuple[str, Measurement]], Failure | None]:
+    """Timings of one level and None; where they fail, missing values that say why, and the failure."""
     try:
         return time_level(workspace, models, iteration), None
     except Exception as error:
         if raise_failures:
             raise
-        reason = reason_of(error, "timing")
-        return untimed(models, reason), reason
+        failure = failure_of(error)
+        return untimed(models, failure.reason), failure
 
 
-def reason_of(error: BaseException, what: str = "") -> str:
-    """The kind of an error and the first line of its message; its traceback is logged, where ``what`` is named."""
-    if what:
-        LOGGER.error("%s failed", what, exc_info=error)
+def failure_of(error: BaseException) -> Failure:
+    """What is kept of an error: it may have arisen in another process than the one that logs it."""
+    return Failure(reason_of(error), "".join(traceback.format_exception(error)).rstrip())
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -4,14 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from dataclasses import replace
-from typing import cast
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency import AdaptationCost, RecoveryCost, adapt, recover
 from pruning_comparison.pruning import (
-    Scope,
     expected_heads_pruned,
     mask_heads,
     masked_copy,
@@ -37,8 +35,7 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
     variant = variant_named(cell.variant)
     if variant.selection == "once" or (variant.negotiates and cell.level == 0):
         scores = workspace.ranking(cell.method, cell.iteration)
-        scope = cast(Scope, workspace.spec.scope)
-        keep = select_heads(scores.scores, cell.level, scope, group_size=workspace.group_size)
+        keep = select_heads(scores.scores, cell.level, workspace.spec.scope, group_size=workspace.group_size)
         return replace(remove_and_adapt(workspace, cell, keep), scores=scores)
     reached = workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
     pruned = replace(remove_and_adapt(workspace, cell, reached.keep), scores=reached.scores)
@@ -120,6 +117,6 @@ def _recover(
 def check_count(keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1) -> None:
     """AssertionError if the mask does not prune exactly as many heads as the rule asks for."""
     layers, heads = keep.shape
-    expected = expected_heads_pruned(level, layers, heads, cast(Scope, spec.scope), group_size)
+    expected = expected_heads_pruned(level, layers, heads, spec.scope, group_size)
     if int((~keep).sum()) != expected:
         raise AssertionError(f"level {level} prunes {int((~keep).sum())} heads; the rule asks for {expected}")

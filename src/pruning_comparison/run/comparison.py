@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from pruning_comparison.run.launchers import Begun, Launcher, Timed, Work, forma
 from pruning_comparison.run.provenance import hardware, versions
 from pruning_comparison.run.pruned_model import KeptHeads
 from pruning_comparison.run.reuse import reuse
+from pruning_comparison.run.run_log import RunLog, log_failure
 from pruning_comparison.run.saved_models import model_folder
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store.journal import RunStore
@@ -29,14 +31,13 @@ from pruning_comparison.store.run_folder import (
 )
 from pruning_comparison.texts import load_documents, load_prompts
 
-Report = Callable[[str], None]
+LOGGER = logging.getLogger(__name__)
 
 
 def run_comparison(
     spec: ComparisonSpec,
     *,
     output_dir: Path,
-    report: Report = lambda message: None,
     on_progress: Callable[[int, int, str], None] = lambda done, total, what: None,
     on_measured: Callable[[Cell, Sequence[Measurement]], None] = lambda cell, measurements: None,
     code_commit: str | None = None,
@@ -51,17 +52,17 @@ def run_comparison(
 
     A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead); the run then
     stays unfinished, so that the same command tries it again. Interrupted is raised on Ctrl-C, after what was measured has
-    been kept.
+    been kept. News, warnings and failures are logged, and kept with times and tracebacks in ``run.log`` of the folder.
     """
     if save_models and spec.execution != "compact":
         raise InputError(
             f"--save_models: nothing is removed with --execution={spec.execution}. Leave one of the two out."
         )
     inputs = prepare(spec)
-    folder = open_run(spec, inputs, output_dir, code_commit, report)
-    with RunStore(folder, lock=True) as store:
-        reuse(spec, inputs, store, report)
-        work = missing_work(spec, inputs, store, save_models=save_models, say=report, raise_failures=raise_failures)
+    with RunLog() as log, RunStore(log.kept_in(open_run(spec, inputs, output_dir, code_commit)), lock=True) as store:
+        folder = store.folder
+        reuse(spec, inputs, store)
+        work = missing_work(spec, inputs, store, save_models=save_models, raise_failures=raise_failures)
         total = sum(1 for _ in spec.cells()) + sum(1 for _ in spec.levels())
         done = total - len(work.cells) - len(work.timings)
         failed = 0
@@ -75,7 +76,7 @@ def run_comparison(
                     done += 1
                     if event.status == "failed":
                         failed += 1
-                        report(f"failed: {event.cell.describe()}: {event.reason}")
+                        log_failure(event.cell.describe(), event.reason, event.traceback)
                 elif isinstance(event, Timed):
                     method, iteration, level = event.level
                     store.write_timings(method, iteration, level, event.rows, complete=event.complete)
@@ -85,10 +86,10 @@ def run_comparison(
                     done += 1
                     if event.reason is not None:
                         failed += 1
-                        report(f"failed: {format_timing(event.level)}: {event.reason}")
+                        log_failure(format_timing(event.level), event.reason, event.traceback)
                 else:
                     failed += 1
-                    report(f"failed: {event.what}: {event.reason}")
+                    log_failure(event.what, event.reason, event.traceback)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"{done} of {total} steps are kept in {folder}. The same command continues.", folder
@@ -106,7 +107,6 @@ def missing_work(
     store: RunStore,
     *,
     save_models: bool,
-    say: Report,
     raise_failures: bool,
 ) -> Work:
     """What a run still lacks. Levels are timed anew where a cell failed before."""
@@ -123,16 +123,16 @@ def missing_work(
         return None if found is None else KeptHeads(torch.tensor(found[0]), found[1])
 
     parts = frozenset(store.parts())
-    return Work(spec, inputs, store.folder, cells, parts, timings, models, known, say, raise_failures)
+    return Work(spec, inputs, store.folder, cells, parts, timings, models, known, raise_failures)
 
 
-def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit: str | None, report: Report) -> Path:
+def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit: str | None) -> Path:
     """The run folder to write to: an unfinished one of the same spec, else a new one."""
     spec_hash = spec.content_hash(dict(inputs.digests))
-    folder = unfinished_run(output_dir, spec_hash, report)
+    folder = unfinished_run(output_dir, spec_hash)
     if folder is not None:
         manifest = read_manifest(folder)
-        report(f"continuing {folder}")
+        LOGGER.info("continuing %s", folder)
         warnings = []
         if manifest.get("commit") != code_commit:
             warnings.append(f"continued at commit {code_commit} after starting at {manifest.get('commit')}")
@@ -140,7 +140,7 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
             if manifest.get(part) != now:
                 warnings.append(f"continued with other {part}, so that cells of one run may differ in rounding")
         for warning in warnings:
-            report(f"warning: {warning}")
+            LOGGER.warning(warning)
         known = manifest.get("warnings", [])
         if set(warnings) - set(known):
             write_manifest(folder, {**manifest, "warnings": [*known, *(w for w in warnings if w not in known)]})
@@ -148,7 +148,9 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
     for other, manifest in stored_runs(output_dir):
         if manifest.get("finished") is None and manifest.get("spec_hash") != spec_hash:
             changed = _changed(manifest, spec, inputs)
-            report(f"{other} is unfinished and stays as it is: {', '.join(changed)} differ. This starts a new run")
+            LOGGER.info(
+                "%s is unfinished and stays as it is: %s differ. This starts a new run", other, ", ".join(changed)
+            )
             break
     manifest = {
         "spec": spec.as_dict(),

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import logging
+from collections.abc import Mapping
 from typing import Any
 
 from pruning_comparison.run.inputs import Inputs
@@ -16,8 +17,10 @@ from pruning_comparison.store.run_folder import (
     write_manifest,
 )
 
+LOGGER = logging.getLogger(__name__)
 
-def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, report: Callable[[str], None]) -> None:
+
+def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore) -> None:
     """Takes over what earlier runs beside this one have measured and this one needs.
 
     Whole cells come from runs whose spec differs in nothing but which cells there are (``REUSE_AXES``); heads and
@@ -49,7 +52,7 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, report: Callabl
                 what = take(spec, store, earlier, other)
             if what:
                 words = " and ".join(f"{count} {name}" for name, count in what.items())
-                report(f"taken over from {folder}: {words}")
+                LOGGER.info("taken over from %s: %s", folder, words)
                 mine = read_manifest(store.folder)
                 taken = {"run": folder.name, "commit": manifest.get("commit"), **what}
                 write_manifest(store.folder, {**mine, "reused": [*mine.get("reused", []), taken]})

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -20,11 +20,10 @@ from pruning_comparison.agency import (
 from pruning_comparison.measure.perplexity import WindowLoss
 from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
-from pruning_comparison.pruning.selection import Scope
 from pruning_comparison.pruning.surgery import converted_copy
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
-from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.spec import Adaptation, ComparisonSpec, PruneUnit
 from pruning_comparison.store.records import GeneratedText, Measurement
 from pruning_comparison.texts import (
     sample_windows,
@@ -55,7 +54,7 @@ class Workspace:
     @property
     def group_size(self) -> int:
         """How many heads leave together."""
-        return heads_leaving_together(self.grid, self.spec.unit)
+        return heads_leaving_together(self.grid, self.spec.prune_unit)
 
     def generator(self, purpose: str, iteration: int) -> torch.Generator:
         """An independent stream of random numbers for each purpose and iteration."""
@@ -103,7 +102,7 @@ class Workspace:
                 self.reference,
                 score=lambda model: self._rank_again(model, method, iteration),
                 all_heads=self.grid.all_heads(),
-                scope=cast(Scope, self.spec.scope),
+                scope=self.spec.scope,
                 group_size=self.group_size,
                 scores_pruned=self.spec.method(method).runs_on_pruned,
             )
@@ -119,7 +118,7 @@ class Workspace:
             dense = self.dense_stream(iteration)
             windows = self.score_windows(iteration)
             # Rounds only have to find the heads; what is measured is adapted with all there is.
-            steps = "refit" if self.spec.adaptation == "refit-mlp" else self.spec.adaptation
+            steps: Adaptation = "refit" if self.spec.adaptation == "refit-mlp" else self.spec.adaptation
 
             def adapt_round(model: PreTrainedModel) -> None:
                 adapt(
@@ -142,7 +141,7 @@ class Workspace:
                 windows=windows,
                 batch_size=self.spec.quality_batch_size,
                 all_heads=self.grid.all_heads(),
-                scope=cast(Scope, self.spec.scope),
+                scope=self.spec.scope,
                 ridge=self.spec.ridge,
                 everyone_consents=VARIANTS[rules].consent == "always",
                 group_size=self.group_size,
@@ -174,7 +173,7 @@ class Workspace:
             generator=self.generator("random ranking", iteration),
             entropy_direction=self.spec.entropy_direction,
             smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
-            scope=cast(Scope, self.spec.scope),
+            scope=self.spec.scope,
             group_size=self.group_size,
         )
         return score_heads(
@@ -182,7 +181,7 @@ class Workspace:
         )
 
 
-def heads_leaving_together(grid: HeadGrid, unit: str) -> int:
+def heads_leaving_together(grid: HeadGrid, unit: PruneUnit) -> int:
     """How many heads leave at once: one, or all that read the same keys and values where ``unit`` is "kv_group"."""
     return grid.group_size if unit == "kv_group" else 1
 

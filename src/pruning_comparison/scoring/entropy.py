@@ -18,10 +18,11 @@ from pruning_comparison.models.heads import (
     attentions,
     kept_heads,
 )
-from pruning_comparison.pruning.selection import Scope, select_heads
+from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads
 from pruning_comparison.scoring.entropy_attention import entropies_in_place_of_maps
 from pruning_comparison.scoring.scores import HeadScores
+from pruning_comparison.spec import Scope
 
 
 class _NothingMoreWanted(Exception):

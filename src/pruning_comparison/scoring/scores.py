@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 from pruning_comparison.errors import MethodError
 from pruning_comparison.methods import Method
 from pruning_comparison.models.heads import head_grid
-from pruning_comparison.pruning.selection import Scope
+from pruning_comparison.spec import EntropyDirection, Scope
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class ScoreSettings:
 
     batch_size: int = 8
     generator: torch.Generator = field(default_factory=torch.Generator)
-    entropy_direction: str = "auto"
+    entropy_direction: EntropyDirection = "auto"
     gradient_precision: str = "auto"
     smallest_level: float = 10.0
     scope: Scope = "model"

@@ -41,7 +41,8 @@ class GeneratedText:
 class CellResult:
     """All that is known of a cell, apart from its timings. ``status`` is "done" or, with a reason, "failed".
 
-    ``rest``: only what was missing of a cell whose heads and perplexity another run has measured.
+    ``rest``: only what was missing of a cell whose heads and perplexity another run has measured. ``traceback`` of a failure
+    is for the log, and not kept in the journal.
     """
 
     cell: Cell
@@ -57,3 +58,4 @@ class CellResult:
     texts: Sequence[GeneratedText] = ()
     round_records: Sequence[RoundRecord] = ()
     rest: bool = False
+    traceback: str = ""

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import json
+import logging
 import os
 import sqlite3
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,6 +19,8 @@ from pruning_comparison.errors import StoreError
 if TYPE_CHECKING:
     pass
 
+
+LOGGER = logging.getLogger(__name__)
 
 JOURNAL = "journal.sqlite"
 
@@ -130,14 +133,14 @@ def stored_runs(output_dir: Path) -> Iterator[tuple[Path, dict[str, Any]]]:
             continue
 
 
-def unfinished_run(output_dir: Path, spec_hash: str, say: Callable[[str], None] = lambda message: None) -> Path | None:
-    """The newest run of the same spec that has not finished, if any; one with a damaged journal is named and passed by."""
+def unfinished_run(output_dir: Path, spec_hash: str) -> Path | None:
+    """The newest run of the same spec that has not finished, if any; one with a damaged journal is logged and passed by."""
     for folder, manifest in stored_runs(output_dir):
         if manifest.get("spec_hash") == spec_hash and manifest.get("finished") is None:
             damage = journal_damage(folder)
             if damage is None:
                 return folder
-            say(f"warning: the journal of {folder} is damaged ({damage}); it is left as it is and not continued")
+            LOGGER.warning("the journal of %s is damaged (%s); it is left as it is and not continued", folder, damage)
     return None
 
 

@@ -6,6 +6,7 @@ nodes that nothing else runs on. Results come back one by one: the driver alone 
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import socket
@@ -17,7 +18,7 @@ from typing import Any
 
 from pruning_comparison.errors import ClusterError, InputError
 from pruning_comparison.models import preview_model
-from pruning_comparison.run.attempts import attempt, attempt_rebuild, attempt_timing, reason_of
+from pruning_comparison.run.attempts import Failure, attempt, attempt_rebuild, attempt_timing, failure_of, reason_of
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.run.launchers.work import Begun, Event, Timed, TimingKey, Trouble, Work, format_timing
 from pruning_comparison.run.measure_cell import untimed
@@ -29,6 +30,8 @@ from pruning_comparison.spec import Cell, ComparisonSpec, available_cores
 from pruning_comparison.store.records import CellResult
 from pruning_comparison.store.run_folder import MANIFEST
 from pruning_comparison.variants import variant_named
+
+LOGGER = logging.getLogger(__name__)
 
 MOST_DEATHS = 3
 """A trajectory whose worker has died so often is given up: its cells are recorded as failed. So is a local cluster."""
@@ -88,8 +91,8 @@ class Worker:
 
     def save(self, cell: Cell, known: KeptHeads) -> Sequence[Trouble]:
         """Makes a model again that has been measured, and saves it."""
-        pruned, reason = self._rebuilt(cell, known)
-        return list(self._save(pruned, cell)) if pruned is not None else [Trouble(cell.describe(), str(reason))]
+        pruned, failure = self._rebuilt(cell, known)
+        return list(self._save(pruned, cell)) if pruned is not None else [_trouble(cell, failure)]
 
     def time(self, level: TimingKey, known: Mapping[str, KeptHeads]) -> tuple[Timed, Sequence[Trouble]]:
         """Makes the models of all variants at one level again, as they were measured, and times them in turns."""
@@ -97,23 +100,23 @@ class Worker:
         models, trouble = {}, []
         for variant, kept in known.items():
             cell = Cell(variant, method, iteration, at)
-            pruned, reason = self._rebuilt(cell, kept)
+            pruned, failure = self._rebuilt(cell, kept)
             if pruned is not None:
                 models[variant] = pruned.model
             else:
-                trouble.append(Trouble(cell.describe(), str(reason)))
+                trouble.append(_trouble(cell, failure))
         if not models:
             return Timed(level, (), complete=False), trouble
-        rows, reason = attempt_timing(self._loaded(), models, iteration, raise_failures=self._work["raise_failures"])
-        complete = reason is None and set(models) == set(self._spec.variants)
-        return Timed(level, rows, complete, reason), trouble
+        rows, failed = attempt_timing(self._loaded(), models, iteration, raise_failures=self._work["raise_failures"])
+        complete = failed is None and set(models) == set(self._spec.variants)
+        return Timed(level, rows, complete, *([] if failed is None else [failed.reason, failed.traceback])), trouble
 
     def _loaded(self) -> Workspace:
         if self._workspace is None:
             raise RuntimeError("a worker is used before it has started")
         return self._workspace
 
-    def _rebuilt(self, cell: Cell, known: KeptHeads) -> tuple[PrunedModel | None, str | None]:
+    def _rebuilt(self, cell: Cell, known: KeptHeads) -> tuple[PrunedModel | None, Failure | None]:
         return attempt_rebuild(self._loaded(), cell, known, raise_failures=self._work["raise_failures"])
 
     def _save(self, pruned: PrunedModel, cell: Cell) -> Iterator[Trouble]:
@@ -125,7 +128,12 @@ class Worker:
         except Exception as error:
             if self._work["raise_failures"]:
                 raise
-            yield Trouble(cell.describe(), reason_of(error))
+            yield _trouble(cell, failure_of(error))
+
+
+def _trouble(cell: Cell, failure: Failure | None) -> Trouble:
+    known = failure or Failure("it could not be made again")
+    return Trouble(cell.describe(), known.reason, known.traceback)
 
 
 class RayLauncher:
@@ -178,7 +186,7 @@ class RayLauncher:
                         f"the cluster was lost: {reason_of(error)}. What was measured is kept; start the cluster again, and "
                         "the same command continues."
                     ) from error
-                work.say("the cluster was lost; a new one goes on with what is missing")
+                LOGGER.warning("the cluster was lost; a new one goes on with what is missing")
             finally:
                 self._ray.shutdown()
 
@@ -201,10 +209,10 @@ class RayLauncher:
                 )
             options |= {"address": "local", "num_cpus": cores, "include_dashboard": False}
             options |= {"object_store_memory": _STORE_BYTES}
-            work.say(f"starting a Ray cluster on this machine, {cores} cores")
+            LOGGER.info("starting a Ray cluster on this machine, %d cores", cores)
         else:
             options |= {"address": self._address}
-            work.say(f"joining the Ray cluster at {self._address}")
+            LOGGER.info("joining the Ray cluster at %s", self._address)
             _check_reachable(self._address)
         before = signal.getsignal(signal.SIGTERM)
         try:
@@ -287,7 +295,7 @@ class _Session:
         if not waiting:
             return
         count = min(len(waiting), self._room(), self._most_workers or len(waiting))
-        self._work.say(f"{len(waiting)} trajectories for {count} worker{'s' if count > 1 else ''}")
+        LOGGER.info("%d trajectories for %d worker%s", len(waiting), count, "s" if count > 1 else "")
         deaths: Counter[TrajectoryKey] = Counter()
         dead_at_start = 0
         idle: list[Any] = []
@@ -342,7 +350,7 @@ class _Session:
         if not now.left:
             return
         if deaths[path] < MOST_DEATHS:
-            self._work.say(f"a worker died at {now.left[0].describe()}; another one goes on from there")
+            LOGGER.warning("a worker died at %s; another one goes on from there", now.left[0].describe())
             waiting.insert(0, replace(now.task, cells=tuple(now.left)))
             return
         reason = f"the worker died {deaths[path]} times, out of memory perhaps: {reason_of(error)}"
@@ -430,7 +438,7 @@ class _Session:
             options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node["NodeID"], soft=False)
             worker = self._worker.options(**options).remote(self._work.spec, self._shared)
             starting[worker.start.remote()] = worker
-        self._work.say("waiting for a node without other work, to take timings on")
+        LOGGER.info("waiting for a node without other work, to take timings on")
         ready, busy = self._ray.wait(list(starting), num_returns=len(starting), timeout=self._node_timeout_s)
         self._end([starting[ref] for ref in busy])
         owners, machine = [], None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 
 from transformers import PreTrainedModel
@@ -12,13 +13,15 @@ from pruning_comparison.run.saved_models import save_model
 from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell
 
+LOGGER = logging.getLogger(__name__)
+
 
 def launch_serially(work: Work) -> Iterator[Event]:
     """Measures the cells in the order of ``ComparisonSpec.cells``."""
     spec = work.spec
     if not work:
         return
-    work.say(f"loading {spec.model_name}")
+    LOGGER.info("loading %s", spec.model_name)
     workspace = load_workspace(spec, work.inputs)
     for place in spec.levels():
         method, iteration, level = place
@@ -34,14 +37,15 @@ def launch_serially(work: Work) -> Iterator[Event]:
                 pruned, result = attempt(workspace, cell, known, raise_failures=work.raise_failures)
                 yield result
             else:
-                pruned, reason = attempt_rebuild(workspace, cell, known, raise_failures=work.raise_failures)
-                if reason is not None:
-                    yield Trouble(cell.describe(), reason)
+                pruned, failure = attempt_rebuild(workspace, cell, known, raise_failures=work.raise_failures)
+                if failure is not None:
+                    yield Trouble(cell.describe(), failure.reason, failure.traceback)
             if pruned is not None:
                 models[variant] = pruned.model
                 if cell in work.models:
                     save_model(workspace, pruned, cell, work.folder)
         if to_time and models:
             yield Begun(format_timing(place))
-            rows, reason = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
-            yield Timed(place, rows, reason is None and len(models) == len(spec.variants), reason)
+            rows, failure = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
+            complete = failure is None and len(models) == len(spec.variants)
+            yield Timed(place, rows, complete, *([] if failure is None else [failure.reason, failure.traceback]))

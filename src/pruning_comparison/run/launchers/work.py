@@ -38,7 +38,6 @@ class Work:
     timings: frozenset[TimingKey]
     models: frozenset[Cell]
     known: Callable[[Cell], KeptHeads | None]
-    say: Callable[[str], None]
     raise_failures: bool = False
 
     def __bool__(self) -> bool:
@@ -60,6 +59,7 @@ class Timed:
     rows: Sequence[tuple[str, Measurement]]
     complete: bool
     reason: str | None = None
+    traceback: str = ""
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,7 @@ class Trouble:
 
     what: str
     reason: str
+    traceback: str = ""
 
 
 Event = Begun | CellResult | Timed | Trouble
