@@ -480,8 +480,10 @@ def _prune(options: argparse.Namespace) -> int:
     folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output_dir: {str(folder)!r} exists and is not an empty folder. Give another.")
+    from pruning_comparison.run.one_model import check_forms
     from pruning_comparison.store.run_folder import check_writable
 
+    check_forms(spec, also)
     check_writable(folder.absolute().parent)
     with Live(quiet=options.quiet) as live:
         live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
@@ -498,15 +500,17 @@ def _prune(options: argparse.Namespace) -> int:
         tokenizer = workspace.inputs.preview.tokenizer
         save_pruned(pruned.model, tokenizer, folder, measured=measured)
         print(f"model: {folder}")
-        refused = 0
+        code = 0
         for form in also:
             try:
                 save_pruned(pruned.model, tokenizer, folder / form, form=form, measured=measured)
                 print(f"{form}: {folder / form}")
-            except InputError as error:
-                refused = error.exit_code
-                print(f"error: {error}", file=sys.stderr)
-    return refused
+            except Exception as error:  # one form that fails takes none of the others along
+                if options.debug_traceback:
+                    traceback.print_exc()
+                code = error.exit_code if isinstance(error, InputError) else 1
+                print(f"error: {form}: {error}", file=sys.stderr)
+    return code
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:

@@ -52,6 +52,8 @@ from pruning_comparison.models.loading import (
     ready_for_use,
     safetensors_header,
 )
+from pruning_comparison.pruning import expected_heads_pruned
+from pruning_comparison.spec import Scope
 
 FORMS = ("compact", "plain", "padded")
 """How a pruned model can be saved; see ``save_pruned``."""
@@ -175,6 +177,32 @@ def forms_that_hold(model: PreTrainedModel) -> dict[str, str | None]:
     return reasons
 
 
+def forms_ruled_out(
+    dense_config: Any, level: float, *, scope: Scope = "model", group_size: int = 1, biases: Sequence[str] = ()
+) -> dict[str, str | None]:
+    """For each of ``FORMS``, before anything is pruned: the reason why no choice of heads allows it, or None.
+
+    ``biases`` says which output projections adaptation gives a bias: "attention", "mlp". The real constructors are asked,
+    on a model without memory that has lost as many heads from every layer, in whole key-value groups or from all in turn.
+    Where heads are chosen over the whole model (``scope`` "model") layers may still come out unlike, which nobody knows before.
+    """
+    grid = head_grid(dense_config)
+    count = expected_heads_pruned(level, 1, grid.n_heads, "layer", group_size)
+    config = pruned_classes(str(family_of(dense_config)))[0].from_dict(_plain_fields(dense_config))
+    every = list(range(grid.n_layers))
+    config.attention_output_biases = every if "attention" in biases else []
+    config.mlp_output_biases = every if "mlp" in biases else []
+    in_turn = sorted(range(grid.n_heads), key=lambda head: (head % grid.group_size, head))
+    reasons: dict[str, str | None] = {}
+    for kept in (list(range(count, grid.n_heads)), *([] if group_size > 1 else [sorted(in_turn[count:])])):
+        config.kept_heads = [kept] * grid.n_layers
+        found = forms_that_hold(_without_memory(pruned_classes(str(family_of(dense_config)))[1], config))
+        reasons = {form: None if reasons.get(form, "") is None else reason for form, reason in found.items()}
+    if scope == "model" and count in (0, grid.n_heads):
+        reasons["plain"] = None
+    return reasons
+
+
 def pruned_form(model: PreTrainedModel) -> PreTrainedModel:
     """A physically pruned model as an instance of its family's pruned class, sharing its weights.
 
@@ -250,12 +278,13 @@ def _stock_parts(model: PreTrainedModel, form: str) -> tuple[Any, dict[str, Tens
             continue
         try:
             stock_config = _stock_config(config, {**changes, **switches})
+            stock = _without_memory(MODEL_FOR_CAUSAL_LM_MAPPING[type(stock_config)], stock_config)
         except Exception as error:
+            # A config may take sizes that its model's constructor refuses, so both are asked.
             raise InputError(
-                f"the plain form cannot be had: the config of {family} does not allow these sizes ({_first_line(error)}). "
+                f"the {form} form cannot be had: {family} does not allow these sizes ({_first_line(error)}). "
                 "Choose another level, or the padded form."
             ) from error
-        stock = _without_memory(MODEL_FOR_CAUSAL_LM_MAPPING[type(stock_config)], stock_config)
         expected = stock.state_dict()
         weights = model.state_dict() if form == "plain" else _padded_weights(model, stock)
         extra = sorted(weights.keys() - expected.keys())
