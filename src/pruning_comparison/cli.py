@@ -19,6 +19,7 @@ from pruning_comparison.methods import METHODS
 from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
+    BOS_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     PRECISIONS,
@@ -232,6 +233,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
     add("eval_window", type=_whole_number, help="perplexity window in tokens (at most the model's context)")
     add("eval_stride", type=_whole_number, help="step between perplexity windows in tokens")
+    add(
+        "bos",
+        help=f"{', '.join(BOS_RULES)}: whether texts begin with the begin-of-sequence token; auto: as the tokenizer does",
+    )
     add("calibration_text", help="what scores and adaptation may see; other documents than the evaluation text")
     add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")
     add("calibration_window", type=_whole_number, help="tokens per calibration window")

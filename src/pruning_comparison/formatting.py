@@ -66,3 +66,8 @@ def unknown_name(option: str, name: str, known: Iterable[str]) -> str:
     near = get_close_matches(name.lower(), lowered, n=1)
     hint = f"Did you mean {lowered[near[0]]}? " if near else ""
     return f"{option}: {name!r} is unknown. {hint}Choose from {', '.join(names)}."
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes: what UTF-8 cannot carry, such as half of a surrogate pair, is written as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -184,7 +184,7 @@ def forms_ruled_out(
 
     ``biases`` says which output projections adaptation gives a bias: "attention", "mlp". The real constructors are asked,
     on a model without memory that has lost as many heads from every layer, in whole key-value groups or from all in turn.
-    Where heads are chosen over the whole model (``scope`` "model") layers may still come out unlike, which nobody knows before.
+    Where heads are chosen over the whole model (``scope`` "model") layers may still come out unlike.
     """
     grid = head_grid(dense_config)
     count = expected_heads_pruned(level, 1, grid.n_heads, "layer", group_size)

@@ -78,11 +78,12 @@ def prune(
         else [Document(str(number), text) for number, text in enumerate(calibration)]
     )
     preview = ModelPreview(spec.model_name, spec.model_name, model.config, tokenizer)
-    windows = whole_windows(documents, tokenizer, min(spec.calibration_window, preview.context))
+    bos = preview.bos(spec.bos)
+    windows = whole_windows(documents, tokenizer, min(spec.calibration_window, preview.context), bos=bos)
     check_enough(windows, spec.calibration_tokens)
     with _in_evaluation_mode(model):
         reference = model if model.dtype == torch.float32 else converted_copy(model, torch.float32)
-        workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}), reference, model)
+        workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}, bos), reference, model)
         # What pruning leaves alone is shared until here.
         pruned = copy.deepcopy(build_one(workspace).model)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
