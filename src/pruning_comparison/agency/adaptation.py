@@ -57,7 +57,6 @@ def adapt(
     most_tokens: int | None = None,
     measure_peak: bool = False,
     allow_new_bias: bool = True,
-    exclude_first: bool = False,
 ) -> AdaptationCost:
     """Adapts a physically pruned model, in place, to its dense original on the calibration text of ``dense``.
 
@@ -85,8 +84,7 @@ def adapt(
 
     A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
-    ``most_tokens`` leaves out what comes after the batch that reaches so many. ``exclude_first`` leaves the first token of
-    every window out of the sums, but not out of the streams.
+    ``most_tokens`` leaves out what comes after the batch that reaches so many.
 
     Sums accumulate in float64 from products in float32 or better, and are solved in float64; a singular matrix gets more
     ridge until the solution is finite. Layers before the first pruned one are untouched. ValueError for unknown steps.
@@ -104,9 +102,9 @@ def adapt(
             if not changed:
                 _follow(dense, streams, layer)
                 continue
-            added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias, int(exclude_first))
-            strength = mlp_ridge if steps == "refit-mlp" else None
-            _adapt_mlp(dense, pruned, layer, streams, added, strength, allow_new_bias, int(exclude_first))
+            added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias)
+            refits_mlp = steps == "refit-mlp"
+            _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias)
     seconds = time.perf_counter() - started + dense.seconds
     tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
     return AdaptationCost(seconds, tokens, peak.bytes, peak.reason, dense.scratch_bytes)
@@ -242,19 +240,15 @@ def _adapt_attention(
     steps: str,
     ridge: float,
     allow_new_bias: bool,
-    skipped: int,
 ) -> list[Tensor]:
-    """Adapts one layer's attention; what it then adds to every batch, [B, T, E].
-
-    The first ``skipped`` tokens of every window enter no sum.
-    """
+    """Adapts one layer's attention; what it then adds to every batch, [B, T, E]."""
     attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
     moments = _Moments()
     if projection is None:
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
             target = _attention_target(dense, pruned, layer, number, stream)
-            moments.add(target[:, skipped:, :0], target[:, skipped:])
+            moments.add(target[..., :0], target)
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -263,7 +257,7 @@ def _adapt_attention(
     for number, stream in enumerate(streams):
         with fast_products(dense.model):
             x = stream.run_to(pruned, layer, projection)
-        moments.add(x[:, skipped:], _attention_target(dense, pruned, layer, number, stream)[:, skipped:])
+        moments.add(x, _attention_target(dense, pruned, layer, number, stream))
         inputs.append(x)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
@@ -289,7 +283,6 @@ def _adapt_mlp(
     added: list[Tensor],
     ridge: float | None,
     allow_new_bias: bool,
-    skipped: int,
 ) -> None:
     """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
 
@@ -308,8 +301,7 @@ def _adapt_mlp(
             total = stream.run_apart(pruned, layer)[1].to(stream.hidden)
         z = caught[0].view(*total.shape[:-1], -1)
         if ridge is not None:
-            target = dense.at(number, layer, "after block") - total
-            moments.add(z[:, skipped:], target[:, skipped:])
+            moments.add(z, dense.at(number, layer, "after block") - total)
         inputs.append(z)
         totals.append(total)
     if ridge is None:
