@@ -20,6 +20,7 @@ from pruning_comparison.methods import METHODS, Method
 from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
+    BOS_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     PRECISIONS,
@@ -253,6 +254,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
     add("eval_window", type=_whole_number, help="perplexity window in tokens (at most the model's context)")
     add("eval_stride", type=_whole_number, help="step between perplexity windows in tokens")
+    add(
+        "bos",
+        help=f"{', '.join(BOS_RULES)}: whether texts begin with the begin-of-sequence token; auto: as the tokenizer does",
+    )
     add("calibration_text", help="what scores and adaptation may see; other documents than the evaluation text")
     add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")
     add("calibration_window", type=_whole_number, help="tokens per calibration window")
@@ -596,8 +601,10 @@ def _prune(options: argparse.Namespace) -> int:
     folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"--output_dir: {str(folder)!r} exists and is not an empty folder. Give another.")
+    from pruning_comparison.run.one_model import check_forms
     from pruning_comparison.store.run_folder import check_writable
 
+    check_forms(spec, also)
     check_writable(folder.absolute().parent)
     with Live(quiet=options.quiet) as live:
         live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
@@ -614,15 +621,17 @@ def _prune(options: argparse.Namespace) -> int:
         tokenizer = workspace.inputs.preview.tokenizer
         save_pruned(pruned.model, tokenizer, folder, measured=measured)
         print(f"model: {folder}")
-        refused = 0
+        code = 0
         for form in also:
             try:
                 save_pruned(pruned.model, tokenizer, folder / form, form=form, measured=measured)
                 print(f"{form}: {folder / form}")
-            except InputError as error:
-                refused = error.exit_code
-                print(f"error: {error}", file=sys.stderr)
-    return refused
+            except Exception as error:  # one form that fails takes none of the others along
+                if options.debug_traceback:
+                    traceback.print_exc()
+                code = error.exit_code if isinstance(error, InputError) else 1
+                print(f"error: {form}: {error}", file=sys.stderr)
+    return code
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:

@@ -128,3 +128,8 @@ def format_value(value: Any) -> str:
     if isinstance(value, (list, tuple, Mapping)):
         return json.dumps(value, ensure_ascii=False, default=str)
     return str(value)
+
+
+def printable(text: str) -> str:
+    """Text that any terminal takes: what UTF-8 cannot carry, such as half of a surrogate pair, is written as an escape."""
+    return text.encode("utf-8", "backslashreplace").decode("utf-8")

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
-from pruning_comparison.formatting import format_duration
+from pruning_comparison.formatting import format_duration, printable
 from pruning_comparison.losses import mean_loss
 from pruning_comparison.spec import Cell, ComparisonSpec
 
@@ -138,6 +138,7 @@ class Live:
         """One line of news."""
         if self._quiet:
             return
+        message = printable(message)
         if self._screen is not None:
             self._screen.console.print(message, markup=False, highlight=False)
         else:

@@ -20,6 +20,7 @@ Execution = Literal["compact", "masked"]
 Scope = Literal["model", "layer"]
 PruneUnit = Literal["head", "kv_group"]
 EntropyDirection = Literal["auto", "high", "low"]
+BosRule = Literal["auto", "always", "never"]
 Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -27,6 +28,7 @@ EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 PRUNE_UNITS: tuple[PruneUnit, ...] = get_args(PruneUnit)
 ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
+BOS_RULES: tuple[BosRule, ...] = get_args(BosRule)
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
 
 OPTION_OF_FIELD: Mapping[str, str] = {"pruning_methods": "pruning_method", "prune_unit": "unit"}
@@ -87,6 +89,7 @@ class ComparisonSpec:
     eval_tokens: int = 8192
     eval_window: int = 512
     eval_stride: int = 512
+    bos: BosRule = "auto"
     calibration_text: str = "bundled:calibration"
     calibration_tokens: int = 16384
     calibration_window: int = 256
@@ -119,6 +122,7 @@ class ComparisonSpec:
             ("prune_unit", PRUNE_UNITS),
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
+            ("bos", BOS_RULES),
         ):
             value = getattr(self, field)
             _require(value in allowed, field, value, "is unknown", f"Choose from {', '.join(allowed)}.")

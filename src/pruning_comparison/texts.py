@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pruning_comparison.errors import InputError
+from pruning_comparison.paths import kind_of, names_in
 
 BUNDLED_TEXTS = ("held_out", "validation", "calibration")
 DEFAULT_EVAL_TEXT = "bundled:held_out"
@@ -23,7 +24,8 @@ DEFAULT_CALIBRATION_TEXT = "bundled:calibration"
 _MOST_TEXT_BYTES = 1 << 30
 """No text that is read is larger, unpacked: a small .gz file can hold any amount."""
 
-_WIKITEXT_TITLE = re.compile(r"^ = [^=].*[^=] = ?$", re.MULTILINE)
+_WIKITEXT_TITLE = re.compile(r"^ = (?!=)\S(?:[^\r\n]*\S)?(?<!=) = ?\r?$", re.MULTILINE)
+"""A title, of one letter or more, between single signs; sections of an article have two or more. Lines may end in CRLF."""
 
 
 @dataclass(frozen=True)
@@ -42,10 +44,11 @@ def load_documents(source: str, *, option: str) -> list[Document]:
     """
     if source.startswith("bundled:"):
         return _bundled_documents(source.removeprefix("bundled:"), option)
-    path = Path(source)
-    if path.is_dir():
-        documents = [Document(file.name, _read_text(file, option)) for file in sorted(path.glob("*.txt"))]
-    elif path.is_file():
+    path, kind = Path(source), kind_of(source, option)
+    if kind == "folder":
+        files_of_text = [path / name for name in names_in(path, option) if name.endswith(".txt")]
+        documents = [Document(file.name, _read_text(file, option)) for file in files_of_text]
+    elif kind == "file":
         documents = _split_articles(path.name, _read_text(path, option))
     else:
         raise InputError(
@@ -64,7 +67,7 @@ def load_prompts(prompt_file: str | None, max_prompts: int) -> list[str]:
         lines = files("pruning_comparison").joinpath("data", "texts", "prompts.txt").read_text("utf-8").splitlines()
     else:
         path = Path(prompt_file)
-        if not path.is_file():
+        if kind_of(prompt_file, "--prompt_file") != "file":
             raise InputError(
                 f"--prompt_file: {prompt_file!r} does not exist. Give a text file with one prompt per line."
             )
@@ -87,15 +90,22 @@ def tokenize(tokenizer: Any, text: str) -> tuple[list[int], list[tuple[int, int]
     return list(encoded["input_ids"]), [(start, end) for start, end in encoded["offset_mapping"]]
 
 
-def whole_windows(documents: list[Document], tokenizer: Any, window: int) -> Tensor:
-    """All windows [M, window] of token ids that follow one another in a document; what is left at its end is left out."""
+def whole_windows(documents: list[Document], tokenizer: Any, window: int, *, bos: int | None = None) -> Tensor:
+    """All windows [M, window] of token ids that follow one another in a document; what is left at its end is left out.
+
+    Where the model's texts begin with a token ``bos``, each window does, and holds one token less of the text.
+    """
     pieces: list[Tensor] = []
+    of_text = window - (bos is not None)
     for document in documents:
         ids = torch.tensor(tokenize(tokenizer, document.text)[0])
-        whole = len(ids) // window
+        whole = len(ids) // of_text
         if whole:
-            pieces.append(ids[: whole * window].view(whole, window))
-    return torch.cat(pieces) if pieces else torch.empty(0, window, dtype=torch.long)
+            pieces.append(ids[: whole * of_text].view(whole, of_text))
+    if not pieces:
+        return torch.empty(0, window, dtype=torch.long)
+    windows = torch.cat(pieces)
+    return windows if bos is None else torch.cat([torch.full((len(windows), 1), bos), windows], 1)
 
 
 def sample_windows(available: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
@@ -125,6 +135,9 @@ def _bundled_documents(name: str, option: str) -> list[Document]:
 
 
 def _read_text(path: Path, option: str) -> str:
+    """A file's text, unpacked. InputError, naming ``option``, for what is no file, no UTF-8, or too much."""
+    if kind_of(path, option) != "file":
+        raise InputError(f"{option}: {str(path)!r} is no file. Give a text file, or a folder of .txt files.")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read(_MOST_TEXT_BYTES + 1)

@@ -134,6 +134,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         scope: Scope,
         ridge: float = 0.1,
         everyone_consents: bool = False,
+        exclude_first: bool = False,
         group_size: int = 1,
         scores_pruned: bool = False,
     ) -> None:
@@ -141,7 +142,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         they are the method's own scores.
 
         ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
-        ``everyone_consents`` is that of ``consent.negotiate``.
+        ``everyone_consents`` is that of ``consent.negotiate``, ``exclude_first`` that of ``signals.observe``.
         """
         super().__init__(
             dense, score=score, all_heads=all_heads, scope=scope, group_size=group_size, scores_pruned=scores_pruned
@@ -152,6 +153,7 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         self._batch_size = batch_size
         self._ridge = ridge
         self._everyone_consents = everyone_consents
+        self._exclude_first = exclude_first
         self._first_contributions: Tensor | None = None
 
     def _next(self, reached: Round, level: float) -> Round:
@@ -167,7 +169,13 @@ class NegotiatedTrajectory(ProgressiveTrajectory):
         """The heads that stay, and how that came about. What was observed, as large as all attention, is gone by then."""
         importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
         with fast_products(reached.model):
-            seen = observe(reached.model, self._windows, keep=reached.keep, batch_size=self._batch_size)
+            seen = observe(
+                reached.model,
+                self._windows,
+                keep=reached.keep,
+                batch_size=self._batch_size,
+                exclude_first=self._exclude_first,
+            )
         weights = nats_weights(importance.masked_fill(~reached.keep, 0.0), self._windows.numel(), seen)
         costs = cost_model(seen, ridge=self._ridge, weights=weights)
         signals = measure_signals(seen, costs, ridge=self._ridge, importance=importance)

@@ -16,7 +16,13 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor
-from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, AutoTokenizer, PreTrainedModel
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_CAUSAL_LM_MAPPING,
+    AutoTokenizer,
+    GenerationConfig,
+    PreTrainedModel,
+)
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
@@ -39,7 +45,15 @@ from pruning_comparison.models.heads import (
     mlp_output_projections,
     pruned_classes,
 )
-from pruning_comparison.models.loading import TOKENIZER_FILES, quiet_transformers, ready_for_use, safetensors_header
+from pruning_comparison.models.loading import (
+    TOKENIZER_FILES,
+    generation_settings,
+    quiet_transformers,
+    ready_for_use,
+    safetensors_header,
+)
+from pruning_comparison.pruning import expected_heads_pruned
+from pruning_comparison.spec import Scope
 
 FORMS = ("compact", "plain", "padded")
 """How a pruned model can be saved; see ``save_pruned``."""
@@ -91,7 +105,10 @@ def save_pruned(
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         with quiet_transformers():
+            # What transformers would refuse to save is kept as well: it is written by ourselves, as it came.
+            saved.generation_config = GenerationConfig()
             saved.save_pretrained(temporary, max_shard_size=max_shard_size)
+            (temporary / "generation_config.json").write_text(generation_settings(model), "utf-8", newline="\n")
             if tokenizer is not None:
                 tokenizer.save_pretrained(temporary)
         card = model_card(model, form=form, holds=forms_that_hold(model), measured=measured)
@@ -143,6 +160,8 @@ def load_pruned(
     first = next(iter(stored.values()))["dtype"]
     dtype = dtype or _DTYPES[first]
     model = ready_for_use(_filled(model_class, config, weights, dtype), name, dtype)
+    if (folder / "generation_config.json").is_file():
+        model.generation_config = GenerationConfig.from_pretrained(folder)
     return model.to(device), _read_tokenizer(folder, config)  # type: ignore[arg-type]
 
 
@@ -155,6 +174,32 @@ def forms_that_hold(model: PreTrainedModel) -> dict[str, str | None]:
             reasons[form] = None
         except InputError as error:
             reasons[form] = str(error)
+    return reasons
+
+
+def forms_ruled_out(
+    dense_config: Any, level: float, *, scope: Scope = "model", group_size: int = 1, biases: Sequence[str] = ()
+) -> dict[str, str | None]:
+    """For each of ``FORMS``, before anything is pruned: the reason why no choice of heads allows it, or None.
+
+    ``biases`` says which output projections adaptation gives a bias: "attention", "mlp". The real constructors are asked,
+    on a model without memory that has lost as many heads from every layer, in whole key-value groups or from all in turn.
+    Where heads are chosen over the whole model (``scope`` "model") layers may still come out unlike.
+    """
+    grid = head_grid(dense_config)
+    count = expected_heads_pruned(level, 1, grid.n_heads, "layer", group_size)
+    config = pruned_classes(str(family_of(dense_config)))[0].from_dict(_plain_fields(dense_config))
+    every = list(range(grid.n_layers))
+    config.attention_output_biases = every if "attention" in biases else []
+    config.mlp_output_biases = every if "mlp" in biases else []
+    in_turn = sorted(range(grid.n_heads), key=lambda head: (head % grid.group_size, head))
+    reasons: dict[str, str | None] = {}
+    for kept in (list(range(count, grid.n_heads)), *([] if group_size > 1 else [sorted(in_turn[count:])])):
+        config.kept_heads = [kept] * grid.n_layers
+        found = forms_that_hold(_without_memory(pruned_classes(str(family_of(dense_config)))[1], config))
+        reasons = {form: None if reasons.get(form, "") is None else reason for form, reason in found.items()}
+    if scope == "model" and count in (0, grid.n_heads):
+        reasons["plain"] = None
     return reasons
 
 
@@ -182,7 +227,6 @@ def stock_form(model: PreTrainedModel, form: str) -> PreTrainedModel:
         expected, actual = model(**inputs).logits, stock(**inputs).logits
     if model.dtype == torch.float32 and not torch.allclose(actual, expected, rtol=1e-3, atol=1e-3):
         raise AssertionError(f"the {form} form is off by up to {float((actual - expected).abs().max())} in its logits")
-    stock.generation_config = model.generation_config
     return stock  # type: ignore[no-any-return]
 
 
@@ -234,12 +278,13 @@ def _stock_parts(model: PreTrainedModel, form: str) -> tuple[Any, dict[str, Tens
             continue
         try:
             stock_config = _stock_config(config, {**changes, **switches})
+            stock = _without_memory(MODEL_FOR_CAUSAL_LM_MAPPING[type(stock_config)], stock_config)
         except Exception as error:
+            # A config may take sizes that its model's constructor refuses, so both are asked.
             raise InputError(
-                f"the plain form cannot be had: the config of {family} does not allow these sizes ({_first_line(error)}). "
+                f"the {form} form cannot be had: {family} does not allow these sizes ({_first_line(error)}). "
                 "Choose another level, or the padded form."
             ) from error
-        stock = _without_memory(MODEL_FOR_CAUSAL_LM_MAPPING[type(stock_config)], stock_config)
         expected = stock.state_dict()
         weights = model.state_dict() if form == "plain" else _padded_weights(model, stock)
         extra = sorted(weights.keys() - expected.keys())

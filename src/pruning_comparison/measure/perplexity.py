@@ -48,7 +48,7 @@ class WindowLoss:
 
 
 def evaluation_windows(
-    documents: Sequence[Document], tokenizer: Any, *, window: int, stride: int, tokens: int
+    documents: Sequence[Document], tokenizer: Any, *, window: int, stride: int, tokens: int, bos: int | None = None
 ) -> list[EvaluationWindow]:
     """Strided windows over the documents, as in the Hugging Face guide "Perplexity of fixed-length models".
 
@@ -56,8 +56,14 @@ def evaluation_windows(
     the first token of a document has no context and is not scored. Windows never cross documents. Where the text is longer
     than about ``tokens``, whole windows are left out: those that stay are shared out evenly over the documents and spread
     evenly within each, because the openings of documents are easier to predict than what follows them.
+
+    Where the model's texts begin with a token ``bos``, each window does, and holds one token less of the text. It is never
+    scored; the first token of a document then has a context and is. On documents of one window that is what
+    lm-evaluation-harness computes; in longer ones the harness gives later windows the token before instead.
     """
-    by_document = [_windows_of(document, tokenizer, window, stride) for document in documents]
+    of_text = window - (bos is not None)
+    stride = min(stride, of_text)
+    by_document = [_windows_of(document, tokenizer, of_text, stride, bos) for document in documents]
     shares = _share_out([len(windows) for windows in by_document], -(-tokens // stride))
     chosen = [
         windows[position]
@@ -69,21 +75,28 @@ def evaluation_windows(
     return chosen
 
 
-def _windows_of(document: Document, tokenizer: Any, window: int, stride: int) -> list[EvaluationWindow]:
-    """All windows of one document, in order."""
+def _windows_of(
+    document: Document, tokenizer: Any, window: int, stride: int, bos: int | None
+) -> list[EvaluationWindow]:
+    """All windows of one document, in order, of ``window`` tokens of its text and ``bos`` before them, if given."""
+    before = [] if bos is None else [bos]
     ids, spans = tokenize(tokenizer, document.text)
     word_starts = [match.start() for match in re.finditer(r"\S+", document.text)]
     windows: list[EvaluationWindow] = []
     scored_to = 0
     for index, start in enumerate(range(0, len(ids), stride)):
         end = min(start + window, len(ids))
-        first = max(scored_to, start + 1)
+        # Without a context nothing is predicted. A token that begins texts says little in the middle of one.
+        first = max(scored_to, start if before and start == 0 else start + 1)
         if first >= end:
             break
-        begin, stop = spans[first][0], spans[end - 1][1]
+        # From where the token before ends, so that a space that offsets leave out of both counts once.
+        begin, stop = spans[first - 1][1] if first else 0, spans[end - 1][1]
         size = len(document.text[begin:stop].encode("utf-8"))
         words = bisect_left(word_starts, stop) - bisect_left(word_starts, begin)
-        windows.append(EvaluationWindow(document.name, index, torch.tensor(ids[start:end]), end - first, size, words))
+        windows.append(
+            EvaluationWindow(document.name, index, torch.tensor([*before, *ids[start:end]]), end - first, size, words)
+        )
         scored_to = end
         if end == len(ids):
             break

@@ -54,6 +54,9 @@ class FamilyLayout:
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
     counts: "heads" (query heads), "width" (their features) or "groups" (query heads per key-value head). ``parallel`` is the
     config attribute that says that attention and MLP read the same input and are added up together; None if they never do.
+
+    ``reads`` names the config attributes that the family's attention takes its sizes from where they are set: ``head_dim``,
+    ``num_key_value_heads``. A config may hold others, which the family's own code never looks at.
     """
 
     layers: str
@@ -69,6 +72,7 @@ class FamilyLayout:
     parallel: str | None = None
     norm_after: str | None = None
     last_norm: str | None = None
+    reads: tuple[str, ...] = ()
 
 
 _LLAMA = FamilyLayout(
@@ -82,6 +86,7 @@ _LLAMA = FamilyLayout(
     sizes=MappingProxyType({"num_key_value_groups": "groups"}),
     mlp_output="mlp.down_proj",
     attention_norm="input_layernorm",
+    reads=("head_dim", "num_key_value_heads"),
 )
 
 LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
@@ -206,7 +211,7 @@ def layout_of(model: PreTrainedModel) -> FamilyLayout:
 def head_grid(config: Any) -> HeadGrid:
     """Heads of the *dense* model, as its config states them."""
     check_supported(config)
-    head_size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_size = _read(config, "head_dim") or config.hidden_size // config.num_attention_heads
     return HeadGrid(config.num_hidden_layers, config.num_attention_heads, head_size, _kv_heads(config))
 
 
@@ -454,7 +459,12 @@ def live_heads(model: PreTrainedModel) -> Iterator[int]:
 
 
 def _kv_heads(config: Any) -> int:
-    return int(getattr(config, "num_key_value_heads", None) or config.num_attention_heads)
+    return int(_read(config, "num_key_value_heads") or config.num_attention_heads)
+
+
+def _read(config: Any, attribute: str) -> Any:
+    """A config's attribute, None where it is not set or the family's own code does not read it."""
+    return getattr(config, attribute, None) if attribute in LAYOUTS[str(family_of(config))].reads else None
 
 
 def _readers(grid: HeadGrid, keep: Tensor) -> Tensor:

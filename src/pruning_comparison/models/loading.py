@@ -11,6 +11,7 @@ import logging
 import math
 import re
 import struct
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from importlib.resources import files
 from pathlib import Path
@@ -19,6 +20,7 @@ from typing import Any
 import torch
 from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
+from tokenizers import Tokenizer
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -31,7 +33,16 @@ from transformers.utils import logging as transformers_logging
 
 from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.models import gguf
-from pruning_comparison.models.heads import PRUNED, HeadGrid, UnsupportedModelError, check_supported, head_grid
+from pruning_comparison.models.heads import (
+    PRUNED,
+    HeadGrid,
+    UnsupportedModelError,
+    check_supported,
+    head_grid,
+    input_major_weight,
+    output_projections,
+)
+from pruning_comparison.paths import kind_of, names_in
 
 BUNDLED = "bundled"
 OFFLINE_CHOICES = (
@@ -40,6 +51,7 @@ OFFLINE_CHOICES = (
 )
 _CARD_LICENCE = re.compile(r"\A---\s*\n(?:.*\n)*?license:[ \t]*[\"']?([\w.+-]+)")
 _PICKLE_SUFFIXES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
+_TOKENIZING = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "merges.txt", "vocab.txt")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 
 
@@ -47,7 +59,8 @@ TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt
 class ModelPreview:
     """What is known of a model before its weights are read: enough to check a spec against it.
 
-    ``name`` is what was asked for, ``title`` what results call it where that says too little.
+    ``name`` is what was asked for, ``title`` what results call it where that says too little. ``generation`` are the model's
+    own settings for ``generate``, None where it has none: they never act on a measurement, but say what ends a text.
     """
 
     name: str
@@ -55,6 +68,7 @@ class ModelPreview:
     config: Any
     tokenizer: Any
     title: str | None = None
+    generation: GenerationConfig | None = None
 
     @property
     def grid(self) -> HeadGrid:
@@ -66,18 +80,42 @@ class ModelPreview:
         return int(self.config.max_position_embeddings)
 
     def end_of_text(self) -> frozenset[int]:
-        """Token ids that end a text, as tokenizer and config name them."""
-        named = [getattr(self.tokenizer, "eos_token_id", None), getattr(self.config, "eos_token_id", None)]
+        """Token ids that end a text: those that tokenizer, config and generation config name."""
+        named = [getattr(one, "eos_token_id", None) for one in (self.tokenizer, self.config, self.generation)]
         flat = [item for value in named for item in (value if isinstance(value, list) else [value])]
         return frozenset(item for item in flat if item is not None)
 
+    def bos(self, rule: str) -> int | None:
+        """The token that every text given to the model begins with, None where none does.
+
+        ``rule`` is "auto" (the tokenizer's own default, which is what users of the model get), "always" or "never".
+        ModelLoadError for "always" where the model has no such token; ValueError for any other rule.
+        """
+        named = getattr(self.tokenizer, "bos_token_id", None)
+        if rule == "never":
+            return None
+        if rule == "auto":
+            begun = list(self.tokenizer("a")["input_ids"])
+            return named if named is not None and begun[:1] == [named] else None
+        if rule != "always":
+            raise ValueError(f"unknown rule {rule!r}; choose one of auto, always, never")
+        if named is None:
+            raise ModelLoadError(
+                f"--bos: the tokenizer of {self.name} has no token that begins texts. Leave the option out."
+            )
+        return int(named)
+
     def identity(self) -> str:
-        """Names the weights for a run's identity: config and, as known, hub commit or digests of the local files."""
+        """Names the model for a run's identity: config, what ends a text, and hub commit or digests of local files."""
         folder = Path(self.source)
         parts: list[Any] = [self.name, getattr(self.config, "_commit_hash", None), self.config.to_json_string()]
+        parts.append(sorted(self.end_of_text()))
         if folder.is_dir():
             parts[0] = BUNDLED if self.name == BUNDLED else "local"
-            parts += [_file_digest(path) for path in sorted(folder.glob("*.safetensors"))]
+            read = sorted(
+                path for path in folder.iterdir() if path.suffix == ".safetensors" or path.name in _TOKENIZING
+            )
+            parts += [_file_digest(path) for path in read]
         elif folder.is_file():
             parts.append(_file_digest(folder))
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()[:16]
@@ -138,7 +176,7 @@ def preview_model(model_name: str) -> ModelPreview:
         path = gguf.smollm2_file()
         return ModelPreview(model_name, str(path), *gguf.read_header(path), title=gguf.SMOLLM2_TITLE)
     folder = bundled_model_folder() if model_name == BUNDLED else Path(model_name)
-    if model_name == BUNDLED or folder.is_dir():
+    if model_name == BUNDLED or kind_of(model_name, "--model_name") == "folder":
         _check_local_folder(folder, model_name)
         source = str(folder)
     elif _looks_like_path(model_name):
@@ -150,7 +188,7 @@ def preview_model(model_name: str) -> ModelPreview:
         source = model_name
     with quiet_transformers():
         try:
-            config = AutoConfig.from_pretrained(source, trust_remote_code=False)
+            config = _neutral(AutoConfig.from_pretrained(source, trust_remote_code=False))
         except Exception as error:
             raise _config_error(model_name, error) from error
         try:
@@ -168,7 +206,9 @@ def preview_model(model_name: str) -> ModelPreview:
                 f"the tokenizer of {model_name!r} cannot be loaded: {_first_line(error)}. "
                 "A model needs its tokenizer files (tokenizer.json, or vocab.json and merges.txt) beside config.json."
             ) from error
-    return ModelPreview(model_name, source, config, tokenizer)
+        generation = _generation_config(source, model_name)
+        check_tokenizer(tokenizer, source, model_name)
+    return ModelPreview(model_name, source, config, tokenizer, generation=generation)
 
 
 def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -190,32 +230,186 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
                 trust_remote_code=False,
                 attn_implementation="sdpa",
                 output_loading_info=True,
+                # Upstream's error speaks of a report that is not shown; ours names tensor, shapes and config field.
+                ignore_mismatched_sizes=True,
             )
         except Exception as error:
             raise _weights_error(preview.name, error) from error
-    wrong = sorted(report.get("missing_keys", ())) + [str(key) for key in report.get("mismatched_keys", ())]
-    if wrong:
-        raise ModelLoadError(
-            f"the weights of {preview.name!r} do not fit its config: {len(wrong)} tensors are missing or have another "
-            f"shape, first {wrong[0]}. Download the model again."
-        )
+    _check_all_read(preview.name, preview.config, report)
+    _check_heads(preview.name, model)
     ready: Any = ready_for_use(model, preview.name, dtype)
+    set_generation(ready, preview.generation, preview.end_of_text())
     return LoadedModel(ready.to(device), preview)
 
 
 def ready_for_use(model: Any, name: str, dtype: torch.dtype) -> PreTrainedModel:
-    """The model in evaluation mode, without gradients and generation settings; ModelLoadError if a weight is not finite."""
+    """The model in evaluation mode, without gradients; ModelLoadError if a weight is not finite."""
     if not all(bool(torch.isfinite(parameter).all()) for parameter in model.parameters()):
         raise ModelLoadError(
             f"the weights of {name!r} contain NaN or infinity in {dtype}. Download the model again, or choose "
             "--precision=float32."
         )
-    # Hub models bring generation settings (penalties, sampling) that would act on one measurement and not on another.
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id, eos_token_id=model.config.eos_token_id
-    )
     model.requires_grad_(False)
     return model.eval()  # type: ignore[no-any-return]
+
+
+STORED_GENERATION = "stored_generation_config"
+"""Attribute of a loaded model that holds the generation config it came with, for whoever saves it."""
+
+
+def set_generation(model: Any, stored: GenerationConfig | None, end_of_text: Collection[int]) -> None:
+    """Gives a model neutral settings for ``generate`` and puts the ``stored`` ones aside.
+
+    Hub models bring settings (penalties, sampling) that would act on one measurement and not on another.
+    """
+    ends = sorted(end_of_text) or None
+    model.generation_config = GenerationConfig(bos_token_id=model.config.bos_token_id, eos_token_id=ends)
+    setattr(model, STORED_GENERATION, stored)
+
+
+def generation_settings(model: Any) -> str:
+    """The whole generation config that a model came with, as the JSON of ``generation_config.json``.
+
+    As it was stored, even where transformers would refuse to save it.
+    """
+    stored = getattr(model, STORED_GENERATION, None) or model.generation_config
+    return str(stored.to_json_string(use_diff=True))
+
+
+def _generation_config(source: str, model_name: str) -> GenerationConfig | None:
+    """A model's generation config; None where there is none. ModelLoadError where it cannot be read."""
+    try:
+        return GenerationConfig.from_pretrained(source)
+    except Exception as error:
+        if Path(source).is_dir() and (Path(source) / "generation_config.json").exists():
+            raise ModelLoadError(
+                f"the generation_config.json of {model_name!r} cannot be read: {_first_line(error)}. Mend it, or delete it."
+            ) from error
+        return None
+
+
+_PROBE = "A  probe:\nthe caf\u00e9 has 3 \N{GRINNING FACE} faces,\tand it's 2 % off."
+
+
+def check_tokenizer(tokenizer: Any, source: str, model_name: str) -> None:
+    """ModelLoadError where a tokenizer cannot say which characters its tokens stand for, or loses what its file keeps.
+
+    Some classes rebuild the splitting rule that ``tokenizer.json`` holds and get it wrong: a byte-level tokenizer that is
+    called Llama's loses its spaces.
+    """
+    if not getattr(tokenizer, "is_fast", False):
+        raise ModelLoadError(
+            f"the tokenizer of {model_name!r} ({type(tokenizer).__name__}) does not say which characters a token stands "
+            "for, which bytes and words are counted by. Choose a model with a tokenizer.json."
+        )
+    stored = Path(source) / "tokenizer.json"
+    if not stored.is_file():
+        return
+    try:
+        original = Tokenizer.from_file(str(stored))
+        kept = original.decode(original.encode(_PROBE, add_special_tokens=False).ids)
+    except Exception as error:
+        raise ModelLoadError(f"the tokenizer.json of {model_name!r} cannot be read: {_first_line(error)}.") from error
+    found = tokenizer.decode(
+        tokenizer(_PROBE, add_special_tokens=False)["input_ids"], clean_up_tokenization_spaces=False
+    )
+    if found != kept:
+        raise ModelLoadError(
+            f"the tokenizer of {model_name!r} does not do what its tokenizer.json says: {_PROBE!r} comes back as {found!r}, "
+            f"not as {kept!r}. Its tokenizer_config.json names the class {type(tokenizer).__name__}; "
+            "PreTrainedTokenizerFast there reads tokenizer.json as it is."
+        )
+
+
+def _neutral(config: Any) -> Any:
+    """A config whose switches for what a forward pass returns and keeps are as every measurement here needs them.
+
+    They say nothing about the model, and with some of them set no attention implementation but the slowest is allowed.
+    """
+    for name, value in (
+        ("output_attentions", False),
+        ("output_hidden_states", False),
+        ("return_dict", True),
+        ("use_cache", True),
+    ):
+        if hasattr(config, name) and getattr(config, name) != value:
+            setattr(config, name, value)
+    return config
+
+
+_WEIGHTLESS = re.compile(r"\.(?:attn|attention)\.(?:masked_)?bias$|rotary_emb\.inv_freq$|(?:^|\.)position_ids$")
+"""Names of buffers that older releases stored and nothing needs: masks, rotary frequencies, positions."""
+
+_LIKELY_SWITCHES = (
+    (r"(?:q|k|v|o|out)_proj\.bias$|(?:query_key_value|dense)\.bias$", "attention_bias"),
+    (r"mlp\..*\.bias$", "mlp_bias"),
+    (r"(?:q|k)_norm\.weight$|lora_|\.experts\.", "model_type"),
+    (r"lm_head\.|embed_out\.", "tie_word_embeddings"),
+)
+"""What in a config decides whether a tensor is there, by a pattern of the tensor's name."""
+
+_LIKELY_SIZES = (
+    (r"embed_tokens\.|wte\.|embed_in\.", "vocab_size"),
+    (r"(?:k|v)_proj\.", "num_key_value_heads or head_dim"),
+    (r"(?:q|o|out)_proj\.|query_key_value\.|attention\.dense\.", "num_attention_heads or head_dim"),
+    (r"(?:up|gate|down)_proj\.|fc[12]\.|dense_(?:h_to_4h|4h_to_h)\.", "intermediate_size"),
+    (r"embed_positions\.|wpe\.", "max_position_embeddings"),
+)
+"""What in a config decides the shape of a tensor, by a pattern of the tensor's name."""
+
+
+def _check_all_read(name: str, config: Any, report: Any) -> None:
+    """ModelLoadError where a stored tensor was not read, or one that the model needs was not stored or has another shape.
+
+    Else another model than the stored one would be measured. What transformers knows to carry no weight is not among them:
+    old masks (``attn.bias``, ``masked_bias``), rotary frequencies, a head that is tied to the embedding.
+    """
+    mismatched = sorted((str(key), tuple(stored), tuple(wanted)) for key, stored, wanted in report["mismatched_keys"])
+    if mismatched:
+        key, stored, wanted = mismatched[0]
+        raise ModelLoadError(
+            f"the weights of {name!r} do not fit its config: {key} is stored as {stored}, and the config makes it {wanted}"
+            f"{_and_others(mismatched)}. {_likely_field(key, config, (*_LIKELY_SIZES, *_LIKELY_SWITCHES))}"
+        )
+    for keys, what in (
+        (
+            sorted(key for key in map(str, report["unexpected_keys"]) if not _WEIGHTLESS.search(key)),
+            "would not be read, so that another model would be measured",
+        ),
+        (sorted(map(str, report["missing_keys"])), "is not among them, and the config asks for it"),
+    ):
+        if keys:
+            raise ModelLoadError(
+                f"the weights of {name!r} do not fit its config: {keys[0]} {what}{_and_others(keys)}. "
+                f"{_likely_field(keys[0], config, _LIKELY_SWITCHES)}"
+            )
+
+
+def _and_others(found: Sequence[Any]) -> str:
+    return "" if len(found) == 1 else f" (and {len(found) - 1} more)"
+
+
+def _likely_field(key: str, config: Any, likely: Sequence[tuple[str, str]]) -> str:
+    """What to look at in the config for a tensor that does not fit it."""
+    layer = re.search(r"\.(\d+)\.", f".{key}")
+    if layer and int(layer[1]) >= int(config.num_hidden_layers):
+        field = "num_hidden_layers"
+    else:
+        field = next((named for pattern, named in likely if re.search(pattern, key)), "model_type")
+    values = ", ".join(f"{one} is {getattr(config, one, 'not set')!r}" for one in field.split(" or "))
+    return f"Check {field} in config.json ({values}), or download or save the model again."
+
+
+def _check_heads(name: str, model: Any) -> None:
+    """ModelLoadError where the attention modules have other sizes than the grid says that heads are counted by."""
+    grid = head_grid(model.config)
+    for layer, projection in enumerate(output_projections(model)):
+        found = 0 if projection is None else len(input_major_weight(projection))
+        if found != grid.n_heads * grid.head_size:
+            raise ModelLoadError(
+                f"the attention of {name!r} does not have the heads of its config: the output projection of layer {layer} "
+                f"reads {found} features, not {grid.n_heads} heads of {grid.head_size}. Check config.json."
+            )
 
 
 def _file_digest(path: Path) -> str:
@@ -224,9 +418,9 @@ def _file_digest(path: Path) -> str:
 
 
 def _check_local_folder(folder: Path, model_name: str) -> None:
-    if not (folder / "config.json").is_file():
+    names = [name for name in names_in(folder, "--model_name") if kind_of(folder / name, "--model_name") == "file"]
+    if "config.json" not in names:
         raise ModelLoadError(f"{model_name!r} has no config.json in {folder}. Give a folder saved by save_pretrained.")
-    names = [path.name for path in folder.iterdir()]
     weights = [folder / name for name in names if name.endswith(".safetensors")]
     if not weights:
         pickled = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
@@ -236,7 +430,7 @@ def _check_local_folder(folder: Path, model_name: str) -> None:
                 "loaded. Save it again with save_pretrained, which writes safetensors."
             )
         raise ModelLoadError(f"{model_name!r} has no .safetensors weights in {folder}. Give the folder that has them.")
-    if not any((folder / name).is_file() for name in TOKENIZER_FILES):
+    if not set(TOKENIZER_FILES) & set(names):
         raise ModelLoadError(
             f"{model_name!r} has no tokenizer files in {folder}. Save the tokenizer there with save_pretrained."
         )

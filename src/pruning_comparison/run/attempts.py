@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 from transformers import PreTrainedModel
 
@@ -12,6 +13,7 @@ from pruning_comparison.errors import MethodError
 from pruning_comparison.run.cell import rebuild, run_cell
 from pruning_comparison.run.measure_cell import measure_texts_and_size, time_level, untimed
 from pruning_comparison.run.pruned_model import KeptHeads, PrunedModel
+from pruning_comparison.run.saved_models import save_model
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell
 from pruning_comparison.store import CellResult, Measurement
@@ -70,6 +72,15 @@ def attempt_timing(
             raise
         failure = failure_of(error)
         return untimed(models, failure.reason), failure
+
+
+def attempt_saving(workspace: Workspace, pruned: PrunedModel, cell: Cell, run: Path) -> Failure | None:
+    """Keeps a cell's model in the run's folder; where that fails, why: what was measured of it does not depend on it."""
+    try:
+        save_model(workspace, pruned, cell, run)
+    except Exception as error:
+        return failure_of(error)
+    return None
 
 
 def failure_of(error: BaseException) -> Failure:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -26,7 +26,8 @@ from pruning_comparison.texts import (
 class Inputs:
     """Everything a spec names, read and checked against the model's config, before any weight is loaded.
 
-    ``calibration`` [M, T] are all windows of calibration text, from which each iteration draws.
+    ``calibration`` [M, T] are all windows of calibration text, from which each iteration draws. ``bos`` is the token that
+    every text given to the model begins with, prompts and windows alike; None where none does.
     """
 
     preview: ModelPreview
@@ -35,6 +36,7 @@ class Inputs:
     windows: Sequence[EvaluationWindow]
     calibration: Tensor
     digests: Mapping[str, str]
+    bos: int | None = None
 
 
 def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
@@ -44,9 +46,13 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
     """
     preview = preview_model(spec.model_name)
     prompts = load_prompts(spec.prompt_file, spec.max_prompts)
-    prompt_ids = [tokenize(preview.tokenizer, prompt)[0] for prompt in prompts]
+    bos = preview.bos(spec.bos)
+    before = [] if bos is None else [bos]
+    prompt_ids = [[*before, *tokenize(preview.tokenizer, prompt)[0]] for prompt in prompts]
+    for ids in prompt_ids:
+        _check_ids(ids, preview, "--prompt_file")
     for number, (prompt, ids) in enumerate(zip(prompts, prompt_ids, strict=True), start=1):
-        if not ids:
+        if len(ids) == len(before):
             raise InputError(f"--prompt_file: prompt {number} ({prompt[:40]!r}) has no tokens. Write some text.")
         if len(ids) >= preview.context:
             raise InputError(
@@ -72,11 +78,28 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
         window=min(spec.eval_window, preview.context),
         stride=min(spec.eval_stride, preview.context),
         tokens=spec.eval_tokens,
+        bos=bos,
     )
-    calibration_windows = whole_windows(calibration, preview.tokenizer, min(spec.calibration_window, preview.context))
+    calibration_windows = whole_windows(
+        calibration, preview.tokenizer, min(spec.calibration_window, preview.context), bos=bos
+    )
     check_enough(calibration_windows, spec.calibration_tokens)
+    _check_ids([int(window.ids.max()) for window in windows], preview, "--eval_text")
+    _check_ids([int(calibration_windows.max())], preview, "--calibration_text")
     digests = content_hashes(preview, prompts, evaluation, calibration) if identify else {}
-    return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests)
+    return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests, bos)
+
+
+def _check_ids(ids: Iterable[int], preview: ModelPreview, option: str) -> None:
+    """InputError where a text has a token that the model's embedding has no row for, as an added word may be."""
+    rows = int(preview.config.vocab_size)
+    beyond = next((number for number in ids if number >= rows), None)
+    if beyond is not None:
+        raise InputError(
+            f"{option}: the tokenizer of {preview.name} gives {preview.tokenizer.convert_ids_to_tokens(beyond)!r} the id "
+            f"{beyond}, and the model has {rows} rows (vocab_size in config.json). Leave the word out of the text, or "
+            "out of the tokenizer."
+        )
 
 
 def content_hashes(

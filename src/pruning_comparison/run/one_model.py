@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -11,11 +13,12 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pruning_comparison.checkpoint.forms import forms_ruled_out
 from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
-from pruning_comparison.models import ModelPreview
+from pruning_comparison.models import ModelPreview, preview_model
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
 from pruning_comparison.pruning.surgery import converted_copy
 from pruning_comparison.run.cell import build
@@ -24,9 +27,10 @@ from pruning_comparison.run.measure_cell import time_level
 from pruning_comparison.run.provenance import hardware
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.saved_models import note_pruning
-from pruning_comparison.run.workspace import Workspace
+from pruning_comparison.run.workspace import Workspace, heads_leaving_together
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.texts import Document, check_enough, load_documents, whole_windows
+from pruning_comparison.variants import variant_named
 
 
 def prune(
@@ -44,7 +48,9 @@ def prune(
     ``method`` ranks the heads and ``variant`` says how they leave and whether the survivors adapt, as in a comparison.
     ``calibration`` is text that scores and adaptation may see: the name of a bundled text, a file or a folder, or texts
     themselves. ``settings`` are those of ``ComparisonSpec``, such as ``calibration_tokens``, ``seed`` or ``new_bias``. What
-    was done stands in the copy's ``config.pruning``; the model itself stays as it is. The copy is for ``save_pruned``.
+    was done stands in the copy's ``config.pruning``; the model itself stays as it is and shares no memory with the
+    copy. It may be in training mode: it is pruned in evaluation mode, and both end in the mode it was in. Each parameter of
+    the copy is as trainable as the one it came from. The copy is for ``save_pruned``.
 
     InputError for settings that cannot work, a model that has been pruned before, or a family that is not supported.
     """
@@ -72,11 +78,39 @@ def prune(
         else [Document(str(number), text) for number, text in enumerate(calibration)]
     )
     preview = ModelPreview(spec.model_name, spec.model_name, model.config, tokenizer)
-    windows = whole_windows(documents, tokenizer, min(spec.calibration_window, preview.context))
+    bos = preview.bos(spec.bos)
+    windows = whole_windows(documents, tokenizer, min(spec.calibration_window, preview.context), bos=bos)
     check_enough(windows, spec.calibration_tokens)
-    reference = model if model.dtype == torch.float32 else converted_copy(model, torch.float32)
-    workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}), reference, model)
-    return build_one(workspace).model
+    with _in_evaluation_mode(model):
+        reference = model if model.dtype == torch.float32 else converted_copy(model, torch.float32)
+        workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}, bos), reference, model)
+        # What pruning leaves alone is shared until here.
+        pruned = copy.deepcopy(build_one(workspace).model)
+    trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
+    for name, parameter in pruned.named_parameters():
+        parameter.requires_grad_(_trainable(name, trainable))
+    pruned.train(model.training)
+    return pruned
+
+
+@contextmanager
+def _in_evaluation_mode(model: PreTrainedModel) -> Iterator[None]:
+    """Within it nothing is dropped at random; every module's own mode comes back."""
+    modes = [(module, module.training) for module in model.modules()]
+    model.eval()
+    try:
+        yield
+    finally:
+        for module, mode in modes:
+            module.training = mode
+
+
+def _trainable(name: str, of_dense: Mapping[str, bool]) -> bool:
+    """Whether a pruned model's parameter is to be trained: as the one it came from, or as the weights beside it."""
+    if name in of_dense:
+        return of_dense[name]
+    module = name.rpartition(".")[0]
+    return any(trained for other, trained in of_dense.items() if other.startswith(f"{module}."))
 
 
 def spec_of_one(level: float, method: str, variant: str, **settings: Any) -> ComparisonSpec:
@@ -91,6 +125,25 @@ def spec_of_one(level: float, method: str, variant: str, **settings: Any) -> Com
     if spec.execution != "compact":
         raise InputError(f"--execution: {spec.execution!r} removes nothing. Leave it out: a model to keep is compact.")
     return spec
+
+
+def check_forms(spec: ComparisonSpec, forms: Sequence[str]) -> None:
+    """InputError, before any weight is read, where no pruned model of this spec can be saved in one of ``forms``."""
+    if not forms:
+        return
+    preview = preview_model(spec.model_name)
+    adapts = variant_named(spec.variants[0]).adapts and spec.adaptation != "none" and spec.new_bias
+    biases = ("attention", "mlp") if adapts and spec.adaptation == "refit-mlp" else ("attention",) if adapts else ()
+    reasons = forms_ruled_out(
+        preview.config,
+        spec.pruning_levels[-1],
+        scope=spec.scope,
+        group_size=heads_leaving_together(preview.grid, spec.prune_unit),
+        biases=biases,
+    )
+    for form in forms:
+        if reasons[form] is not None:
+            raise InputError(f"--also: {reasons[form]} Nothing has been pruned yet.")
 
 
 def build_one(workspace: Workspace) -> PrunedModel:

@@ -144,6 +144,7 @@ class Workspace:
                 scope=self.spec.scope,
                 ridge=self.spec.ridge,
                 everyone_consents=VARIANTS[rules].consent == "always",
+                exclude_first=self.inputs.bos is not None,
                 group_size=self.group_size,
                 scores_pruned=self.spec.method(method).runs_on_pruned,
             )

@@ -261,7 +261,14 @@ class _Session:
             {
                 "versions": versions(),
                 "model": inputs.digests["model"],
-                "inputs": (inputs.prompts, inputs.prompt_ids, inputs.windows, inputs.calibration, inputs.digests),
+                "inputs": (
+                    inputs.prompts,
+                    inputs.prompt_ids,
+                    inputs.windows,
+                    inputs.calibration,
+                    inputs.digests,
+                    inputs.bos,
+                ),
                 "folder": work.folder.resolve(),
                 "models": work.models,
                 "raise_failures": work.raise_failures,

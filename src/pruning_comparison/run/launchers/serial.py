@@ -7,9 +7,8 @@ from collections.abc import Iterator
 
 from transformers import PreTrainedModel
 
-from pruning_comparison.run.attempts import attempt, attempt_rebuild, attempt_timing
+from pruning_comparison.run.attempts import attempt, attempt_rebuild, attempt_saving, attempt_timing
 from pruning_comparison.run.launchers.work import Begun, Event, Timed, Trouble, Work, format_timing
-from pruning_comparison.run.saved_models import save_model
 from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell
 
@@ -42,8 +41,11 @@ def launch_serially(work: Work) -> Iterator[Event]:
                     yield Trouble(cell.describe(), failure.reason, failure.traceback)
             if pruned is not None:
                 models[variant] = pruned.model
-                if cell in work.models:
-                    save_model(workspace, pruned, cell, work.folder)
+                if (
+                    cell in work.models
+                    and (failure := attempt_saving(workspace, pruned, cell, work.folder)) is not None
+                ):
+                    yield Trouble(f"saving {cell.describe()}", failure.reason, failure.traceback)
         if to_time and models:
             yield Begun(format_timing(place))
             rows, failure = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)

@@ -64,7 +64,7 @@ class Timed:
 
 @dataclass(frozen=True)
 class Trouble:
-    """A model that has been measured could not be made again."""
+    """A model that has been measured could not be made again, or not be saved."""
 
     what: str
     reason: str
