@@ -260,3 +260,19 @@ def test_pairs_are_made_once_for_each_two_variants():
     assert pairs["difference"].tolist() == pytest.approx([math.log(2), math.log(4)])
     assert speed.pairs("agency", "baseline") is pairs
     assert speed.pairs("baseline", "agency")["difference"].tolist() == pytest.approx([-math.log(2), -math.log(4)])
+
+
+def test_an_interval_beyond_every_float_is_cut_and_no_error():
+    """Both factors vary hardly more than the rest, so that there is about half a degree of freedom."""
+    rows = [
+        rows_of(variant, i, 50, "tokens_per_second", math.exp(sign * 20 * (1.01 * a + 1.01 * b + a * b)), prompt=p)
+        for variant, sign in (("baseline", 0), ("agency", 1))
+        for i, a in ((0, -1), (1, 1))
+        for p, b in ((0, -1), (1, 1))
+    ]
+    entries = [(variant, i, 50, f"{variant}{i}") for variant in ("baseline", "agency") for i in (0, 1)]
+    tables = observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS))
+    agency = summarize("tiny", tables).set_index("variant").loc["agency"]
+    assert (agency["estimate"], agency["ci_low"], agency["ci_high"]) == pytest.approx((1.0, 0.0, math.exp(700)))
+    change = contrast("tiny", tables).iloc[0]
+    assert (change["ci_low"], change["ci_high"]) == pytest.approx((-100.0, 100 * math.exp(700)))

@@ -40,6 +40,7 @@ from pruning_comparison.analysis.random_effects import (
     Array,
     Components,
     detectable_effect,
+    relative_change,
     smallest_permutation_p,
 )
 from pruning_comparison.analysis.tradeoffs import (
@@ -89,6 +90,7 @@ __all__ = [
     "missing_figures",
     "observations",
     "optimal_levels",
+    "relative_change",
     "smallest_permutation_p",
     "speed_at_equal_perplexity",
     "summarize",

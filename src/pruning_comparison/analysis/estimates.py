@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis.random_effects import Array, Estimate, crossed_interval
+from pruning_comparison.analysis.random_effects import Array, Estimate, crossed_interval, ratio_of, relative_change
 from pruning_comparison.metrics import METRICS, Metric, metric_named, of_kind
 
 SUMMARY_COLUMNS = (
@@ -55,7 +55,7 @@ def contrast(
             continue
         for (method, level, temperature), estimate in data.differences(variant, reference):
             relative = data.log_scale
-            shown = estimate.map(lambda value: 100 * math.expm1(value)) if relative else estimate
+            shown = estimate.map(lambda value: 100 * relative_change(value)) if relative else estimate
             rows.append(
                 [
                     model, method, level, temperature, metric.name, f"{variant} vs {reference}", shown.estimate,
@@ -97,7 +97,7 @@ class MetricTable:
                 centre = float(np.average(group["x"], weights=group[self.weights]))
                 shift = centre - estimate.estimate
                 estimate = estimate.map(lambda value, shift=shift: value + shift)  # type: ignore[misc]
-            result.append((key, estimate.map(math.exp) if self.log_scale else estimate))
+            result.append((key, estimate.map(ratio_of) if self.log_scale else estimate))
         return result
 
     def pairs(self, variant: str, reference: str) -> pd.DataFrame:

@@ -23,6 +23,19 @@ _FLIPS = 9_999
 _MOST = 10_000
 
 
+_LARGEST_EXPONENT = 700.0
+
+
+def ratio_of(log_ratio: float) -> float:
+    """The ratio whose logarithm is given, at most e^700: intervals from few observations can reach beyond any float."""
+    return math.exp(min(log_ratio, _LARGEST_EXPONENT))
+
+
+def relative_change(log_ratio: float) -> float:
+    """The ratio less one, as exact near 0 as it can be, and cut like ``ratio_of``."""
+    return math.expm1(min(log_ratio, _LARGEST_EXPONENT))
+
+
 @dataclass(frozen=True)
 class Estimate:
     """A mean with its 95 % interval (NaN where there is one observation) and the number of observations."""

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from pruning_comparison.analysis.estimates import MetricTable
 from pruning_comparison.analysis.margins import Margins
 from pruning_comparison.analysis.pairs import Source
-from pruning_comparison.analysis.random_effects import Array, Components, Fit, crossed_p_values
+from pruning_comparison.analysis.random_effects import Array, Components, Fit, crossed_p_values, ratio_of
 
 SIGNIFICANCE = 0.05
 
@@ -56,7 +56,7 @@ def speed_at_equal_perplexity(
             rows.append([model, method, *[math.nan] * 6, 0, found])
             continue
         for index, fit in enumerate(found.ratios):
-            ratio = fit.estimate().map(math.exp)
+            ratio = fit.estimate().map(ratio_of)
             place = [model, method, found.perplexities[index], *found.levels[:, index]]
             reason = "too little data" if math.isnan(ratio.ci_low) else ""
             rows.append([*place, ratio.estimate, ratio.ci_low, ratio.ci_high, fit.n, reason])

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis import QUESTIONS, Question
+from pruning_comparison.analysis import QUESTIONS, Question, relative_change
 from pruning_comparison.formatting import capitalised, listed, per_cent, plain_number, rounded_up
 from pruning_comparison.metrics import metric_named
 from pruning_comparison.report.findings import Finding
@@ -67,7 +67,7 @@ def _is_ratio(row: Mapping[str, Any]) -> bool:
 
 
 def _amount(row: Mapping[str, Any], value: float) -> float:
-    amount = 100 * math.expm1(value) if _is_ratio(row) else value
+    amount = 100 * relative_change(value) if _is_ratio(row) else value
     return amount if abs(amount) > _NOISE else 0.0
 
 
