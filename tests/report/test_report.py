@@ -28,6 +28,7 @@ from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWor
 from pruning_comparison.report.findings import Finding
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.verdicts import Verdict
+from pruning_comparison.store import ModelFacts
 
 NAN = math.nan
 SUMMARY = ["model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit"]
@@ -272,10 +273,8 @@ def test_sections_come_in_reading_order():
 
 
 def test_the_opening_tells_what_was_measured():
-    words = Document(
-        render_page(manifest={"model": {"name": "tiny", "layers": 6, "heads": 48, "parameters": 3_200_000}})
-    ).words
-    assert "tiny (6 layers, 48 heads, 3,200,000 parameters)" in words
+    words = Document(render_page(manifest={"model": ModelFacts("tiny", "gpt2", 6, 8, 32, 256, 4096).as_dict()})).words
+    assert "tiny (6 layers of 8 heads) was measured" in words
     words = words.replace("\xa0", " ")
     assert "perplexity is 90 for the baseline model at 50 % and 42 for the agency model at 50 % (unpruned: 30)" in words
 

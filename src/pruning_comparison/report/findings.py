@@ -90,7 +90,7 @@ def plain_findings(
             _cost_of_adaptation(summary, method),
         ]
         found += [finding for finding in candidates if finding is not None]
-    closing = [_same_at_level_0(contrasts), _levels_reached(cells, manifest), _failures(cells)]
+    closing = [_same_at_level_0(contrasts), _levels_reached(cells), _failures(cells)]
     found += [finding for finding in closing if finding is not None]
     return found
 
@@ -268,20 +268,17 @@ def _same_at_level_0(contrasts: pd.DataFrame) -> Finding | None:
     )
 
 
-def _levels_reached(cells: pd.DataFrame, manifest: Mapping[str, Any]) -> Finding | None:
+def _levels_reached(cells: pd.DataFrame) -> Finding | None:
     """Where the achieved level is not the requested one: rounding to whole heads, or more than that."""
     done = cells[cells["status"] == "done"].dropna(subset=["level", "achieved_level"])
     off = done[(done["level"] - done["achieved_level"]).abs() > 1e-6]
     if off.empty:
         return None
-    model = manifest.get("model")
-    heads = model.get("heads") if isinstance(model, Mapping) else None
     rows = rows_of(off.drop_duplicates(["level", "achieved_level"]).sort_values(["level", "achieved_level"]))
     pairs = [f"{per_cent(row['level'])} became {row['achieved_level']:.4g} %" for row in rows]
     rounding = True
     for row in rows:
-        total = row["heads_total"] if not pd.isna(row["heads_total"]) else heads
-        step = 50.0 / float(total) if total else 0.0
+        step = 50.0 / float(row["heads_total"])
         rounding = rounding and abs(row["level"] - row["achieved_level"]) <= step + 1e-6
     reason = (
         "because only whole heads can be pruned"

@@ -7,7 +7,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.formatting import counted, format_value, listed, plain_number
+from pruning_comparison.formatting import counted, listed, plain_number
 from pruning_comparison.report.tables import variants_in
 from pruning_comparison.variants import PRIMARY
 
@@ -28,12 +28,7 @@ def opening(name: str, summary: pd.DataFrame, cells: pd.DataFrame, manifest: Map
     model = manifest.get("model")
     size = ""
     if isinstance(model, Mapping):
-        parts = [
-            f"{format_value(model[key])} {key}"
-            for key in ("layers", "heads", "parameters")
-            if key in model and model[key] is not None
-        ]
-        size = f" ({', '.join(parts)})" if parts else ""
+        size = f" ({counted(model['layers'], 'layer')} of {counted(model['heads_per_layer'], 'head')})"
     if not methods:
         return f"{name}{size}: nothing was measured."
     iterations = cells["iteration"].nunique()
