@@ -9,6 +9,7 @@ import signal
 import sys
 import time
 from pathlib import Path
+from urllib.parse import unquote, urlsplit
 
 import torch
 
@@ -67,7 +68,11 @@ def watched_command(commands, log):
             events.append(("write", os.path.abspath(os.fsdecode(arguments[0]))))  # noqa: PTH100
         elif event in ("os.mkdir", "os.rename", "os.symlink", "os.link", "sqlite3.connect"):
             target = arguments[1] if event in ("os.rename", "os.symlink", "os.link") else arguments[0]
-            events.append(("write", os.path.abspath(os.fsdecode(target))))  # noqa: PTH100
+            path = os.fsdecode(target)
+            if event == "sqlite3.connect" and path == ":memory:":
+                return
+            path = unquote(urlsplit(path).path) if path.startswith("file:") else path
+            events.append(("write", os.path.abspath(path)))  # noqa: PTH100
 
     sys.addaudithook(hook)
     codes = [cli.main(argv) for argv in commands]
