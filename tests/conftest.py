@@ -22,3 +22,10 @@ def one_thread() -> None:
 @pytest.fixture
 def model() -> PreTrainedModel:
     return tiny_gpt2()
+
+
+@pytest.fixture
+def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Results are written without charts, which take most of the time, where a test is about tables or words."""
+    for draw in ("draw_all", "draw_head_charts"):
+        monkeypatch.setattr(f"pruning_comparison.report.write.{draw}", lambda *tables, size: {})

@@ -219,6 +219,7 @@ class Cells(HTMLParser):
             self.rows[-1][-1] += data
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_new_metric_of_text_is_measured_estimated_and_shown(tmp_path, monkeypatch):
     for metric in (
         Metric(

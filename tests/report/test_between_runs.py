@@ -190,6 +190,7 @@ def test_a_run_against_its_copy_shows_no_difference(runs):
     assert not measured["verdict"].isin(["supported", "refuted"]).any()
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_margins_are_kept_with_the_run_and_change_verdicts_only(runs, capsys):
     folder = (runs / "out0" / "latest").resolve()
     before = read_manifest(folder)

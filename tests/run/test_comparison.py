@@ -90,6 +90,7 @@ def test_scores_may_see_a_part_of_the_calibration_text_and_adaptation_sees_all_o
     assert torch.equal(*(load_workspace(s, prepare(s)).calibration(1) for s in (spec, everything)))
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_agency_adaptation_loses_the_baselines_heads_and_pays_for_adaptation(folder, tmp_path):
     spec = small_spec(folder, variants=("baseline", "agency-adaptation"))
     stored = tables(run_comparison(spec, output_dir=tmp_path))
@@ -127,6 +128,7 @@ def test_variants_that_lack_a_part_of_agency_lack_that_part(folder, monkeypatch)
     assert asked == {"agency": False, "agency-always-yes": True}
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
     """Levels 20 and 50 of 8 heads: 2 and 4 leave, in rounds of 10 % that take 1, 1, 0, 1 and 1."""
     spec = small_spec(
@@ -335,6 +337,7 @@ def test_other_seed_other_texts(folder, tmp_path):
     assert texts[0] != texts[1]
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_an_interrupted_run_keeps_finished_cells_and_continues(folder, tmp_path, monkeypatch):
     spec, whole = small_spec(folder), tables(run_comparison(small_spec(folder), output_dir=tmp_path / "whole"))
     measured: list[Cell] = []
@@ -376,6 +379,7 @@ def test_a_changed_spec_starts_a_new_run(folder, tmp_path, monkeypatch):
     assert len(runs) == 2
 
 
+@pytest.mark.usefixtures("no_charts")
 def test_a_cell_that_fails_is_recorded_and_the_rest_goes_on(folder, tmp_path, monkeypatch):
     original = measuring.run_cell
 
