@@ -6,12 +6,14 @@ import json
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 from builders import save_tiny_model, write_short_texts
 from scipy import stats
 
 from pruning_comparison import cli
 from pruning_comparison.analysis.margins import Margins
+from pruning_comparison.analysis.random_effects import difference_test, smallest_flipping_p
 from pruning_comparison.models import loading
 from pruning_comparison.plan import plan as planning
 from pruning_comparison.plan.forecast import Speeds, expected, passes
@@ -68,9 +70,25 @@ def test_smallest_p_and_pairs_of_each_expectation(folder, capsys):
     assert list(found) == ["E1", "E2", "E3", "E4"]
     assert [found[name]["pairs"] for name in found] == [10, 20, 15, 10]
     assert [found[name]["levels"] for name in found] == [[25, 60], [60], [60], [25, 60]]
+    # Five iterations and at most four clusters are too few to be flipped, so that no report will give a limit.
+    assert {row["smallest_p_flipping_iterations"] for row in found.values()} == {0}
+    assert {row["smallest_p_flipping_clusters"] for row in found.values()} == {0}
     # Of n signs, two arrangements of 2^n are the most extreme.
-    assert {row["smallest_p_flipping_iterations"] for row in found.values()} == {2 / 2**5}
-    assert [found[name]["smallest_p_flipping_clusters"] for name in found] == [2 / 2**2, 2 / 2**4, 2 / 2**3, 2 / 2**2]
+    many = plan(folder, capsys, "--iterations=9")["expectations"]
+    assert {row["smallest_p_flipping_iterations"] for row in many} == {2 / 2**9}
+
+
+@pytest.mark.parametrize("count", [2, 8, 9, 12, 15])
+def test_plan_and_report_agree_on_the_smallest_p(count):
+    """Pairs of ``count`` iterations that differ, each measured on one cluster, all of them in favour of the same side."""
+    values = 1 + np.random.default_rng(0).random((count, 1)) / 10
+    assert difference_test(values, "document").smallest == smallest_flipping_p(count)
+
+
+def test_the_plan_says_where_there_is_no_limit(folder, capsys):
+    cli.main(["plan", *options(folder), "--iterations=9"])
+    rows = [line for line in capsys.readouterr().out.splitlines() if line.strip().startswith("E2")]
+    assert "0.00391, no limit" in " ".join(rows)
 
 
 def test_the_detectable_effect_is_found_four_times_in_five(folder, capsys):

@@ -41,7 +41,7 @@ from pruning_comparison.analysis.random_effects import (
     Components,
     detectable_effect,
     relative_change,
-    smallest_permutation_p,
+    smallest_flipping_p,
 )
 from pruning_comparison.analysis.tradeoffs import (
     EQUAL_COLUMNS,
@@ -91,7 +91,7 @@ __all__ = [
     "observations",
     "optimal_levels",
     "relative_change",
-    "smallest_permutation_p",
+    "smallest_flipping_p",
     "speed_at_equal_perplexity",
     "summarize",
 ]

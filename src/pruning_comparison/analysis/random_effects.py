@@ -320,6 +320,17 @@ def smallest_permutation_p(pairs: int) -> float:
     return 2.0 ** (1 - pairs) if pairs >= 1 else math.nan
 
 
+def smallest_flipping_p(count: int) -> float:
+    """The smallest p of a test that also flips the signs of ``count`` independent means, as ``difference_test`` does.
+
+    Fewer than nine cannot decide and are not flipped. The crossed model then stands alone, without a limit: 0.
+    """
+    least = smallest_permutation_p(count)
+    if math.isnan(least) or least > _DECISIVE_P:
+        return 0.0
+    return max(least, 2 / (_FLIPS + 1) if 2**count > _FLIPS else 0.0)
+
+
 def sign_flip_p(means: Array, *, seed: int = 0) -> PValue:
     """Two-sided p of "symmetric about zero" by flipping the signs of k independent means [k] (Fisher's randomisation test).
 
@@ -362,11 +373,11 @@ def difference_test(values: Array, cluster: str, *, seed: int = 0) -> PValue:
     if not allowed:
         return PValue(model, 0.0, f"{name} (iterations and {cluster}s both vary, so neither can be flipped alone)")
     count, what, axis = max(allowed)
-    least = smallest_permutation_p(count)
-    if least > _DECISIVE_P:
+    if smallest_flipping_p(count) == 0:
+        least = smallest_permutation_p(count)
         return PValue(model, 0.0, f"{name} (sign flips of {count} {what}s cannot go below {least:.2g})")
     flips = sign_flip_p(values.mean(axis), seed=seed)
-    return PValue(max(model, flips.p), flips.smallest, f"{name} and sign flips of {count} {what}s")
+    return PValue(max(model, flips.p), smallest_flipping_p(count), f"{name} and sign flips of {count} {what}s")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:

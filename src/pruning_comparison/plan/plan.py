@@ -18,7 +18,7 @@ from pruning_comparison.analysis import (
     Components,
     Margins,
     detectable_effect,
-    smallest_permutation_p,
+    smallest_flipping_p,
 )
 from pruning_comparison.formatting import counted, listed, per_cent, plain_number
 from pruning_comparison.models import HeadGrid
@@ -102,7 +102,7 @@ def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]
 def _expectations(
     spec: ComparisonSpec, margins: Margins, documents: int, prompts: int, timed: int
 ) -> list[dict[str, Any]]:
-    """Per expectation: pairs, the smallest p that sign flips attain, and the effect that is found with the power wanted.
+    """Per expectation: pairs, the smallest p that the report can give, and the effect that is found with the power wanted.
 
     The corrected significance is the hardest that Holm's correction can ask for: every method's expectations are one family,
     with speed at equal perplexity, and diversity at each temperature.
@@ -134,8 +134,8 @@ def _expectations(
                 "iterations": spec.iterations,
                 "clusters": clusters,
                 "pairs": spec.iterations * clusters if levels else 0,
-                "smallest_p_flipping_iterations": smallest_permutation_p(spec.iterations),
-                "smallest_p_flipping_clusters": smallest_permutation_p(clusters),
+                "smallest_p_flipping_iterations": smallest_flipping_p(spec.iterations),
+                "smallest_p_flipping_clusters": smallest_flipping_p(clusters),
                 "detectable": None if not levels or math.isinf(effect) else math.expm1(effect) if ratio else effect,
                 "scale": "relative" if ratio else "absolute",
             }
@@ -203,7 +203,8 @@ def format_plan(plan: Mapping[str, Any]) -> str:
             "",
             *_aligned([_HEADING, *(_format_expectation(row) for row in plan["expectations"])]),
             "",
-            "The smallest p is what sign flips of whole iterations, and of whole documents or prompts, attain at best.",
+            "The smallest p: where the report's test flips the signs of whole iterations, and where it flips those of whole",
+            "documents or prompts. It flips nine or more; with fewer there is no limit.",
         ]
     if plan["notes"]:
         lines += ["", *(f"note: {note}" for note in plan["notes"])]
@@ -215,9 +216,8 @@ _HEADING = ("expectation", "at levels", "pairs", "smallest p", "supported if age
 
 def _format_expectation(row: Mapping[str, Any]) -> tuple[str, ...]:
     levels = [f"{level:g}" for level in row["levels"]]
-    smallest = (
-        f"{plain_number(row['smallest_p_flipping_iterations'])}, {plain_number(row['smallest_p_flipping_clusters'])}"
-    )
+    limits = [row["smallest_p_flipping_iterations"], row["smallest_p_flipping_clusters"]]
+    smallest = ", ".join(plain_number(limit) if limit else "no limit" for limit in limits)
     if row["detectable"] is None:
         effect = "nothing: no effect is large enough" if levels else "nothing: not measured"
     else:
