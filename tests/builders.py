@@ -31,7 +31,7 @@ from pruning_comparison.run import attempts
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.journal import RunStore, columns_of
-from pruning_comparison.store.records import CellResult
+from pruning_comparison.store.records import CellResult, ModelFacts
 from pruning_comparison.texts import load_documents
 
 NAN = math.nan
@@ -286,6 +286,9 @@ def render_page(
     optimal: Sequence[Any] = (), equal: Sequence[Any] = (), heads: Sequence[Any] = (), agreed: pd.DataFrame | None = None,
     narrow: Mapping[str, Figure] | None = None,
 ) -> str:  # fmt: skip
+    given = dict(manifest or {})
+    if isinstance(given.get("model"), Mapping):
+        given["model"] = {**ModelFacts("tiny", "gpt2", 6, 8, 32, 256, 4096).as_dict(), **given["model"]}
     rows = list(summary) or [
         estimate_row("perplexity", "baseline", 0, 30.0, 28.0, 32.0),
         estimate_row("perplexity", "baseline", 50, 90.0, 80.0, 101.0),
@@ -303,7 +306,7 @@ def render_page(
         findings=list(findings),
         pictures={name: to_png(figure) for name, figure in (figures or {}).items()},
         narrow_pictures={name: to_png(figure) for name, figure in (narrow or {}).items()},
-        manifest=manifest or {},
+        manifest=given,
         texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXT_COLUMNS),
         heads=heads,
         agreed=agreed,

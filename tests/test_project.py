@@ -75,8 +75,8 @@ def undeclared(files: Iterator[Path], always: Mapping[str, Any], sometimes: Mapp
     found = set()
     for file in files:
         for package, inside in imported(ast.parse(file.read_text("utf-8"))):
-            local = ROOT / "tests" / package
-            ours = package == "pruning_comparison" or local.is_dir() or local.with_suffix(".py").exists()
+            beside = ROOT / "tests" / package
+            ours = beside.is_dir() or beside.with_suffix(".py").exists() or package == "pruning_comparison"
             if ours or package in sys.stdlib_module_names:
                 continue
             names = {canonicalize_name(name) for name in distributions.get(package, [package])}

@@ -5,11 +5,13 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import re
 import signal
 import sys
 import traceback
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
+from difflib import get_close_matches
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
 
@@ -78,17 +80,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         if options.debug_traceback:
             traceback.print_exc()
         what = f"{error.filename}: {error.strerror}" if error.filename else str(error)
-        print(
-            f"error: {what}. What was measured before is kept, and the same command continues once that is put right.",
-            file=sys.stderr,
-        )
+        print(f"error: {what}.{_what_is_kept(options)}", file=sys.stderr)
         return 1
     except Exception as error:
         if options.debug_traceback:
             traceback.print_exc()
         print(
-            f"error: {type(error).__name__}: {error}\nThis is a bug in pruning-comparison; --debug_traceback shows where. "
-            "What was measured before is kept, and the same command continues.",
+            f"error: {type(error).__name__}: {error}\n"
+            f"This is a bug in pruning-comparison; --debug_traceback shows where.{_what_is_kept(options)}",
             file=sys.stderr,
         )
         return 1
@@ -96,6 +95,23 @@ def main(argv: Sequence[str] | None = None) -> int:
         sys.path[:] = search_path
         if previous is not None:
             signal.signal(signal.SIGTERM, previous)
+
+
+def _what_is_kept(options: argparse.Namespace) -> str:
+    """What to say after a failure, where this command has an unfinished run with something measured in it; else nothing."""
+    if options.command is not _run or options.visualize_only:
+        return ""
+    try:
+        from pruning_comparison.store import RunStore, latest_run, read_manifest
+
+        folder = latest_run(Path(options.output_dir))
+        if folder is None or read_manifest(folder).finished is not None:
+            return ""
+        with RunStore(folder) as store:
+            kept = len(store.finished_cells())
+    except Exception:  # whatever keeps a run from being read, nothing can be promised of it
+        return ""
+    return f" What was measured before is kept in {folder}, and the same command continues." if kept else ""
 
 
 def make_parser() -> _Parser:
@@ -112,7 +128,7 @@ def make_parser() -> _Parser:
         help="measure, compare, and write the report",
         description="Prunes both variants at several levels, measures and compares them. The same command continues a run "
         "that was interrupted. Options may be written with underscores or dashes.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     _add_run_options(run)
     run.set_defaults(command=_run)
@@ -121,7 +137,7 @@ def make_parser() -> _Parser:
         help="draw tables, charts and report of a run again, or compare two runs",
         description="Draws tables, charts and report of a finished or interrupted run again. With two runs, compares the "
         "second with the first and writes a report of that.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     report.add_argument(
         "folders",
@@ -140,7 +156,7 @@ def make_parser() -> _Parser:
         help="say what a run would measure and what it could find out, without measuring",
         description="Says what a run with the same options would measure and what it could find out. Reads config, "
         "tokenizer and texts only.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     _add_run_options(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
@@ -150,7 +166,7 @@ def make_parser() -> _Parser:
         help="prune one model and save it, with a card that says what that cost",
         description="Prunes a model to one level, by one method, as a comparison would, and saves it with a model card: "
         "what was cut, perplexity, speed and bytes before and after, how it was made, and how it loads again.",
-        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        formatter_class=_HelpFormatter,
     )
     prune.add_argument(
         "--level", "--pruning_level", type=_number, required=True, help="per cent of the heads, above 0 and below 100"
@@ -203,7 +219,21 @@ class _Parser(argparse.ArgumentParser):
         return {name.removeprefix("--"): action for action in self._actions for name in action.option_strings}
 
     def error(self, message: str) -> NoReturn:
-        raise InputError(f"{message}. See {self.prog} --help.")
+        raise InputError(f"{message}.{self._meant(message)} See {self.prog} --help.")
+
+    def _meant(self, message: str) -> str:
+        """The option that is nearest to an unknown one, among those of all commands."""
+        unknown = re.search(r"unrecognized arguments: --([^\s=]+)", message)
+        known = {name for parser in (self, *self.commands.values()) for name in parser.options() if len(name) > 2}
+        near = get_close_matches(unknown[1], sorted(known), n=1) if unknown else []
+        return f" Did you mean --{near[0]}?" if near else ""
+
+
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
+    """Shows a default where it says something: what happens without an option that has none is in its own words."""
+
+    def _get_help_string(self, action: argparse.Action) -> str | None:
+        return action.help if action.default in (None, True, False) else super()._get_help_string(action)
 
 
 _NOT_FOR_ONE_MODEL = frozenset(
@@ -452,15 +482,18 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 
 def _methods(text: str) -> tuple[str | Method, ...]:
     """Names of methods; one with a colon is a user's own, whose module may be in the working directory."""
-    names = _names(text)
+    names = _names(text, METHODS)
     if any(":" in name for name in names) and (here := str(Path.cwd())) not in sys.path:
         # Behind all else: what lies here must not stand in for an installed package.
         sys.path.append(here)
     return tuple(Method(name, score=name) if ":" in name else name for name in names)
 
 
-def _names(text: str) -> tuple[str, ...]:
-    return tuple(part.strip() for part in text.split(",") if part.strip())
+def _names(text: str, known: Collection[str] = ()) -> tuple[str, ...]:
+    """The parts of a list; one that differs from a ``known`` name in capitals alone is that name."""
+    spelled = {name.lower(): name for name in known}
+    parts = [part.strip() for part in text.split(",") if part.strip()]
+    return tuple(part if part in known else spelled.get(part.lower(), part) for part in parts)
 
 
 def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
@@ -472,7 +505,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _methods(options.pruning_method)
-    values["variants"] = _names(options.variants)
+    values["variants"] = _names(options.variants, VARIANTS)
     values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
     from pruning_comparison.models.devices import resolve_device, resolve_precision

@@ -12,7 +12,7 @@ from pruning_comparison.errors import InputError
 Kind = Literal["file", "folder", "nothing"]
 """What a name leads to: a regular file, a folder, or nothing at all."""
 
-_SHOWN = 80
+_SHOWN = 255
 
 
 def kind_of(name: str | Path, option: str) -> Kind:

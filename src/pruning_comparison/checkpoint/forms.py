@@ -282,7 +282,7 @@ def _stock_parts(model: PreTrainedModel, form: str) -> tuple[Any, dict[str, Tens
         except Exception as error:
             # A config may take sizes that its model's constructor refuses, so both are asked.
             raise InputError(
-                f"the {form} form cannot be had: {family} does not allow these sizes ({_first_line(error)}). "
+                f"the {form} form cannot be had: the config of {family} does not allow these sizes ({_first_line(error)}). "
                 "Choose another level, or the padded form."
             ) from error
         expected = stock.state_dict()

@@ -11,7 +11,7 @@ from pruning_comparison.formatting import counted, listed, plain_number
 from pruning_comparison.report.tables import variants_in
 from pruning_comparison.variants import PRIMARY
 
-__all__ = ["format_margins", "model_name", "notices", "opening"]
+__all__ = ["effective_settings", "format_margins", "model_name", "notices", "opening"]
 
 
 def model_name(summary: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
@@ -19,6 +19,20 @@ def model_name(summary: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
     name = model.get("name") if isinstance(model, Mapping) else model
     known = summary["model"].dropna()
     return str(name) if name else str(known.iloc[0]) if len(known) else "unnamed model"
+
+
+def effective_settings(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """A run's settings, windows as the model's context made them."""
+    settings, model = manifest.get("spec"), manifest.get("model")
+    if not isinstance(settings, Mapping) or not isinstance(model, Mapping):
+        return settings
+    context = model["context_tokens"]
+    cut = {
+        name: f"{context} (of {settings[name]} asked for: the model's context)"
+        for name in ("eval_window", "eval_stride", "calibration_window")
+        if settings.get(name, 0) > context
+    }
+    return {**settings, **cut}
 
 
 def opening(name: str, summary: pd.DataFrame, cells: pd.DataFrame, manifest: Mapping[str, Any]) -> str:

@@ -20,7 +20,7 @@ from pruning_comparison.analysis import HeadMap
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
 from pruning_comparison.report.findings import Finding
-from pruning_comparison.report.first_screen import format_margins, model_name, notices, opening
+from pruning_comparison.report.first_screen import effective_settings, format_margins, model_name, notices, opening
 from pruning_comparison.report.head_tables import head_tables
 from pruning_comparison.report.pictures import report_charts
 from pruning_comparison.report.sample_texts import clean, sample_groups
@@ -97,7 +97,7 @@ def render_report(
         agreement=agreement_table(agreed),
         tables=tables,
         rows_left_out=rows_left_out,
-        settings=pairs(manifest.get("spec")),
+        settings=pairs(effective_settings(manifest)),
         model=pairs(manifest.get("model")),
         versions=[*pairs(manifest.get("versions")), ("commit", str(manifest.get("commit") or "not recorded"))],
         hardware=pairs(manifest.get("hardware")),

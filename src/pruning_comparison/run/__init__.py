@@ -1,12 +1,12 @@
 """Measuring: inputs, the pipeline of one cell, whole runs, and one model to keep."""
 
 from pruning_comparison.run.comparison import run_comparison, would_resume
-from pruning_comparison.run.inputs import Inputs, prepare
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together, prepare
 from pruning_comparison.run.launchers import Launcher, RayLauncher, launch_serially
 from pruning_comparison.run.measure_cell import TEXT_BATCHES
 from pruning_comparison.run.one_model import build_one, measure_one, prune
 from pruning_comparison.run.provenance import commit_of
-from pruning_comparison.run.workspace import Workspace, heads_leaving_together, load_workspace, negotiation_rules
+from pruning_comparison.run.workspace import Workspace, load_workspace, negotiation_rules
 
 __all__ = [
     "TEXT_BATCHES",

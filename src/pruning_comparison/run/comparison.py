@@ -167,7 +167,10 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         started=_now(),
         warnings=_warnings(spec),
     )
-    return keep_options(create_run(output_dir, manifest), spec)
+    folder = keep_options(create_run(output_dir, manifest), spec)
+    for warning in manifest.warnings:
+        LOGGER.warning(warning)
+    return folder
 
 
 def _why_not_continued(manifest: Manifest, spec: ComparisonSpec, inputs: Inputs) -> str:
@@ -201,9 +204,14 @@ def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
 
 
 def _warnings(spec: ComparisonSpec) -> tuple[str, ...]:
+    found = []
     if spec.device == "cpu" and spec.precision == "float16":
-        return ("float16 on a CPU is slow and its speed says nothing about a GPU",)
-    return ()
+        found.append("float16 on a CPU is slow and its speed says nothing about a GPU")
+    if len(spec.variants) == 1:
+        found.append(
+            f"{spec.variants[0]} alone is measured, so nothing is compared with it; --variants=baseline,agency does"
+        )
+    return tuple(found)
 
 
 def _now() -> str:

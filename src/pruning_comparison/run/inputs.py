@@ -9,8 +9,9 @@ from torch import Tensor
 
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.perplexity import EvaluationWindow, evaluation_windows
-from pruning_comparison.models import ModelPreview, preview_model
-from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.models import HeadGrid, ModelPreview, preview_model
+from pruning_comparison.pruning import expected_heads_pruned
+from pruning_comparison.spec import ComparisonSpec, PruneUnit
 from pruning_comparison.texts import (
     Document,
     check_enough,
@@ -45,6 +46,7 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
     ``identify`` also takes the content hashes, which reads the weights of a local model through once.
     """
     preview = preview_model(spec.model_name)
+    _check_levels(spec, preview.grid)
     prompts = load_prompts(spec.prompt_file, spec.max_prompts)
     bos = preview.bos(spec.bos)
     before = [] if bos is None else [bos]
@@ -88,6 +90,39 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
     _check_ids([int(calibration_windows.max())], preview, "--calibration_text")
     digests = content_hashes(preview, prompts, evaluation, calibration) if identify else {}
     return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests, bos)
+
+
+def heads_leaving_together(grid: HeadGrid, unit: PruneUnit) -> int:
+    """How many heads leave at once: one, or all that read the same keys and values where ``unit`` is "kv_group"."""
+    return grid.group_size if unit == "kv_group" else 1
+
+
+def _check_levels(spec: ComparisonSpec, grid: HeadGrid) -> None:
+    """InputError where levels above 0 were asked for and none of them takes a head."""
+    group = heads_leaving_together(grid, spec.prune_unit)
+    counts = [
+        expected_heads_pruned(level, grid.n_layers, grid.n_heads, spec.scope, group)
+        for level in spec.pruning_levels
+        if level > 0
+    ]
+    if counts and not any(counts):
+        raise InputError(f"--pruning_levels: {nothing_pruned(spec, grid)}")
+
+
+def nothing_pruned(spec: ComparisonSpec, grid: HeadGrid) -> str:
+    """What to say where no level takes a single head, with the least level that does."""
+    group = heads_leaving_together(grid, spec.prune_unit)
+    counted = (grid.n_heads if spec.scope == "layer" else grid.total) // group
+    what = {("model", 1): "heads", ("layer", 1): "heads of a layer"}.get(
+        (spec.scope, group), f"groups of {group} heads"
+    )
+    # Half a head is rounded to none, so that a little more is needed.
+    least = next(level / 10 for level in range(1, 1000) if round(level / 1000 * counted) > 0)
+    asked = [level for level in spec.pruning_levels if level > 0]
+    shares = all(level < 1 for level in asked)
+    meant = f" Levels are per cent: was {','.join(f'{100 * level:g}' for level in asked)} meant?" if shares else ""
+    shown = ",".join(f"{level:g}" for level in asked)
+    return f"{shown} per cent of {counted} {what} is none. Give at least {least:g}.{meant}"
 
 
 def _check_ids(ids: Iterable[int], preview: ModelPreview, option: str) -> None:

@@ -22,12 +22,12 @@ from pruning_comparison.models import ModelPreview, preview_model
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
 from pruning_comparison.pruning.surgery import converted_copy
 from pruning_comparison.run.cell import build
-from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together, nothing_pruned
 from pruning_comparison.run.measure_cell import time_level
 from pruning_comparison.run.provenance import hardware
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.saved_models import note_pruning
-from pruning_comparison.run.workspace import Workspace, heads_leaving_together
+from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.texts import Document, check_enough, load_documents, whole_windows
 from pruning_comparison.variants import variant_named
@@ -152,10 +152,7 @@ def build_one(workspace: Workspace) -> PrunedModel:
     cell = Cell(spec.variants[0], spec.pruning_methods[0], 0, spec.pruning_levels[-1])
     pruned = build(workspace, cell)
     if bool(pruned.keep.all()):
-        total = workspace.grid.total
-        raise InputError(
-            f"--level: {spec.pruning_levels[-1]:g} per cent of {total} heads is none. Give at least {100 / total:.2g}."
-        )
+        raise InputError(f"--level: {nothing_pruned(spec, workspace.grid)}")
     note_pruning(workspace, pruned, cell)
     return pruned
 

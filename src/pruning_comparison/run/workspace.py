@@ -21,9 +21,9 @@ from pruning_comparison.measure.perplexity import WindowLoss
 from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
 from pruning_comparison.pruning.surgery import converted_copy
-from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together
 from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
-from pruning_comparison.spec import Adaptation, ComparisonSpec, PruneUnit
+from pruning_comparison.spec import Adaptation, ComparisonSpec
 from pruning_comparison.store.records import GeneratedText, Measurement
 from pruning_comparison.texts import (
     sample_windows,
@@ -180,11 +180,6 @@ class Workspace:
         return score_heads(
             self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
         )
-
-
-def heads_leaving_together(grid: HeadGrid, unit: PruneUnit) -> int:
-    """How many heads leave at once: one, or all that read the same keys and values where ``unit`` is "kv_group"."""
-    return grid.group_size if unit == "kv_group" else 1
 
 
 def negotiation_rules(variant: Variant) -> str:
