@@ -9,7 +9,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pruning_comparison.analysis.estimates import summarize
+from pruning_comparison.analysis.estimates import observations, summarize
 from pruning_comparison.measure.perplexity import (
     evaluation_windows,
     measure_perplexity,
@@ -97,7 +97,7 @@ def test_a_document_has_the_harness_bits_per_byte_and_word_perplexity(bundled, h
     place = {"variant": "baseline", "method": "fisher", "iteration": 0, "level": 0.0}
     rows = window_measurements(measure_perplexity(bundled.model, windows, batch_size=4))
     cells = pd.DataFrame([{**place, "status": "done", "fingerprint": "dense"}])
-    summary = summarize("bundled", cells, pd.DataFrame([{**vars(row), **place} for row in rows]))
+    summary = summarize("bundled", observations(cells, pd.DataFrame([{**vars(row), **place} for row in rows])))
     reported = summary.set_index("metric")["estimate"]
     ids, offsets = tokenize(bundled.tokenizer, document.text)
     scored = document.text[offsets[1][0] :]
