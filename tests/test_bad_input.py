@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 import resource
 import shutil
 import signal
@@ -17,7 +18,9 @@ from contextlib import closing, suppress
 from pathlib import Path
 
 import pytest
+import torch
 from builders import save_tiny_model, stand_in, tiny_spec
+from edge_cases.kinds import KINDS
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -95,8 +98,8 @@ OPTIONS = (
     "model_name", "device", "precision", "pruning_levels", "pruning_method", "temperatures", "num_tokens", "iterations",
     "max_prompts", "batch_size", "prompt_file", "eval_text", "eval_tokens", "eval_window", "eval_stride",
     "calibration_text", "calibration_tokens", "calibration_window", "score_tokens", "variants", "execution", "scope",
-    "unit", "entropy_direction", "adaptation", "ridge", "mlp_ridge", "recovery_steps", "recovery_rate", "seed", "threads",
-    "quality_batch_size", "margin_speed", "tolerance", "no_such_option",
+    "unit", "bos", "entropy_direction", "adaptation", "ridge", "mlp_ridge", "recovery_steps", "recovery_rate", "seed",
+    "threads", "quality_batch_size", "margin_speed", "tolerance", "no_such_option",
 )  # fmt: skip
 
 
@@ -105,6 +108,66 @@ def test_numbers_beyond_all_sense_are_refused(option):
     """A list of as many iterations as this once filled the memory before anything was loaded."""
     with pytest.raises(InputError, match=f"--{option}: .* must be at most"):
         ComparisonSpec(**{option: 10**400})
+
+
+PRUNING = {
+    "level": st.sampled_from(["5", "20", "50", "80", "99"]),
+    "method": st.sampled_from(["random", "magnitude", "entropy"]),
+    "variant": st.sampled_from(["baseline", "agency"]),
+    "scope": st.sampled_from(["model", "layer"]),
+    "unit": st.sampled_from(["head", "kv_group"]),
+    "bos": st.sampled_from(["auto", "always", "never"]),
+    "adaptation": st.sampled_from(["none", "bias", "refit-mlp"]),
+    "also": st.sampled_from(["plain", "padded", "plain,padded"]),
+    "no_new_bias": st.just(None),
+}
+"""Options of ``prune`` and sensible values of them: what may then go wrong is the model's doing."""
+
+
+@cases(5, 120)
+def test_every_kind_of_model_is_pruned_and_saved_or_refused_in_words(tmp_path, capsys, count):
+    """Each kind of ``edge_cases`` under random options: the checkpoint loads and computes, or the cause is named."""
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for name in ("held_out", "calibration"):
+        (texts / f"{name}.txt").write_text(f"A short text to be {name}, once more and again. " * 200)
+    given_options = [
+        "--quiet",
+        "--device=cpu",
+        "--no_measure",
+        "--num_tokens=20",
+        "--calibration_tokens=256",
+        "--calibration_window=64",
+    ]
+    given_options += [f"--{name}={texts / file}.txt" for name, file in
+                      (("eval_text", "held_out"), ("calibration_text", "calibration"))]  # fmt: skip
+
+    def check(kind, chosen):
+        folder, made = tmp_path / kind.replace(" ", "_").replace("/", "_"), tmp_path / "made"
+        if not folder.exists():
+            KINDS[kind].build(folder)
+        shutil.rmtree(made, ignore_errors=True)
+        argv = ["prune", *given_options, f"--model_name={folder}", f"--output_dir={made}"]
+        argv += [f"--{name}" if value is None else f"--{name}={value}" for name, value in chosen.items()]
+        code = cli.main(argv)
+        shown = capsys.readouterr()
+        assert "Traceback" not in shown.err + shown.out
+        if code == 0:
+            assert KINDS[kind].refused is None, (argv, shown)
+            loaded, _ = load_pruned(made)
+            assert loaded(input_ids=torch.arange(1, 9)[None]).logits.isfinite().all(), argv
+            return
+        assert code == 2, (argv, shown)
+        assert not made.exists(), argv
+        allowed = [KINDS[kind].refused] if KINDS[kind].refused else [
+            r"the (plain|padded) form cannot be had", r"is none\. Give at least", "kv_group", "no beginning token"
+        ]  # fmt: skip
+        assert any(re.search(reason, shown.err, re.DOTALL) for reason in allowed), (argv, shown)
+
+    every = st.fixed_dictionaries(
+        {"level": PRUNING["level"]}, optional={k: v for k, v in PRUNING.items() if k != "level"}
+    )
+    tried(count, check, st.sampled_from(sorted(KINDS)), every)
 
 
 @cases(12, 1000)

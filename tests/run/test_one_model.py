@@ -78,7 +78,7 @@ def test_a_half_precision_model_stays_one(loaded):
 def test_settings_that_cannot_work(loaded):
     for settings, message in (
         ({"level": 0}, "--level: 0 must be above 0"),
-        ({"level": 1}, "is none. Give at least 12"),
+        ({"level": 1}, "is none. Give at least 6.3"),
         ({"level": 50, "method": "guess"}, "'guess' is unknown"),
         ({"level": 50, "colour": "red"}, "knows no setting 'colour'"),
         ({"level": 50, "execution": "masked"}, "removes nothing"),
@@ -110,8 +110,11 @@ def test_the_command_writes_models_and_a_card_with_figures(tmp_path, capsys):
     argv = ["prune", *options, "--level", "50", "--method=magnitude", "--variant=agency-adaptation", "--quiet"]
     assert cli.main([*argv, f"--output-dir={target}", "--also=padded,plain"]) == 2
     shown = capsys.readouterr()
-    assert shown.out == f"model: {target}\npadded: {target / 'padded'}\n"
-    assert shown.err.startswith("error: the plain form cannot be had: ")
+    assert shown.err.startswith("error: --also: the plain form cannot be had: ")
+    assert shown.out == ""  # which is known before anything is pruned
+    assert not target.exists()
+    assert cli.main([*argv, f"--output-dir={target}", "--also=padded"]) == 0
+    assert capsys.readouterr().out == f"model: {target}\npadded: {target / 'padded'}\n"
     model, tokenizer = load_pruned(target)
     assert sum(live_heads(model)) == 4
     assert tokenizer("peace").input_ids
