@@ -36,7 +36,7 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
 def pytest_runtest_makereport(
     item: pytest.Item, call: pytest.CallInfo[None]
 ) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Lone surrogates, which some tests use, cannot be sent between workers: one failure that shows one would end the suite."""
+    """Lone surrogates cannot be sent between workers: without this, one failure that shows one would end the suite."""
     report = yield
     if report.longrepr is not None and not isinstance(report.longrepr, tuple):
         shown = str(report.longrepr)
