@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Generator
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PRUNING_COMPARISON_NO_UPDATE", "1")
@@ -29,3 +30,16 @@ def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are written without charts, which take most of the time, where a test is about tables or words."""
     for draw in ("draw_all", "draw_head_charts"):
         monkeypatch.setattr(f"pruning_comparison.report.write.{draw}", lambda *tables, size: {})
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(
+    item: pytest.Item, call: pytest.CallInfo[None]
+) -> Generator[None, pytest.TestReport, pytest.TestReport]:
+    """Lone surrogates cannot be sent between workers: without this, one failure that shows one would end the suite."""
+    report = yield
+    if report.longrepr is not None and not isinstance(report.longrepr, tuple):
+        shown = str(report.longrepr)
+        if shown.encode("utf-8", "replace").decode() != shown:
+            report.longrepr = shown.encode("utf-8", "backslashreplace").decode()
+    return report
