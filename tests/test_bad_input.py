@@ -158,10 +158,15 @@ def test_every_kind_of_model_is_pruned_and_saved_or_refused_in_words(tmp_path, c
             assert loaded(input_ids=torch.arange(1, 9)[None]).logits.isfinite().all(), argv
             return
         assert code == 2, (argv, shown)
-        assert not made.exists(), argv
-        allowed = [KINDS[kind].refused] if KINDS[kind].refused else [
-            r"the (plain|padded) form cannot be had", r"is none\. Give at least", "kv_group", "no beginning token"
-        ]  # fmt: skip
+        if made.exists():  # what could be saved before a form failed loads
+            load_pruned(made)
+        allowed = [
+            "the (plain|padded) form cannot be had",
+            r"is none\. Give at least",
+            "kv_group",
+            "no beginning token",
+        ]
+        allowed += [KINDS[kind].refused] if KINDS[kind].refused else []
         assert any(re.search(reason, shown.err, re.DOTALL) for reason in allowed), (argv, shown)
 
     every = st.fixed_dictionaries(

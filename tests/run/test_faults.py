@@ -132,11 +132,8 @@ def test_any_other_refusal_of_the_system_is_told_in_words(tmp_path, capsys, monk
 
     monkeypatch.setattr(comparison, "run_comparison", refused)
     assert cli.main(["run", "--model_name=bundled", f"--output_dir={tmp_path}", "--quiet"]) == 1
-    assert (
-        capsys.readouterr().err
-        == (
-            f"error: {tmp_path / 'models'}: No space left on device.\n"  # nothing was measured, so nothing is said to be kept
-        )
+    assert capsys.readouterr().err == (
+        f"error: {tmp_path / 'models'}: No space left on device.\n"  # nothing is said to be kept
     )
 
 
