@@ -615,6 +615,18 @@ def _plan(options: argparse.Namespace) -> int:
 
 
 def _prune(options: argparse.Namespace) -> int:
+    """Prunes one model. What a comparison calls ``--pruning_levels`` and ``--variants`` has other names here."""
+    try:
+        return _prune_to_one_level(options)
+    except InputError as error:
+        text = str(error)
+        for name, ours in (("--pruning_levels:", "--level:"), ("--variants:", "--variant:")):
+            if text.startswith(name):
+                raise type(error)(text.replace(name, ours, 1)) from error
+        raise
+
+
+def _prune_to_one_level(options: argparse.Namespace) -> int:
     if not (math.isfinite(options.level) and 0 < options.level < 100):
         raise InputError(f"--level: {options.level} must be above 0 and below 100 per cent. Give a level such as 30.")
     also = _names(options.also)

@@ -103,6 +103,21 @@ def small_options(folder, texts):
     ]
 
 
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["--level=1"], "error: --level: 1 per cent of 8 heads is none"),
+        (["--level=1", "--scope=layer"], "error: --level: 1 per cent of 4 heads of a layer is none"),
+        (["--level=50", "--variant=agencie"], "error: --variant: 'agencie' is unknown. Did you mean agency"),
+    ],
+)
+def test_the_command_names_its_own_options(given, said, tmp_path, capsys):
+    options = small_options(save_tiny_model(tmp_path / "dense"), write_short_texts(tmp_path / "texts"))
+    capsys.readouterr()
+    assert cli.main(["prune", *options, *given, f"--output_dir={tmp_path / 'kept'}", "--quiet"]) == 2
+    assert capsys.readouterr().err.startswith(said)
+
+
 def test_the_command_writes_models_and_a_card_with_figures(tmp_path, capsys):
     options = small_options(save_tiny_model(tmp_path / "dense"), write_short_texts(tmp_path / "texts"))
     target = tmp_path / "kept"
