@@ -106,3 +106,75 @@ def test_a_document_has_the_harness_bits_per_byte_and_word_perplexity(bundled, h
     assert sum(window.targets for window in windows) == len(ids) - 1
     assert reported["bits_per_byte"] == pytest.approx(bits_per_byte([(total, len(scored.encode()))]), rel=1e-5)
     assert reported["word_perplexity"] == pytest.approx(weighted_perplexity([(total, words)]), rel=1e-4)
+
+
+def rolling(harness, text):
+    """The harness's log-likelihood of a whole text, through its public requests."""
+    from lm_eval.api.instance import Instance
+
+    request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
+    return harness.loglikelihood_rolling([request], disable_tqdm=True)[0]
+
+
+def with_beginning_token(bundled, harness, text):
+    """Windows as wide as the model's context, each with the harness's beginning token, and their summed losses in nats."""
+    windows = evaluation_windows(
+        [Document("a", text)], bundled.tokenizer, window=harness.max_length, stride=harness.max_length, tokens=10**6,
+        bos=harness.prefix_token_id,
+    )  # fmt: skip
+    nats, _ = window_losses(
+        bundled.model, [window.ids for window in windows], batch_size=2, targets=[window.targets for window in windows]
+    )
+    return windows, float(nats.sum())
+
+
+@pytest.mark.parametrize("length", [40, 400, 900])
+def test_with_a_beginning_token_a_document_of_one_window_has_the_harness_log_likelihood(bundled, harness, length):
+    """Every token counts, the first one too, which is predicted from the beginning token."""
+    text = load_documents("bundled:validation", option="--text")[1].text[:length]
+    ids, _ = tokenize(bundled.tokenizer, text)
+    windows, nats = with_beginning_token(bundled, harness, text)
+    assert [window.targets for window in windows] == [len(ids)]
+    assert nats == pytest.approx(-rolling(harness, text), rel=1e-5)
+
+
+def test_with_a_beginning_token_longer_documents_differ_from_the_harness_by_their_windows(bundled):
+    """The harness begins its later windows with the token before and fills the last one up with context. Ours begin with the
+    beginning token, as the model's texts do, and do not score the text's token that follows it, which has no other context.
+    """
+    from lm_eval.models.huggingface import HFLM
+
+    context = 128  # the harness predicts so many tokens at once, from one more than our windows hold
+    harness = HFLM(
+        pretrained=bundled.model, tokenizer=bundled.tokenizer, backend="causal", batch_size=4, device="cpu",
+        max_length=context,
+    )  # fmt: skip
+    begin = harness.prefix_token_id
+    text = load_documents("bundled:validation", option="--text")[1].text
+    ids, offsets = tokenize(bundled.tokenizer, text)
+    tokens = 2 * context + context // 2
+    text = text[: offsets[tokens][0]]
+    ids, _ = tokenize(bundled.tokenizer, text)
+    windows, nats = with_beginning_token(bundled, harness, text)
+    # What the harness scores, made by hand: all tokens, in windows of the context.
+    theirs = [([begin], ids[:context]), (ids[context - 1 : context], ids[context : 2 * context])]
+    rest = len(ids) - 2 * context
+    theirs += [(ids[context + rest - 1 : 2 * context], ids[2 * context :])]
+    by_hand, counts = window_losses(
+        bundled.model, [torch.tensor(before + after) for before, after in theirs], batch_size=1,
+        targets=[len(after) for _, after in theirs],
+    )  # fmt: skip
+    assert int(counts.sum()) == len(ids)
+    assert float(by_hand.sum()) == pytest.approx(-rolling(harness, text), rel=1e-5)
+    # Ours: a token less of the text in each window, and none scored from the beginning token but the document's first.
+    assert [window.ids[0].item() for window in windows] == [begin] * len(windows)
+    assert sum(window.targets for window in windows) == len(ids) - (len(windows) - 1)
+    assert len(windows) == -(-len(ids) // (context - 1))
+    # The same windows give the same figures there.
+    requests = [
+        (("", ""), window.ids[: -window.targets].tolist(), window.ids[-window.targets :].tolist()) for window in windows
+    ]
+    same = sum(value for value, _ in harness._loglikelihood_tokens(requests, disable_tqdm=True))
+    assert nats == pytest.approx(-same, rel=1e-5)
+    ours_per_token, theirs_per_token = nats / sum(window.targets for window in windows), float(by_hand.sum()) / len(ids)
+    assert abs(ours_per_token - theirs_per_token) > 1e-3
