@@ -325,10 +325,13 @@ def smallest_flipping_p(count: int) -> float:
 
     Fewer than nine cannot decide and are not flipped. The crossed model then stands alone, without a limit: 0.
     """
-    least = smallest_permutation_p(count)
-    if math.isnan(least) or least > _DECISIVE_P:
-        return 0.0
-    return max(least, 2 / (_FLIPS + 1) if 2**count > _FLIPS else 0.0)
+    least = _attainable_p(count)
+    return least if least <= _DECISIVE_P else 0.0
+
+
+def _attainable_p(count: int) -> float:
+    """The smallest p that ``sign_flip_p`` can give for so many means: of all flips, or of the random ones it draws."""
+    return max(smallest_permutation_p(count), 2 / (_FLIPS + 1) if 2**count > _FLIPS else 0.0)
 
 
 def sign_flip_p(means: Array, *, seed: int = 0) -> PValue:
@@ -345,8 +348,7 @@ def sign_flip_p(means: Array, *, seed: int = 0) -> PValue:
         rng=np.random.default_rng(seed),
     )
     k = len(means)
-    smallest = max(smallest_permutation_p(k), 2 / (_FLIPS + 1) if 2**k > _FLIPS else 0.0)
-    return PValue(min(float(result.pvalue), 1.0), smallest, f"sign flips of {k}")
+    return PValue(min(float(result.pvalue), 1.0), _attainable_p(k), f"sign flips of {k}")
 
 
 def difference_test(values: Array, cluster: str, *, seed: int = 0) -> PValue:
@@ -377,7 +379,7 @@ def difference_test(values: Array, cluster: str, *, seed: int = 0) -> PValue:
         least = smallest_permutation_p(count)
         return PValue(model, 0.0, f"{name} (sign flips of {count} {what}s cannot go below {least:.2g})")
     flips = sign_flip_p(values.mean(axis), seed=seed)
-    return PValue(max(model, flips.p), smallest_flipping_p(count), f"{name} and sign flips of {count} {what}s")
+    return PValue(max(model, flips.p), flips.smallest, f"{name} and sign flips of {count} {what}s")
 
 
 def holm(p_values: Sequence[float]) -> list[float]:
