@@ -330,10 +330,11 @@ def text_row(
 
 def render_page(
     *, summary: Sequence[Any] = (), contrasts: Sequence[Any] = (), cells: Sequence[Any] = (), missing: Sequence[Any] = (),
-    findings: Sequence[Any] = (), figures: Mapping[str, Figure] | None = None, relative: Sequence[Any] = (),
-    ranked: Sequence[Any] = (), said: Answer | None = None, hero: Figure | None = None, lines: Sequence[str] = (),
-    manifest: Mapping[str, Any] | None = None, texts: Sequence[Any] | None = None, verdicts: Sequence[Any] = (),
-    answers: Sequence[Any] = (), optimal: Sequence[Any] = (), equal: Sequence[Any] = (), heads: Sequence[Any] = (), agreed: pd.DataFrame | None = None,
+    findings: Sequence[Any] = (), figures: Mapping[str, Figure] | None = None, manifest: Mapping[str, Any] | None = None,
+    texts: Sequence[Any] | None = None, verdicts: Sequence[Any] = (), answers: Sequence[Any] = (),
+    optimal: Sequence[Any] = (), equal: Sequence[Any] = (), heads: Sequence[Any] = (), agreed: pd.DataFrame | None = None,
+    relative: Sequence[Any] = (), ranked: Sequence[Any] = (), said: Answer | None = None, hero: Figure | None = None,
+    lines: Sequence[str] = (),
 ) -> str:  # fmt: skip
     given = dict(manifest or {})
     if isinstance(given.get("model"), Mapping):

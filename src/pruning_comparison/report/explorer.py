@@ -18,7 +18,7 @@ from pruning_comparison.variants import reported_variant, variant_order
 
 __all__ = ["explorer_data", "vega"]
 
-_DATA_BYTES = 350_000
+_DATA_BYTES = 250_000
 _DASHES: Mapping[str, list[float]] = {"-": [], "--": [6, 3], "-.": [6, 2, 1, 2], ":": [1, 2]}
 
 

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 
 from markupsafe import Markup, escape
 
+from pruning_comparison.report.sample_texts import clean
+
 __all__ = ["Chart", "inline_svg", "report_charts"]
 
 # The document stays under 3 MB: these parts share it, and each says so when it has to leave something out.
@@ -127,7 +129,7 @@ def inline_svg(drawing: str, name: str, alt: str) -> Markup:
     body = _COLOUR.sub(lambda match: f"var({_PAGE_COLOURS[match[0]]})", body)
     body = re.sub(r"\s*\n\s*", "\n", _LONG_NUMBERS.sub(r"\1", body))
     head = (
-        f'<svg role="img" aria-label="{escape(alt)}" viewBox="0 0 {width:g} {height:g}" '
+        f'<svg role="img" aria-label="{escape(clean(alt))}" viewBox="0 0 {width:g} {height:g}" '
         f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
         f'style="max-width:{width * 96 / 72:.0f}px;stroke-linejoin:round;stroke-linecap:butt">'
     )

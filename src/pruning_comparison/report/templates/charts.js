@@ -50,10 +50,11 @@ function specOf({rows, log, title, anchor, safe, width, panels, height, against}
     values.push({method: data.methods[method], variant: data.variants[variant].name, estimate: 1, low: null, high: null, x: 0, level: "0 %", told: "1", n: "", interval: "none", start: true});
   const looks = shown.map((place) => data.variants[place]);
   const names = looks.map((look) => look.name);
-  const color = {field: "variant", type: "nominal", scale: {domain: names, range: looks.map((look) => look.colour)}, legend: names.length > 1 ? {title: null} : null};
-  const dash = {field: "variant", type: "nominal", scale: {domain: names, range: looks.map((look) => look.dash.length ? look.dash : [1, 0])}, legend: null};
+  const legend = names.length > 1 ? {title: null} : null;
+  const color = {field: "variant", type: "nominal", scale: {domain: names, range: looks.map((look) => look.colour)}, legend};
+  const dash = {field: "variant", type: "nominal", scale: {domain: names, range: looks.map((look) => look.dash.length ? look.dash : [1, 0])}, legend};
   const x = {field: "x", type: "quantitative", title: "Heads pruned (%)", scale: {domain: [levels[0] - .06 * span, levels.at(-1) + .06 * span], nice: false, zero: false}, axis: levels.length <= 7 ? {values: levels} : {tickCount: 5}};
-  const scale = {type: log ? "log" : "linear", domain, nice: false, zero: false};
+  const scale = log ? {type: "log", domain, nice: false} : {type: "linear", domain, nice: false, zero: false};
   const y = {field: "estimate", type: "quantitative", title, scale, axis: {values: ticksOf(domain, log), tickCount: 5, format: ",.4~g"}};
   const tooltip = [["variant", "variant"], ["method", "method"], ["level", "heads pruned"], ["told", "estimate"], ["interval", "95 % interval"], ["n", "n"]]
     .map(([field, name]) => ({field, title: name, type: "nominal"}));
@@ -83,9 +84,19 @@ function specOf({rows, log, title, anchor, safe, width, panels, height, against}
   };
 }
 
+const turns = new WeakMap();
 async function draw(place, options) {
-  const width = place.clientWidth;
-  if (!width) return;
+  const style = getComputedStyle(place);
+  const width = place.clientWidth - parseFloat(style.paddingLeft) - parseFloat(style.paddingRight);
+  if (!(width > 0)) return;
+  // One drawing after the other: what was chosen last is drawn last.
+  const before = turns.get(place) ?? Promise.resolve();
+  const turn = before.then(() => drawNow(place, width, options));
+  turns.set(place, turn);
+  await turn;
+}
+
+async function drawNow(place, width, options) {
   await vegaEmbed(place, specOf({...options, width}), {mode: "vega-lite", renderer: "svg", actions: false, ast: true, tooltip: {theme: "custom"}});
   const svg = place.querySelector("svg");
   svg.setAttribute("role", "img");
@@ -159,7 +170,7 @@ if (data && explorer && data.metrics.length) {
   for (const select of [view, metric, method, temperature, scale]) select.addEventListener("change", change);
   refresh();
   drawings.push(chart);
-  explorer.closest("details")?.addEventListener("toggle", chart);
+  explorer.closest("details")?.addEventListener("toggle", (event) => { if (event.target.open) chart(); });
 }
 
 document.documentElement.dataset.charts = "drawing";
