@@ -17,7 +17,7 @@ from pruning_comparison.spec import ComparisonSpec
 
 
 def spec_of(*argv):
-    return cli._spec_of(cli.make_parser().parse_args(["run", *cli._with_underscores(argv)]))
+    return cli._spec_of(cli.parse(["run", *argv]))
 
 
 def test_defaults_are_the_documented_ones():
