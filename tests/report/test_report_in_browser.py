@@ -41,6 +41,11 @@ cells[0].focus();
 cells[0].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowDown", bubbles: true}));
 answer.keyboard = told.textContent;
 answer.focus = document.activeElement === cells[2];
+const swallow = (event) => event.stopPropagation();
+addEventListener("focus", swallow, true);
+cells[2].dispatchEvent(new KeyboardEvent("keydown", {key: "ArrowRight", bubbles: true}));
+removeEventListener("focus", swallow, true);
+answer.unfocused = told.textContent;
 const select = box.querySelector("select");
 select.selectedIndex = 1;
 select.dispatchEvent(new Event("change"));
@@ -115,6 +120,7 @@ def test_sorting_hover_and_keyboard_work_and_nothing_is_fetched(html: str, tmp_p
     assert "redundancy 2" in answer["hover"]
     assert answer["keyboard"].startswith("Layer 1, head 0: goes at 25 %;")
     assert answer["focus"] is True
+    assert answer["unfocused"].startswith("Layer 1, head 1:"), "a window without the focus sends no focus events"
     assert answer["view"] == ["0", "1", "2", "3"]
     assert answer["back"] == ["–", "50×", "25", "–"]
     assert answer["scripted"] == "block"

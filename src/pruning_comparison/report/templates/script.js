@@ -44,7 +44,10 @@ document.querySelectorAll(".headmap").forEach((box, number) => {
       const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -data.heads, ArrowDown: data.heads, Home: -at, End: cells.length - 1 - at}[event.key];
       if (step === undefined) return;
       event.preventDefault();
-      cells[at + step]?.focus();
+      const next = cells[at + step];
+      if (!next) return;
+      next.focus();
+      tell(next); // A window without the focus sends no focus event.
     });
   });
   const before = cells.map((cell) => [cell.className, cell.textContent]);
