@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruning_comparison import __version__
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
-from pruning_comparison.formatting import file_name_of, printable
+from pruning_comparison.formatting import file_name_of
 from pruning_comparison.methods import METHODS, Method
 from pruning_comparison.options import parts_of, with_presets_and_files, with_underscores
 from pruning_comparison.presets import PRESETS
@@ -596,13 +596,19 @@ def _show_again(folder: Path, options: argparse.Namespace, margins: Mapping[str,
 def _show(report: Path, options: argparse.Namespace) -> None:
     """The answer of a run, as its report begins with it, and where that is."""
     if not options.quiet:
-        from pruning_comparison.report.terminal import stored_answer, terminal_text
+        from pruning_comparison.report.terminal import answer_text, stored_answer
 
         answer = stored_answer(report.parent)
         if answer is not None:
             width, coloured = get_terminal_size((80, 24)).columns, sys.stdout.isatty() and "NO_COLOR" not in os.environ
-            print(printable(terminal_text(answer, width=width, coloured=coloured)))
+            _print_any(f"{answer_text(answer, width=width, coloured=coloured)}\n")
     print(f"report: {report}")
+
+
+def _print_any(text: str) -> None:
+    """Prints text that may hold signs, such as a minus, that the terminal's encoding lacks: question marks then."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
 
 
 def _report_options(options: argparse.Namespace) -> dict[str, Any]:
@@ -725,7 +731,7 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
                 failed[form] = failure
         live.progress(total, total, "done")
     if measured and not options.quiet:
-        print(before_and_after_text(measured))
+        _print_any(before_and_after_text(measured))
     for name, place in saved:
         print(f"{name}: {place}")
     for form, error in failed.items():

@@ -20,7 +20,6 @@ from pruning_comparison.analysis import (
     agreement,
     answer_hypotheses,
     contrast,
-    differences,
     map_heads,
     map_rounds,
     missing_figures,
@@ -29,10 +28,18 @@ from pruning_comparison.analysis import (
     speed_at_equal_perplexity,
     summarize,
 )
-from pruning_comparison.errors import StoreError
+from pruning_comparison.errors import InputError, StoreError
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report import between_runs, findings, verdicts
-from pruning_comparison.report.charts import NARROW, WIDE, draw_all, draw_head_charts, save_charts
+from pruning_comparison.report.charts import (
+    NARROW,
+    WIDE,
+    draw_all,
+    draw_between_runs,
+    draw_head_charts,
+    save_charts,
+    to_svg,
+)
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
 from pruning_comparison.store import Manifest, Run, load_run, write_atomically, write_manifest, write_table
@@ -133,29 +140,30 @@ def write_results(
     return folder / REPORT
 
 
-def write_between_runs(
-    first: Path,
-    second: Path,
-    *,
-    output_dir: Path,
-) -> Path:
-    """Compares the second run with the first and writes ``between_runs_<timestamp>/``: report and ``between_runs.csv``.
+def write_between_runs(folders: Sequence[Path], *, output_dir: Path) -> Path:
+    """Compares every run with the first of them and writes ``between_runs_<timestamp>/``: report, table and charts.
 
-    Returns the report's path.
+    Returns the report's path. InputError for fewer than two runs.
     """
-    runs = load_run(first), load_run(second)
+    if len(folders) < 2:
+        raise InputError(f"{len(folders)} run cannot be compared with another. Name at least two.")
+    runs = [load_run(folder) for folder in folders]
     LOGGER.info("estimating")
-    compared, limits = between_runs.compare(*runs)
-    found = differences(runs[0].manifest.as_dict(), runs[1].manifest.as_dict())
+    compared = between_runs.compare_all(runs)
+    table = between_runs.joined(compared)
+    LOGGER.info("drawing the charts")
+    wide, narrow = (draw_between_runs(table, size=size) for size in (WIDE, NARROW))
     folder = _new_folder(output_dir)
-    write_table(folder / BETWEEN_RUNS, compared)
+    write_table(folder / BETWEEN_RUNS, table)
+    save_charts(wide, folder / CHARTS)
     LOGGER.info("writing the report")
     html = render_between_runs(
-        names=(str(first), str(second)),
-        compared=compared,
-        findings=between_runs.between_runs_findings(compared),
-        differences=[between_runs.difference_in_words(difference) for difference in found],
-        limits=[between_runs.limit_in_words(limit) for limit in limits],
+        names=[str(name) for name in folders],
+        compared=table,
+        findings=[finding for one in compared for finding in between_runs.between_runs_findings(one.table, one.name)],
+        differences=between_runs.differences_in_words(compared),
+        limits=between_runs.limits_in_words(compared),
+        charts={name: (to_svg(wide[name]), to_svg(narrow[name])) for name in wide},
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT

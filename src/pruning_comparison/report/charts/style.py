@@ -245,6 +245,14 @@ def to_png(figure: Figure, *, dpi: float = 150) -> bytes:
     return buffer.getvalue()
 
 
+def to_svg(figure: Figure) -> bytes:
+    """The figure as an SVG document; the same figure gives the same bytes."""
+    buffer = io.BytesIO()
+    with _style():
+        figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
+    return buffer.getvalue()
+
+
 def save_charts(figures: Mapping[str, Figure], folder: Path, *, svg: bool = True) -> dict[str, bytes]:
     """Write each figure as ``<name>.png`` (150 dots per inch) and, with ``svg``, ``<name>.svg``; same figures, same bytes.
 
