@@ -82,7 +82,7 @@ def answer_text(answer: Answer, *, width: int = 80, coloured: bool = False) -> s
         more = counted(len(answer.rows) - len(shown), "more row")
         parts += [Text(f"{more} in the report."), Text()]
     if answer.chips:
-        parts.append(_verdict_table(answer.chips))
+        parts.append(_verdict_table(answer.chips, min(width, _WIDEST)))
     return _as_text(parts, width=min(width, _WIDEST), coloured=coloured)
 
 
@@ -112,17 +112,21 @@ def _ratio(value: float, low: float, high: float) -> tuple[str, str]:
     ) else f"{format_times(low)} to {format_times(high)}"
 
 
-def _verdict_table(chips: Sequence[Chip]) -> Table:
+def _verdict_table(chips: Sequence[Chip], width: int) -> Table:
+    """A line for each verdict; a title that leaves no room for it is cut."""
     from rich.text import Text
 
     table = _table("Expectations and questions")
-    table.add_column("", no_wrap=True)
-    table.add_column("", no_wrap=True, overflow="ellipsis")
-    table.add_column("", no_wrap=True)
-    table.add_column("", no_wrap=True, justify="right")
+    for justify in ("left", "left", "left", "right"):
+        table.add_column("", no_wrap=True, justify=justify)
     table.show_header = False
+    others = [
+        max(len(text) for text in texts) for texts in zip(*((c.id, c.label, c.number) for c in chips), strict=True)
+    ]
+    room = max(8, width - sum(others) - 2 * len(others))
     for chip in chips:
-        table.add_row(chip.id, chip.title, Text(chip.label, style=_COLOURS[chip.verdict]), chip.number)
+        title = chip.title if len(chip.title) <= room else f"{chip.title[: room - 1]}…"
+        table.add_row(chip.id, title, Text(chip.label, style=_COLOURS[chip.verdict]), chip.number)
     return table
 
 
