@@ -173,7 +173,7 @@ def method_named(name: str, own: Iterable[Method] = ()) -> Method:
     known = {**METHODS, **{method.name: method for method in own}}
     if name not in known:
         hint = f" One of your own is given as Method({name!r}, score={name!r})." if ":" in name else ""
-        raise InputError(unknown_name(_OPTION, name, known) + hint)
+        raise InputError(unknown_name("", name, known) + hint, option=_OPTION)
     return known[name]
 
 

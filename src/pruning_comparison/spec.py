@@ -291,7 +291,7 @@ REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "var
 """Settings that say which cells there are, and nothing about how one of them is measured."""
 TEXT_AXES = frozenset({"max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging"})
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
-_NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
 
 
 PROTOCOL_REVISION = 1
@@ -370,7 +370,7 @@ def identity(
     without: Collection[str] = (),
 ) -> str:
     """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
-    counted = {key: value for key, value in settings.items() if key not in _NAMES_OF_FILES and key not in without}
+    counted = {key: value for key, value in settings.items() if key not in NAMES_OF_FILES and key not in without}
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -428,4 +428,4 @@ def option_of(field: str) -> str:
 
 def _require(condition: bool, field: str, value: object, problem: str, advice: str) -> None:
     if not condition:
-        raise InputError(f"{option_of(field)}: {value!r} {problem}. {advice}")
+        raise InputError(f"{value!r} {problem}. {advice}", option=option_of(field))

@@ -145,11 +145,11 @@ def variant_named(name: str) -> Variant:
     """The variant of that name. InputError, with the nearest, for any other; one that is gone is said to be."""
     if name in RETIRED:
         raise InputError(
-            f"--variants: {name!r} is no longer measured: {RETIRED[name].summary}. Leave it out; its old runs "
-            "can still be reported."
+            f"{name!r} is no longer measured: {RETIRED[name].summary}. Leave it out; its old runs can still be reported.",
+            option="--variants",
         )
     if name not in VARIANTS:
-        raise InputError(unknown_name("--variants", name, VARIANTS))
+        raise InputError(unknown_name("", name, VARIANTS), option="--variants")
     return VARIANTS[name]
 
 

@@ -462,13 +462,14 @@ def between_runs(**changes):
     compared = pd.DataFrame(
         [
             {**answer("X:perplexity", "supported", -0.1, -0.2, -0.06, kind="exploratory", contrast=NASTY),
-             "variant": NASTY, "level": level, "note": NASTY}
+             "run": "run 2", "variant": NASTY, "level": level, "note": NASTY}
             for level in (20.0, 40.0)
         ]
     )  # fmt: skip
     values = {
         "names": (NASTY, NASTY), "compared": compared, "findings": [Finding(NASTY, NASTY, NASTY)],
-        "differences": [DifferenceInWords(NASTY, NASTY, NASTY)], "limits": [LimitInWords(NASTY, NASTY)], **changes,
+        "differences": [DifferenceInWords(NASTY, (NASTY, NASTY))], "limits": [LimitInWords(NASTY, NASTY)], "charts": {},
+        **changes,
     }  # fmt: skip
     return render_between_runs(**values)
 
@@ -489,9 +490,9 @@ def test_a_comparison_of_two_runs_is_one_offline_escaped_document():
 
 
 def test_a_comparison_in_which_nothing_can_be_compared_says_so():
-    empty = pd.DataFrame(columns=[*HYPOTHESIS_COLUMNS, "variant", "level", "note"])
+    empty = pd.DataFrame(columns=["run", *HYPOTHESIS_COLUMNS, "variant", "level", "note"])
     words = Document(between_runs(compared=empty, findings=[], differences=[], limits=[])).words
-    assert "Nothing in these two runs can be compared." in words
+    assert "Nothing in these runs can be compared." in words
     assert "Nothing that is recorded." in words
 
 

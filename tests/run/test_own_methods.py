@@ -350,7 +350,7 @@ def test_stored_settings_are_imported_only_where_that_is_trusted(folder, tmp_pat
 
 
 def spec_of(*argv):
-    return cli._spec_of(cli.make_parser().parse_args(cli._with_config(cli._with_underscores(["run", *argv]))))
+    return cli._spec_of(cli.parse(["run", *argv]))
 
 
 def test_what_the_command_line_says_wins_over_the_file(tmp_path):

@@ -19,6 +19,7 @@ from markupsafe import Markup
 
 from pruning_comparison.analysis import NO_DIFFERENCE, NOT_ENOUGH, HeadMap
 from pruning_comparison.errors import InputError
+from pruning_comparison.formatting import capitalised
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report.answer import Answer
 from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
@@ -51,6 +52,7 @@ __all__ = ["render_between_runs", "render_report"]
 
 
 _COMPARED_ROWS = 2_000
+_COMPARED_CHART_BYTES = 1_200_000
 _MOST_LINES = 2
 
 
@@ -161,26 +163,40 @@ def render_report(
 
 def render_between_runs(
     *,
-    names: tuple[str, str],
+    names: Sequence[str],
     compared: pd.DataFrame,
     findings: Sequence[Finding],
     differences: Sequence[DifferenceInWords],
     limits: Sequence[LimitInWords],
+    charts: Mapping[str, tuple[bytes, bytes]],
 ) -> str:
-    """The comparison of two runs as one HTML document under 3 MB that opens offline.
+    """The comparison of several runs as one HTML document under 3 MB that opens offline.
 
-    ``names`` are the folders of the first and the second run. ``compared`` has the columns of ``answers`` and "level".
+    ``names`` are the folders of the runs. ``compared`` has the columns of ``answers``, "level" and "run". ``charts`` are SVG
+    documents by method, for wide screens and for those up to 600 pixels; those that would make the page too large are left
+    out, and named.
     """
     kept = compared.head(_COMPARED_ROWS)
+    drawn: dict[str, tuple[str, str]] = {}
+    used = 0
+    for method, pair in charts.items():
+        used += sum(map(len, pair)) * 4 // 3
+        if used <= _COMPARED_CHART_BYTES:
+            drawn[method] = (base64.b64encode(pair[0]).decode(), base64.b64encode(pair[1]).decode())
+    tables = [
+        answers_table(rows.drop(columns="run"), f"{capitalised(str(run))} against run 1")
+        for run, rows in kept.groupby("run", sort=False)
+    ]
     return _rendered(
         "between_runs.html",
         scripts=("templates/script.js",),
-        first=names[0],
-        second=names[1],
+        names=list(names),
         findings=findings,
         differences=differences,
         limits=limits,
-        compared=answers_table(kept, "The second run against the first"),
+        charts=drawn,
+        charts_left_out=[method for method in charts if method not in drawn],
+        tables=tables,
         rows_left_out=len(compared) - len(kept),
     )
 

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from pruning_comparison.analysis import (
     CONTRAST_COLUMNS,
@@ -23,7 +24,6 @@ from pruning_comparison.analysis import (
     answer_hypotheses,
     answer_pruning,
     contrast,
-    differences,
     map_heads,
     map_rounds,
     missing_figures,
@@ -35,11 +35,21 @@ from pruning_comparison.analysis import (
     speed_at_equal_perplexity,
     summarize,
 )
-from pruning_comparison.errors import StoreError
+from pruning_comparison.errors import InputError, StoreError
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report import between_runs, findings, verdicts
 from pruning_comparison.report.answer import answer_of
-from pruning_comparison.report.charts import chart_jobs, head_chart_jobs, perplexity_over_levels, rankings
+from pruning_comparison.report.charts import (
+    NARROW,
+    WIDE,
+    chart_jobs,
+    draw_between_runs,
+    head_chart_jobs,
+    perplexity_over_levels,
+    rankings,
+    save_charts,
+    to_svg,
+)
 from pruning_comparison.report.drawing import draw_charts
 from pruning_comparison.report.first_screen import model_name
 from pruning_comparison.report.page import render_between_runs, render_report
@@ -124,7 +134,7 @@ def write_results(
         "findings": [vars(finding) for finding in plain],
     }
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
-    jobs = {
+    jobs: dict[str, Callable[[], Figure]] = {
         HERO: partial(perplexity_over_levels, tables.relative, tolerance=used.tolerance),
         "rankings": partial(rankings, tables.rankings),
         **chart_jobs(tables.summary, tables.contrasts),
@@ -156,29 +166,30 @@ def write_results(
     return folder / REPORT
 
 
-def write_between_runs(
-    first: Path,
-    second: Path,
-    *,
-    output_dir: Path,
-) -> Path:
-    """Compares the second run with the first and writes ``between_runs_<timestamp>/``: report and ``between_runs.csv``.
+def write_between_runs(folders: Sequence[Path], *, output_dir: Path) -> Path:
+    """Compares every run with the first of them and writes ``between_runs_<timestamp>/``: report, table and charts.
 
-    Returns the report's path.
+    Returns the report's path. InputError for fewer than two runs.
     """
-    runs = load_run(first), load_run(second)
+    if len(folders) < 2:
+        raise InputError(f"{len(folders)} run cannot be compared with another. Name at least two.")
+    runs = [load_run(folder) for folder in folders]
     LOGGER.info("estimating")
-    compared, limits = between_runs.compare(*runs)
-    found = differences(runs[0].manifest.as_dict(), runs[1].manifest.as_dict())
+    compared = between_runs.compare_all(runs)
+    table = between_runs.joined(compared)
+    LOGGER.info("drawing the charts")
+    wide, narrow = (draw_between_runs(table, size=size) for size in (WIDE, NARROW))
     folder = _new_folder(output_dir)
-    write_table(folder / BETWEEN_RUNS, compared)
+    write_table(folder / BETWEEN_RUNS, table)
+    save_charts(wide, folder / CHARTS)
     LOGGER.info("writing the report")
     html = render_between_runs(
-        names=(str(first), str(second)),
-        compared=compared,
-        findings=between_runs.between_runs_findings(compared),
-        differences=[between_runs.difference_in_words(difference) for difference in found],
-        limits=[between_runs.limit_in_words(limit) for limit in limits],
+        names=[str(name) for name in folders],
+        compared=table,
+        findings=[finding for one in compared for finding in between_runs.between_runs_findings(one.table, one.name)],
+        differences=between_runs.differences_in_words(compared),
+        limits=between_runs.limits_in_words(compared),
+        charts={name: (to_svg(wide[name]), to_svg(narrow[name])) for name in wide},
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,11 +22,12 @@ from pruning_comparison.run.reuse import reuse
 from pruning_comparison.run.run_log import RunLog, log_failure
 from pruning_comparison.run.run_options import keep_options
 from pruning_comparison.run.saved_models import model_folder
-from pruning_comparison.spec import Cell, ComparisonSpec, revisions_of
+from pruning_comparison.spec import NAMES_OF_FILES, Cell, ComparisonSpec, revisions_of
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import CellResult, Manifest, Measurement, ModelFacts
 from pruning_comparison.store.run_folder import (
     create_run,
+    journal_damage,
     read_manifest,
     stored_runs,
     unfinished_run,
@@ -45,8 +48,13 @@ def run_comparison(
     raise_failures: bool = False,
     save_models: bool = False,
     launcher: Launcher = launch_serially,
+    fresh: bool = False,
+    report_options: Mapping[str, Any] = {},
 ) -> Path:
     """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
+
+    With ``fresh`` everything is measured again in a new folder: nothing is continued, and nothing is taken over from earlier
+    runs. ``report_options`` change nothing that is measured; they are only kept with the options that repeat the run.
 
     ``save_models`` also keeps every pruned model, in ``model_folder``. ``launcher`` says who measures: results are the
     same, so a run may be continued with another one.
@@ -60,9 +68,11 @@ def run_comparison(
             f"--save_models: nothing is removed with --execution={spec.execution}. Leave one of the two out."
         )
     inputs = prepare(spec)
-    with RunLog() as log, RunStore(log.kept_in(open_run(spec, inputs, output_dir, code_commit)), lock=True) as store:
+    opened = partial(open_run, spec, inputs, output_dir, code_commit, fresh=fresh, report_options=report_options)
+    with RunLog() as log, RunStore(log.kept_in(opened()), lock=True) as store:
         folder = store.folder
-        reuse(spec, inputs, store)
+        if not fresh:
+            reuse(spec, inputs, store)
         work = missing_work(spec, inputs, store, save_models=save_models, raise_failures=raise_failures)
         total = sum(1 for _ in spec.cells()) + sum(1 for _ in spec.levels())
         done = total - len(work.cells) - len(work.timings)
@@ -93,7 +103,9 @@ def run_comparison(
                     log_failure(event.what, event.reason, event.traceback)
         except KeyboardInterrupt:
             raise Interrupted(
-                f"{done} of {total} steps are kept in {folder}. The same command continues.", folder
+                f"{done} of {total} steps are kept in {folder}. The same command{', without --fresh,' if fresh else ''} "
+                "continues.",
+                folder,
             ) from None
         on_progress(done, total, "done")
         manifest = read_manifest(folder)
@@ -127,10 +139,18 @@ def missing_work(
     return Work(spec, inputs, store.folder, cells, parts, timings, models, known, raise_failures)
 
 
-def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit: str | None) -> Path:
-    """The run folder to write to: an unfinished one of the same spec, else a new one."""
+def open_run(
+    spec: ComparisonSpec,
+    inputs: Inputs,
+    output_dir: Path,
+    code_commit: str | None,
+    *,
+    fresh: bool = False,
+    report_options: Mapping[str, Any] = {},
+) -> Path:
+    """The run folder to write to: an unfinished one of the same spec, unless ``fresh``, else a new one."""
     spec_hash = spec.content_hash(dict(inputs.digests))
-    folder = unfinished_run(output_dir, spec_hash)
+    folder = None if fresh else unfinished_run(output_dir, spec_hash)
     if folder is not None:
         manifest = read_manifest(folder)
         LOGGER.info("continuing %s", folder)
@@ -149,7 +169,7 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         if set(warnings) - set(known):
             write_manifest(folder, replace(manifest, warnings=(*known, *(w for w in warnings if w not in known))))
         return folder
-    for other, manifest in stored_runs(output_dir):
+    for other, manifest in stored_runs(output_dir) if not fresh else ():
         if manifest.finished is None and (manifest.spec_hash != spec_hash or manifest.revisions is None):
             LOGGER.info(
                 "%s is unfinished and %s. This starts a new run", other, _why_not_continued(manifest, spec, inputs)
@@ -167,7 +187,7 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         started=_now(),
         warnings=_warnings(spec),
     )
-    folder = keep_options(create_run(output_dir, manifest), spec)
+    folder = keep_options(create_run(output_dir, manifest), spec, report_options)
     for warning in manifest.warnings:
         LOGGER.warning(warning)
     return folder
@@ -194,13 +214,53 @@ def _why_not_continued(manifest: Manifest, spec: ComparisonSpec, inputs: Inputs)
 
 def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
     """Whether ``run_comparison`` would continue an unfinished run."""
-    digests = content_hashes(
+    return unfinished_run(output_dir, spec.content_hash(_digests(spec))) is not None
+
+
+def finished_run(spec: ComparisonSpec, output_dir: Path, *, with_models: bool = False) -> Path | None:
+    """The newest run of the same spec, if it is finished and its journal sound; None where it is to be continued, or none.
+
+    ``with_models``: only one that has kept its pruned models. What has changed since it was measured, of versions and
+    machine, is logged as a warning.
+    """
+    here = _settings_without_files(spec.as_dict())
+    if not any(
+        manifest.finished is not None and _settings_without_files(manifest.spec) == here
+        for _, manifest in stored_runs(output_dir)
+    ):
+        return None  # Contents are hashed only where it can matter: that reads all weights of a local model.
+    spec_hash = spec.content_hash(_digests(spec))
+    for folder, manifest in stored_runs(output_dir):
+        if manifest.spec_hash != spec_hash or manifest.revisions is None or journal_damage(folder) is not None:
+            continue
+        if manifest.finished is None:
+            return None  # begun after any that is finished, and to be continued
+        pruned = [cell for cell in spec.cells() if cell.level > 0]
+        if with_models and not all(model_folder(folder, cell).is_dir() for cell in pruned):
+            continue
+        for part, stored, now in (
+            ("versions", manifest.versions, versions()),
+            ("hardware", manifest.hardware, hardware(spec)),
+        ):
+            if stored != now:
+                changed = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+                LOGGER.warning("it was measured with other %s: %s", part, ", ".join(changed))
+        return folder
+    return None
+
+
+def _settings_without_files(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as the identity of a run counts them: what files are called is not part of it."""
+    return {name: value for name, value in settings.items() if name not in NAMES_OF_FILES}
+
+
+def _digests(spec: ComparisonSpec) -> dict[str, str]:
+    return content_hashes(
         preview_model(spec.model_name),
         load_prompts(spec.prompt_file, spec.max_prompts),
         load_documents(spec.eval_text, option="--eval_text"),
         load_documents(spec.calibration_text, option="--calibration_text"),
     )
-    return unfinished_run(output_dir, spec.content_hash(digests)) is not None
 
 
 def _warnings(spec: ComparisonSpec) -> tuple[str, ...]:

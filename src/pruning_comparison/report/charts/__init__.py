@@ -1,5 +1,6 @@
 """Tables in, matplotlib figures out. Nothing is estimated here."""
 
+from pruning_comparison.report.charts.between_runs import draw_between_runs
 from pruning_comparison.report.charts.first import perplexity_over_levels, rankings
 from pruning_comparison.report.charts.heads import draw_head_charts, head_chart_jobs
 from pruning_comparison.report.charts.overview import chart_jobs, draw_all
@@ -19,6 +20,7 @@ __all__ = [
     "FigureSize",
     "chart_jobs",
     "draw_all",
+    "draw_between_runs",
     "draw_head_charts",
     "head_chart_jobs",
     "perplexity_over_levels",

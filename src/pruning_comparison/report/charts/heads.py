@@ -305,7 +305,7 @@ def _draw_map(axes: Axes, values: Array, colours: Any, norm: Normalize) -> Any:
     axes.set_facecolor(_STAYS)
     # Squares of its own rather than a picture: they stay sharp in an SVG at any size.
     across, down = np.arange(heads + 1) - 0.5, np.arange(layers + 1) - 0.5
-    lines = {"edgecolors": "white", "linewidth": 0.7} if heads * layers <= 2_500 else {}
+    lines: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.7} if heads * layers <= 2_500 else {}
     picture = axes.pcolormesh(across, down, np.ma.masked_invalid(values), cmap=colours, norm=norm, **lines)
     axes.set_ylim(layers - 0.5, -0.5)
     axes.grid(visible=False)
