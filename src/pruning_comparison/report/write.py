@@ -141,6 +141,7 @@ def write_results(
         **head_chart_jobs(run.model, maps, rounds, agreed),
     }
     drawings = draw_charts(jobs, folder / CHARTS, on_progress=on_progress)
+    _remove_narrow_charts(folder / CHARTS / "narrow")
     LOGGER.info("writing the report")
     html = render_report(
         answer=answer,
@@ -193,6 +194,14 @@ def write_between_runs(folders: Sequence[Path], *, output_dir: Path) -> Path:
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT
+
+
+def _remove_narrow_charts(folder: Path) -> None:
+    """What releases up to 0.1.0 drew for phones would go on showing an old state beside the new charts."""
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins:
