@@ -104,7 +104,7 @@ def _read_file(place: str) -> dict[str, Any]:
         raise InputError(f"--config: {place!r} cannot be read: {error.strerror}. Give a YAML file.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
-            f"--config: {place!r} is no YAML file: {' '.join(str(error).split())}. Write lines such as seed: 1."
+            f"--config: {place!r} is not a YAML file: {' '.join(str(error).split())}. Write lines such as seed: 1."
         ) from error
     if too_long:
         raise InputError(f"--config: {place!r} has more than {_MOST_CONFIG_BYTES} bytes. Give a file of options.")

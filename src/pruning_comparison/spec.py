@@ -357,7 +357,7 @@ def revisions_of(spec: ComparisonSpec) -> Revisions:
 
 
 def _methods_of(methods: Collection[str], variants: Collection[str]) -> list[str]:
-    """The methods that are used: those that rank and, where heads are asked, the one that tells their importance."""
+    """The methods that are used: those that rank and, where heads are asked, the one that gives their importance."""
     asked = any(variant_named(name).negotiates for name in variants)
     return list(dict.fromkeys([*methods, IMPORTANCE] if asked else methods))
 
@@ -387,13 +387,13 @@ def without_strange_methods(settings: Mapping[str, Any], known: Collection[Metho
 def _own_methods_of(stored: Any, trust: bool, known: Collection[Method]) -> tuple[Method, ...]:
     """A user's own methods from stored settings."""
     if not isinstance(stored, Mapping):
-        raise InputError(f"a stored spec has own_methods {stored!r}, which is no mapping. Run the comparison again.")
+        raise InputError(f"a stored spec has own_methods {stored!r}, which is not a mapping. Run the comparison again.")
     here = {method.name: method for method in known}
     found = []
     for name, values in stored.items():
         if not isinstance(values, Mapping):
             raise InputError(
-                f"the stored method {name!r} is {values!r}, which is no mapping. Run the comparison again."
+                f"the stored method {name!r} is {values!r}, which is not a mapping. Run the comparison again."
             )
         if name in here and here[name].identity() == values:
             found.append(here[name])
