@@ -318,8 +318,8 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add(
         "config",
         metavar="FILE.yaml",
-        help="also take options from a file, such as the run.yaml of a run: a mapping of names to values. It replaces what a "
-        "preset sets, and the command line replaces both",
+        help="also take options from a file, such as the run.yaml of a run: a mapping of names to values. It replaces what "
+        "a preset sets, and the command line replaces both",
     )
     flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
 
@@ -333,7 +333,8 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add(
         "unit",
         default=default["prune_unit"],
-        help=f"{' or '.join(PRUNE_UNITS)}: heads are pruned one by one, or with all others that read the same keys and values",
+        help=f"{' or '.join(PRUNE_UNITS)}: heads are pruned one by one, or with all others that read the same keys and "
+        "values",
     )
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads are pruned first under entropy")
     add(

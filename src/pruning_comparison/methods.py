@@ -186,7 +186,8 @@ def checked_own_method(method: Method) -> Method:
     name = method.name
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.:-]*", name, re.ASCII):
         raise MethodError(
-            f"{_OPTION}: {name!r} is not a valid name for a method. Use letters, digits and any of _ . : - after the first letter."
+            f"{_OPTION}: {name!r} is not a valid name for a method. Use letters, digits and any of _ . : - after "
+            "the first letter."
         )
     if name in METHODS:
         raise MethodError(f"{_OPTION}: {name!r} is a method of this package. Give your own another name.")
