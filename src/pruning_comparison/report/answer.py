@@ -14,16 +14,13 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis import QUESTIONS
+from pruning_comparison.analysis import ANSWERED, NO_DIFFERENCE, NOT_ENOUGH, QUESTIONS, REFUTED, SUPPORTED
 from pruning_comparison.formatting import capitalised, counted, listed, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import metric_named
 from pruning_comparison.report.rows import rows_of
 from pruning_comparison.variants import PRIMARY, reported_variant, variant_order
 
-__all__ = ["ANSWERED", "Answer", "AnswerRow", "Chip", "answer_of", "format_change", "format_times"]
-
-SUPPORTED, NO_DIFFERENCE, REFUTED = "supported", "no meaningful difference", "refuted"
-NOT_ENOUGH, ANSWERED = "not enough data", "answered"
+__all__ = ["Answer", "AnswerRow", "Chip", "answer_of", "format_change", "format_times"]
 
 _WORST_FIRST = (REFUTED, NOT_ENOUGH, NO_DIFFERENCE, ANSWERED, SUPPORTED)
 _MOST_LEVELS = 5
@@ -115,10 +112,10 @@ def format_times(ratio: float) -> str:
 
 
 def format_change(ratio: float) -> str:
-    """A ratio as a signed change: "+3.2 %", and from twice or half on as a factor: "×2.5"."""
+    """A ratio as a signed change: "+3.2 %", and from twice on as a factor: "×2.5"."""
     if math.isnan(ratio):
         return "missing"
-    if not 0.5 < ratio < 2:
+    if ratio >= 2:
         return f"×{format_times(ratio)}"
     change = 100 * (ratio - 1)
     if abs(change) < 0.05:
@@ -204,9 +201,12 @@ def _quality_sentences(method: str, rows: Sequence[AnswerRow], relative: pd.Data
     for variant in variants:
         at = {row.level: row for row in measured if row.variant == variant}
         values = listed([format_times(at[level].perplexity) if level in at else "unknown" for level in levels])
-        told.append(f"{_possessive(variant)} {'perplexity is ' if not told else ''}{values}")
-    times = f"{listed(told)} times the dense model's"
-    sentence = f"With {_levels(levels)} of the heads pruned by {method}, {times}."
+        told.append(
+            f"{_possessive(variant)} is {values}"
+            if told
+            else f"{_possessive(variant)} perplexity is {values} times the dense model's"
+        )
+    sentence = f"With {_levels(levels)} of the heads pruned by {method}, {'; '.join(told)}."
     unclear = _unclear(relative, method, variants, levels)
     return [f"{sentence} {unclear}".rstrip()]
 
@@ -223,9 +223,9 @@ def _levels(levels: Sequence[float]) -> str:
 
 
 def _unclear(relative: pd.DataFrame, method: str, variants: Sequence[str], levels: Sequence[float]) -> str:
-    """Where the paired interval leaves open whether perplexity changed at all."""
+    """Where it is unclear, after correction for the number of levels, whether perplexity changed at all."""
     quality = relative[
-        (relative["metric"] == "perplexity") & (relative["method"] == method) & (relative["change"] == "unclear")
+        (relative["metric"] == "perplexity") & (relative["method"] == method) & ~relative["certain"].astype(bool)
     ]
     told = []
     for variant in variants:
@@ -297,8 +297,8 @@ def _timed(row: Mapping[str, Any], what: str, more: str, less: str) -> str:
     ratio, low, high = (float(row[key]) for key in ("estimate", "ci_low", "ci_high"))
     if math.isnan(low) or math.isnan(high):
         return f"{format_change(ratio)} {what} (no interval)"
-    if row["change"] == "unclear":
-        return f"no clear change in {what} ({_range(low, high)})"
+    if not row["certain"]:
+        return f"an unclear change in {what} ({_range(low, high)})"
     if ratio >= 2:
         return f"{format_times(ratio)} times the {what} ({_range(low, high)})"
     return f"{_more_or_less(ratio, more, less)} {what} ({_range(low, high)})"
@@ -407,8 +407,12 @@ def _chip(name: str, methods: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
 
 
 def _deciding(name: str, rows: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    """The rows that a chip's verdict is about: for questions asked metric by metric, perplexity alone; else all of them."""
-    first = [row for row in rows if row["metric"] == "perplexity"] if name == "Q4" else []
+    """The rows that a chip's verdict is about: perplexity's of tight resources, and of metrics those that are answered."""
+    first: list[Mapping[str, Any]] = []
+    if name == "Q4":
+        first = [row for row in rows if row["metric"] == "perplexity"]
+    elif name == "Q5":
+        first = [row for row in rows if row["verdict"] == ANSWERED]
     return first or list(rows)
 
 

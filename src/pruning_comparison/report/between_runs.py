@@ -139,18 +139,18 @@ def run_name(number: int) -> str:
     return f"run {number + 1}"
 
 
-def compare_all(runs: Sequence[Run], *, seed: int = 0) -> list[ComparedRuns]:
+def compare_all(runs: Sequence[Run]) -> list[ComparedRuns]:
     """Every run but the first against the first."""
     found = []
     for number, other in enumerate(runs[1:], start=1):
-        table, left_out = compare(runs[0], other, names=(run_name(0), run_name(number)), seed=seed)
+        table, left_out = compare(runs[0], other, names=(run_name(0), run_name(number)))
         changed = differences(runs[0].manifest.as_dict(), other.manifest.as_dict())
         found.append(ComparedRuns(run_name(number), table, tuple(left_out), tuple(changed)))
     return found
 
 
 def compare(
-    first: Run, second: Run, *, names: tuple[str, str] = ("run 1", "run 2"), seed: int = 0
+    first: Run, second: Run, *, names: tuple[str, str] = ("run 1", "run 2")
 ) -> tuple[pd.DataFrame, list[Limit]]:
     """The second run against the first, and what is left out or reserved.
 
@@ -162,7 +162,7 @@ def compare(
         for label, name, run in zip(names, _model_names(first, second), (first, second), strict=True)
     ]
     found = limits(*tables)
-    compared = compare_runs(*tables, left_out={metric for limit in found for metric in limit.left_out}, seed=seed)
+    compared = compare_runs(*tables, left_out={metric for limit in found for metric in limit.left_out})
     notes = [
         "; ".join(_NOTES[limit.reason] for limit in found if metric in limit.reserved) for metric in compared["metric"]
     ]

@@ -5,41 +5,53 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from pruning_comparison.analysis import (
     CONTRAST_COLUMNS,
     HYPOTHESIS_COLUMNS,
+    RANKING_COLUMNS,
     Margins,
     MetricTable,
     agreement,
     answer_hypotheses,
+    answer_pruning,
     contrast,
     map_heads,
     map_rounds,
     missing_figures,
     observations,
     optimal_levels,
+    rank_methods,
+    rank_variants,
+    relative_to_dense,
     speed_at_equal_perplexity,
     summarize,
 )
 from pruning_comparison.errors import InputError, StoreError
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report import between_runs, findings, verdicts
+from pruning_comparison.report.answer import answer_of
 from pruning_comparison.report.charts import (
     NARROW,
     WIDE,
-    draw_all,
+    chart_jobs,
     draw_between_runs,
-    draw_head_charts,
+    head_chart_jobs,
+    perplexity_over_levels,
+    rankings,
     save_charts,
     to_svg,
 )
+from pruning_comparison.report.drawing import draw_charts
+from pruning_comparison.report.first_screen import model_name
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
 from pruning_comparison.store import Manifest, Run, load_run, write_atomically, write_manifest, write_table
@@ -47,7 +59,7 @@ from pruning_comparison.variants import PRIMARY
 
 REPORT = "report.html"
 CHARTS = "charts"
-NARROW_CHARTS = "narrow"
+HERO = "perplexity_over_levels"
 BETWEEN_RUNS = "between_runs.csv"
 
 LOGGER = logging.getLogger(__name__)
@@ -58,6 +70,8 @@ class _Tables:
     """Everything that is estimated from a run, as tidy tables by the names of their files."""
 
     summary: pd.DataFrame
+    relative: pd.DataFrame
+    rankings: pd.DataFrame
     contrasts: pd.DataFrame
     answers: pd.DataFrame
     optimal_levels: pd.DataFrame
@@ -70,12 +84,14 @@ def write_results(
     *,
     save_outputs: bool,
     margins: Mapping[str, float] | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
     """Writes every table, chart and the report of a run folder anew from its journal; returns the report's path.
 
     ``results.json`` and every table of ``_Tables`` and of the journal as CSV; ``generated_texts.csv`` only where
     ``save_outputs``. ``margins`` (fields of ``Margins``) replace those that the manifest keeps from the last time, and are
-    kept there. StoreError where nothing has been measured yet.
+    kept there. Charts that show what they showed the last time are not drawn again; ``on_progress`` is told how many of how
+    many are done, and which comes next. StoreError where nothing has been measured yet.
     """
     run = load_run(folder)
     used = margins_of(run.manifest, margins)
@@ -88,22 +104,20 @@ def write_results(
     tables = _estimate(run, used)
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
-        *findings.plain_findings(tables.summary, tables.contrasts, run.cells, manifest),
+        *findings.plain_findings(tables.summary, tables.relative, tables.contrasts, run.cells, manifest),
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
     ]
-    LOGGER.info("drawing the charts")
+    answer = answer_of(
+        model_name(tables.summary, manifest),
+        relative=tables.relative,
+        optimal=tables.optimal_levels,
+        ranked=tables.rankings,
+        answers=tables.answers,
+    )
     maps = map_heads(heads, asked["signals"], asked["replies"])
     rounds = map_rounds(asked["signals"], asked["replies"])
     agreed = agreement(heads)
-    figures, narrow = (
-        {
-            **draw_all(tables.summary, tables.contrasts, size=size),
-            **draw_head_charts(run.model, maps, rounds, agreed, size=size),
-        }
-        for size in (WIDE, NARROW)
-    )
-
     for name, table in {
         **vars(tables),
         "cells": run.cells,
@@ -114,12 +128,24 @@ def write_results(
         write_table(folder / f"{name}.csv", table)
     if save_outputs:
         write_table(folder / "generated_texts.csv", texts)
-    words = {"verdicts": [vars(verdict) for verdict in told], "findings": [vars(finding) for finding in plain]}
+    words = {
+        "answer": asdict(answer),
+        "verdicts": [vars(verdict) for verdict in told],
+        "findings": [vars(finding) for finding in plain],
+    }
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
-    pictures = save_charts(figures, folder / CHARTS)
-    narrow_pictures = save_charts(narrow, folder / CHARTS / NARROW_CHARTS, svg=False)
+    jobs: dict[str, Callable[[], Figure]] = {
+        HERO: partial(perplexity_over_levels, tables.relative, tolerance=used.tolerance),
+        "rankings": partial(rankings, tables.rankings),
+        **chart_jobs(tables.summary, tables.contrasts),
+        **head_chart_jobs(run.model, maps, rounds, agreed),
+    }
+    drawings = draw_charts(jobs, folder / CHARTS, on_progress=on_progress)
     LOGGER.info("writing the report")
     html = render_report(
+        answer=answer,
+        relative=tables.relative,
+        ranked=tables.rankings,
         summary=tables.summary,
         contrasts=tables.contrasts,
         cells=run.cells,
@@ -129,8 +155,8 @@ def write_results(
         optimal=tables.optimal_levels,
         equal=tables.equal_perplexity,
         findings=plain,
-        pictures=pictures,
-        narrow_pictures=narrow_pictures,
+        hero=drawings.pop(HERO),
+        drawings=drawings,
         heads=maps,
         agreed=agreed,
         manifest=manifest,
@@ -185,6 +211,8 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
     tables = observations(run.cells, run.measurements)
     return _Tables(
         summarize(run.model, tables),
+        relative_to_dense(run.model, tables),
+        _joined([rank(run.model, tables, margins=margins) for rank in (rank_methods, rank_variants)], RANKING_COLUMNS),
         _contrasts(run.model, run.variants, tables),
         _answers(run, tables, run.variants, margins),
         optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
@@ -194,7 +222,7 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
 
 
 def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], margins: Margins) -> pd.DataFrame:
-    """Agency against the baseline, and then against every other variant, as exploratory.
+    """Agency against the baseline, then against every other variant, as exploratory, and every variant against dense.
 
     In a run without agency it is every other variant against the baseline.
     """
@@ -207,10 +235,11 @@ def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], m
     answers = [
         answer_hypotheses(
             run.model, run.cells, tables,
-            margins=margins, variant=variant, reference=reference, seed=run.seed,
+            margins=margins, variant=variant, reference=reference,
         )
         for variant, reference in contrasts
     ]  # fmt: skip
+    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins))
     return _joined(answers, HYPOTHESIS_COLUMNS)
 
 
@@ -244,9 +273,7 @@ def _new_folder(output_dir: Path) -> Path:
     raise StoreError(f"{output_dir} already holds 1000 comparisons of this second; wait a moment.")
 
 
-def _results_json(
-    manifest: Mapping[str, Any], tables: _Tables, cells: pd.DataFrame, words: Mapping[str, list[dict[str, Any]]]
-) -> str:
+def _results_json(manifest: Mapping[str, Any], tables: _Tables, cells: pd.DataFrame, words: Mapping[str, Any]) -> str:
     document = {
         "manifest": manifest,
         "metrics": {

@@ -116,7 +116,9 @@ def in_style(draw: Callable[_P, Figure]) -> Callable[_P, Figure]:
         with _style():
             figure = draw(*args, **kwargs)
             # Places are found once, not again for each file that is written of the figure.
-            figure.draw_without_rendering()
+            engine = figure.get_layout_engine()
+            if engine is not None:
+                engine.execute(figure)
             figure.set_layout_engine("none")
         return figure
 
@@ -253,19 +255,24 @@ def to_svg(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
+def stems_of(names: Sequence[str]) -> dict[str, str]:
+    """The name of each chart's files, without ending. InputError where two charts would have the same."""
+    stems = {name: re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".") or "chart" for name in names}
+    if len(set(stems.values())) < len(stems):
+        raise InputError(f"two charts would have the same file name: {sorted(stems.values())}. Rename one")
+    return stems
+
+
 def save_charts(figures: Mapping[str, Figure], folder: Path, *, svg: bool = True) -> dict[str, bytes]:
     """Write each figure as ``<name>.png`` (150 dots per inch) and, with ``svg``, ``<name>.svg``; same figures, same bytes.
 
     The PNGs come back by the figures' names.
     """
-    stems = {name: re.sub(r"[^A-Za-z0-9_.-]+", "-", name).strip(".") or "chart" for name in figures}
-    if len(set(stems.values())) < len(stems):
-        raise InputError(f"two charts would have the same file name: {sorted(stems.values())}. Rename one")
+    stems = stems_of(list(figures))
     folder.mkdir(parents=True, exist_ok=True)
     pictures = {name: to_png(figure) for name, figure in figures.items()}
     for name, figure in figures.items():
         (folder / f"{stems[name]}.png").write_bytes(pictures[name])
         if svg:
-            with _style():
-                figure.savefig(folder / f"{stems[name]}.svg", format="svg", metadata={"Date": None, "Creator": None})
+            (folder / f"{stems[name]}.svg").write_bytes(to_svg(figure))
     return pictures
