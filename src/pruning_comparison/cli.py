@@ -275,6 +275,13 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("iterations", type=_whole_number, help="replicates with their own seed")
     add("max_prompts", type=_whole_number, help="at most so many prompts")
     add("batch_size", type=_whole_number, help="prompts per timed batch")
+    add("timing_pairs", type=_whole_number, help="timed generations of each model at a level, at least")
+    add(
+        "timing_precision_percent",
+        type=_number,
+        help="timing goes on until every ratio is known to +- so many per cent",
+    )
+    add("timing_limit_s", type=_number, help="and at most for so many seconds at a level")
     add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
     flag("save_outputs", "also write all generated texts as a table")
     flag("save_models", "also save every pruned model, in the run folder under models")

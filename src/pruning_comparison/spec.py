@@ -63,6 +63,9 @@ class ComparisonSpec:
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
+    A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
+    +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
+
     Among ``pruning_methods`` may be a user's own, as ``Method`` objects. Their functions are imported and checked here,
     before any work; from then on ``pruning_methods`` holds names alone, and ``own_methods`` the records. The hash of the
     source of an own method is part of the spec: when its file changes, that is another run.
@@ -102,6 +105,9 @@ class ComparisonSpec:
     recovery_rate: float = 3e-4
     threads: int = 1
     quality_batch_size: int = 8
+    timing_pairs: int = 10
+    timing_precision_percent: float = 2.0
+    timing_limit_s: float = 60.0
     memory_logging: bool = False
     own_methods: tuple[Method, ...] = ()
 
@@ -140,6 +146,7 @@ class ComparisonSpec:
             ("quality_batch_size", 1),
             ("seed", 0),
             ("recovery_steps", 0),
+            ("timing_pairs", 1),
         ):
             value = getattr(self, field)
             _require(value >= least, field, value, f"must be at least {least}", "Give a larger whole number.")
@@ -188,7 +195,9 @@ class ComparisonSpec:
                 f"must be at least 2 and at most the {self.calibration_tokens} calibration tokens, of which it is a part",
                 "Leave it out to score on all of them.",
             )
-        for field in ("ridge", "mlp_ridge", "recovery_rate"):
+        limit = self.timing_limit_s
+        _require(math.isfinite(limit) and limit >= 0, "timing_limit_s", limit, "must be at least 0", "Give seconds.")
+        for field in ("ridge", "mlp_ridge", "recovery_rate", "timing_precision_percent"):
             strength = getattr(self, field)
             _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Leave it out.")
 
@@ -289,13 +298,21 @@ _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
 
 REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations"})
 """Settings that say which cells there are, and nothing about how one of them is measured."""
-TEXT_AXES = frozenset({"max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging"})
+TEXT_AXES = frozenset(
+    {
+        "max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging", "timing_pairs",
+        "timing_precision_percent", "timing_limit_s",
+    }
+)  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 _NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
 
 
-PROTOCOL_REVISION = 1
-"""Raised whenever it changes how a cell is measured: windows of text, sampling, timing, what is measured of a model."""
+PROTOCOL_REVISION = 2
+"""Raised whenever it changes how a cell is measured: windows of text, sampling, timing, what is measured of a model.
+
+2: the dense model is timed in every level's turns, and timing goes on until it is precise.
+"""
 
 
 @dataclass(frozen=True)

@@ -134,6 +134,9 @@ RETIRED: dict[str, Variant] = {
 PRIMARY = ("agency", "baseline")
 """The two that the expectations and questions are about: variant and reference."""
 
+DENSE = "dense"
+"""What tables call the unpruned model where a variant is set against it."""
+
 AGENCY_VS_BASELINE = "agency vs baseline"
 """Their contrast, as tables name it."""
 

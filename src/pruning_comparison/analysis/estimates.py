@@ -15,6 +15,7 @@ import pandas as pd
 
 from pruning_comparison.analysis.random_effects import Array, Estimate, crossed_interval, ratio_of, relative_change
 from pruning_comparison.metrics import METRICS, Metric, metric_named, of_kind
+from pruning_comparison.variants import DENSE
 
 SUMMARY_COLUMNS = (
     "model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit",
@@ -67,8 +68,8 @@ def contrast(
 
 
 def missing_figures(measurements: pd.DataFrame) -> pd.DataFrame:
-    """What could not be measured, columns ``MISSING_COLUMNS``."""
-    absent = measurements[measurements["value"].isna()]
+    """What could not be measured of a variant, columns ``MISSING_COLUMNS``."""
+    absent = measurements[measurements["value"].isna() & (measurements["variant"] != DENSE)]
     groups = absent.groupby(list(MISSING_COLUMNS[:-1]), dropna=False, as_index=False).size()
     return groups.rename(columns={"size": "count"})
 

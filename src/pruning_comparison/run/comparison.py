@@ -80,7 +80,9 @@ def run_comparison(
                         log_failure(event.cell.describe(), event.reason, event.traceback)
                 elif isinstance(event, Timed):
                     method, iteration, level = event.level
-                    store.write_timings(method, iteration, level, event.rows, complete=event.complete)
+                    store.write_timings(
+                        method, iteration, level, event.rows, complete=event.complete, effort=event.effort
+                    )
                     for variant in spec.variants:
                         rows = [row for name, row in event.rows if name == variant]
                         on_measured(Cell(variant, method, iteration, level), rows)

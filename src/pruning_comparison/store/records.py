@@ -50,6 +50,23 @@ class GeneratedText:
 
 
 @dataclass(frozen=True)
+class TimingEffort:
+    """What the timings of a level took: pairs of each two models, of whole generations and of first tokens, and seconds.
+
+    The half widths are those of the widest 95 % interval among the ratios of two models, of end-to-end time and of
+    first-token latency, as shares; None where there was nothing to compare. ``ended`` says why there are no more pairs:
+    "precise", "time limit", or "all alike" where all variants have the same model.
+    """
+
+    pairs: int
+    first_token_pairs: int
+    seconds: float
+    speed_half_width: float | None
+    latency_half_width: float | None
+    ended: str
+
+
+@dataclass(frozen=True)
 class CellResult:
     """All that is known of a cell, apart from its timings. ``status`` is "done" or, with a reason, "failed".
 
@@ -105,7 +122,10 @@ class CellRow(_RowOfCell):
 
 @dataclass(frozen=True)
 class MeasurementRow(_RowOfCell):
-    """One ``Measurement``; ``phase`` is "quality" or "timing"."""
+    """One ``Measurement``; ``phase`` is "quality" or "timing".
+
+    Timings of the dense model in a level's turns have the variant ``variants.DENSE``, which has no cell of its own.
+    """
 
     phase: str
     temperature: float | None
@@ -173,11 +193,20 @@ class TextRow(_RowOfCell):
 
 @dataclass(frozen=True)
 class TimingRow:
-    """A level whose timings are complete: all variants are timed at it together."""
+    """A level whose timings are complete: all variants, and the dense model, are timed at it together.
+
+    The rest is as in ``TimingEffort``; None in runs that took none down.
+    """
 
     method: str
     iteration: int
     level: float
+    pairs: int | None = None
+    first_token_pairs: int | None = None
+    seconds: float | None = None
+    speed_half_width: float | None = None
+    latency_half_width: float | None = None
+    ended: str | None = None
 
 
 Row = CellRow | MeasurementRow | HeadRow | SignalRow | ReplyRow | TextRow | TimingRow
