@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 
 import numpy as np
@@ -11,50 +10,21 @@ from scipy import stats
 
 from pruning_comparison.analysis.random_effects import (
     Components,
+    Estimate,
     crossed_p_values,
     detectable_effect,
     difference_test,
     fit_crossed,
-    holm,
     needed,
     power,
-    sign_flip_p,
     smallest_permutation_p,
     standardised,
 )
 
 
-def test_holm_by_hand():
-    assert holm([0.01, 0.04, 0.03]) == pytest.approx([0.03, 0.06, 0.06])
-    assert holm([0.9, 0.6]) == pytest.approx([1.0, 1.0])
-
-
-def test_holm_does_not_count_what_was_not_tested():
-    corrected = holm([0.01, math.nan, 0.02])
-    assert corrected[0] == pytest.approx(0.02)
-    assert math.isnan(corrected[1])
-    assert corrected[2] == pytest.approx(0.02)
-
-
 def test_smallest_p_of_sign_flips():
     assert [smallest_permutation_p(pairs) for pairs in (1, 3, 5)] == [1.0, 0.25, 0.0625]
     assert math.isnan(smallest_permutation_p(0))
-
-
-def test_sign_flips_are_all_enumerated():
-    means = np.array([3.0, -1.0, 2.0, 4.0, 0.5])
-    flips = [abs(np.mean(means * signs)) for signs in itertools.product((-1, 1), repeat=5)]
-    expected = np.mean([value >= abs(means.mean()) - 1e-12 for value in flips])
-    result = sign_flip_p(means)
-    assert result.p == pytest.approx(expected)
-    assert result.smallest == 0.0625
-
-
-def test_random_sign_flips_are_the_same_under_a_seed_and_stay_near_students_t():
-    means = np.random.default_rng(2).normal(0.4, 1, 40)
-    first, again = sign_flip_p(means, seed=3), sign_flip_p(means, seed=3)
-    assert first == again
-    assert first.p == pytest.approx(stats.ttest_1samp(means, 0).pvalue, rel=0.5)
 
 
 def crossed(spread, a, b, mean=0.0, seed=0):
@@ -67,21 +37,31 @@ def crossed(spread, a, b, mean=0.0, seed=0):
     )
 
 
-@pytest.mark.parametrize(
-    ("spread", "shape", "words"),
-    [
-        ((0, 1, 0.3), (3, 30), "sign flips of 30 documents"),
-        ((1, 0, 0.3), (12, 5), "sign flips of 12 iterations"),
-        ((1, 0, 0.3), (3, 30), "sign flips of 3 iterations cannot go below 0.25"),
-        ((1, 2, 0.3), (5, 30), "neither can be flipped alone"),
-    ],
-)
-def test_flipped_is_the_factor_that_varies(spread, shape, words):
-    values = crossed(spread, *shape, mean=0.3)
-    result = difference_test(values, "document")
-    assert words in result.name
-    assert result.p >= fit_crossed(values).p_value()
-    assert (result.smallest > 0) == ("cannot" not in words and "neither" not in words)
+def test_the_test_of_no_difference_is_that_of_the_fit():
+    values = crossed((1, 1, 0.3), 4, 6, mean=0.3)
+    test = difference_test(fit_crossed(values))
+    assert (test.p, test.name) == (fit_crossed(values).p_value(), "crossed random effects")
+    assert difference_test(fit_crossed(values[:1])).p == pytest.approx(stats.ttest_1samp(values[0], 0).pvalue)
+    assert difference_test(fit_crossed(np.ones((2, 2)))).name == "every pair is the same"
+    assert math.isnan(difference_test(fit_crossed(np.ones((1, 1)))).p)
+
+
+@pytest.mark.parametrize("shape", [(3, 5), (3, 30), (5, 5), (1, 8)])
+@pytest.mark.parametrize("confidence", [0.9, 0.95, 0.99, 0.9999])
+def test_interval_and_p_agree_at_any_level(shape, confidence):
+    """The p at the interval's end is what the interval leaves out; below 0.95 more than that, where the tail is heavier."""
+    fit = fit_crossed(crossed((1, 1, 1), *shape, mean=0.2))
+    left_out = fit.p_value(fit.mean + fit.margin(confidence))
+    if confidence > 0.95:
+        assert left_out == pytest.approx(1 - confidence, rel=1e-6)
+    else:
+        assert left_out >= (1 - confidence) * (1 - 1e-6) or left_out == 0.05
+
+
+def test_what_is_not_possible_is_cut_off_and_nothing_else():
+    estimate = Estimate(0.02, -0.03, 0.07, 10)
+    assert estimate.within(0.0, 1.0) == Estimate(0.02, 0.0, 0.07, 10)
+    assert estimate.within(-1.0, 1.0) == estimate
 
 
 def test_where_nothing_varies_there_is_no_infinite_certainty():

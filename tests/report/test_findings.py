@@ -7,6 +7,7 @@ import math
 import pandas as pd
 import pytest
 
+from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 from pruning_comparison.formatting import interval_with_unit, plain_number, with_unit
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report.findings import Finding, plain_findings
@@ -40,10 +41,18 @@ def contrast(metric, level, value, low=NAN, high=NAN, *, t=NAN, n=15, unit="%"):
     return ("tiny", "entropy", float(level), t, metric, "agency vs baseline", value, low, high, n, unit, better)
 
 
-def findings(*, estimates=(), contrasts=(), cells=(), manifest=None) -> list[Finding]:
+def ratio(metric, variant, level, value, low=NAN, high=NAN, *, certain=True, n=15):
+    """A row of a level against the unpruned model, by pairs."""
+    change = "higher" if low > 1 else "lower" if high < 1 else "unclear"
+    p = 0.001
+    return ("tiny", variant, "entropy", float(level), NAN, metric, value, low, high, n, p, change, "1", p, certain)
+
+
+def findings(*, estimates=(), ratios=(), contrasts=(), cells=(), manifest=None) -> list[Finding]:
     rows = list(estimates) or [estimate("perplexity", "agency", 0, 30.0)]
     return plain_findings(
         pd.DataFrame(rows, columns=SUMMARY),
+        pd.DataFrame(list(ratios), columns=list(RELATIVE_COLUMNS)),
         pd.DataFrame(list(contrasts), columns=CONTRASTS),
         pd.DataFrame(list(cells), columns=CELLS),
         manifest or {},
@@ -66,23 +75,32 @@ def test_perplexity_from_level_0_to_each_level_for_both_without_setting_them_aga
             estimate("perplexity", "baseline", 10, 31.5, 29.0, 34.0),
             estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0),
             estimate("perplexity", "agency", 0, 30.0, 28.0, 32.0),
+            estimate("perplexity", "agency", 10, 31.5, 29.0, 34.0),
             estimate("perplexity", "agency", 50, 45.0, 40.0, 50.0),
+        ],
+        ratios=[
+            ratio("perplexity", "baseline", 10, 1.05, 0.98, 1.12, certain=False),
+            ratio("perplexity", "baseline", 50, 3.0, 2.8, 3.2),
+            # The intervals of 30 and 31.5 overlap, the paired one leaves out no change.
+            ratio("perplexity", "agency", 10, 1.05, 1.02, 1.08, certain=False),
+            ratio("perplexity", "agency", 50, 1.5, 1.45, 1.55),
         ],
     )
     assert found.sentence == (
         "Perplexity is how surprised a model is by text; lower is better. "
         "The baseline model's is 30 unpruned and 31.5 at 10 % (1.05 times) and 90 at 50 % (3 times). "
-        "At 10 % the interval overlaps that of level 0, so by these intervals the data do not tell whether pruning "
-        "changed it there. "
-        "The agency model's is 30 unpruned and 45 at 50 % (1.5 times)."
+        "At 10 % it is unclear whether pruning changed it. "
+        "The agency model's is 30 unpruned and 31.5 at 10 % (1.05 times) and 45 at 50 % (1.5 times). "
+        "At 10 % the change is likely, not certain: among so many figures some seem clear by chance."
     )
+    assert "agency, by pairs: at 10 % 1.05 times the unpruned model's [1.02 to 1.08], n = 15" in found.evidence
     assert "baseline: at 0 %: 30 [28 to 32], n = 15" in found.evidence
     assert "at 50 %: 90 [80 to 101], n = 15" in found.evidence
 
 
 def test_without_level_0_nothing_is_said_about_change():
     found = one("what pruning does to quality", estimates=[estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0)])
-    assert "Level 0 was not measured, so the data do not tell what pruning changed." in found.sentence
+    assert "Level 0 was not measured, so what pruning changed is not known." in found.sentence
     assert "times" not in found.sentence
 
 
@@ -90,6 +108,7 @@ def test_one_observation_is_called_that():
     found = one(
         "what pruning does to quality",
         estimates=[estimate("perplexity", "baseline", 0, 30.0, n=1), estimate("perplexity", "baseline", 50, 90.0, n=1)],
+        ratios=[ratio("perplexity", "baseline", 50, 3.0, n=1, certain=False)],
     )
     assert "one observation, no interval" in found.sentence
 
@@ -117,27 +136,37 @@ def test_differing_at_level_0_is_a_warning():
 
 
 @pytest.mark.parametrize(
-    ("top", "expected"),
+    ("change", "certain", "expected"),
     [
         (
-            (40.0, 38.0, 42.0),
-            "The baseline model gets faster: 28 to 40 tokens per second from level 0 to 50 %. It was expected to slow down",
+            (1.43, 1.3, 1.6),
+            True,
+            "Pruning makes the baseline model faster: 40 tokens per second with 50 % of the heads pruned",
         ),
-        ((20.0, 18.0, 22.0), "The baseline model gets slower: 28 to 20 tokens per second from level 0 to 50 %."),
-        ((29.0, 26.5, 31.5), "the data do not tell whether its speed changed"),
+        ((1.43, 1.1, 1.9), False, "Pruning probably makes the baseline model faster: 40 tokens per second"),
+        ((0.71, 0.6, 0.8), True, "Pruning makes the baseline model slower: 40 tokens per second"),
+        (
+            (1.04, 0.9, 1.2),
+            False,
+            "It is unclear whether pruning changes the baseline model's speed: 40 tokens per second",
+        ),
+        ((1.04, NAN, NAN), False, "The baseline model generates 40 tokens per second"),
     ],
 )
-def test_change_of_speed_with_the_level(top, expected):
+def test_change_of_speed_rests_on_pairs(change, certain, expected):
+    """The intervals of both levels are given as evidence alone: they overlap in every case."""
     found = one(
         "what pruning does to speed",
         estimates=[
-            estimate("tokens_per_second", "baseline", 0, 28.0, 27.0, 29.0),
-            estimate("tokens_per_second", "baseline", 50, *top),
+            estimate("tokens_per_second", "baseline", 0, 28.0, 20.0, 45.0),
+            estimate("tokens_per_second", "baseline", 50, 40.0, 20.0, 45.0),
             estimate("tokens_per_second_ceiling", "baseline", 50, 36.0),
         ],
+        ratios=[ratio("tokens_per_second", "baseline", 50, *change, certain=certain)],
     )
-    assert expected in found.sentence
-    assert ("expected" in found.sentence) == (top[0] == 40.0)
+    assert found.sentence.startswith(expected)
+    assert f"{plain_number(change[0])} times the unpruned model's speed" in found.sentence
+    assert ("expected to slow down" in found.sentence) == (certain and change[0] == 1.43)
     assert "the bytes left would allow 36 token/s" in found.evidence
 
 
@@ -148,6 +177,7 @@ def test_agency_that_loses_speed_goes_against_the_expectation():
             estimate("tokens_per_second", "agency", 0, 28.0, 27.0, 29.0),
             estimate("tokens_per_second", "agency", 50, 20.0, 19.0, 21.0),
         ],
+        ratios=[ratio("tokens_per_second", "agency", 50, 0.71, 0.68, 0.75)],
     )
     assert found.sentence.endswith("It was expected to keep its speed or gain; it does not.")
 
@@ -222,17 +252,26 @@ def test_neither_verdicts_nor_claims_of_who_is_better():
             for metric in ("perplexity", "tokens_per_second")
             for variant, level, value in (("baseline", 0, 30.0), ("baseline", 50, 90.0), ("agency", 50, 45.0))
         ],
+        ratios=[
+            ratio(metric, variant, 50, value / 30, value / 40, value / 20)
+            for metric in ("perplexity", "tokens_per_second")
+            for variant, value in (("baseline", 90.0), ("agency", 45.0))
+        ],
         contrasts=[contrast(name, 50, -50.0, -60.0, -40.0) for name in ("perplexity", "tokens_per_second")],
     )
     text = " ".join(f"{finding.heading} {finding.sentence} {finding.evidence}" for finding in found)
-    for word in ("supported", "refuted", "inconclusive", "than the baseline", "which is"):
+    for word in ("supported", "refuted", "not enough data", "than the baseline", "which is"):
         assert word not in text
     assert all(finding.sentence.endswith(".") for finding in found)
 
 
 def test_empty_tables_say_nothing():
     empty = plain_findings(
-        pd.DataFrame(columns=SUMMARY), pd.DataFrame(columns=CONTRASTS), pd.DataFrame(columns=CELLS), {}
+        pd.DataFrame(columns=SUMMARY),
+        pd.DataFrame(columns=list(RELATIVE_COLUMNS)),
+        pd.DataFrame(columns=CONTRASTS),
+        pd.DataFrame(columns=CELLS),
+        {},
     )
     assert empty == []
 

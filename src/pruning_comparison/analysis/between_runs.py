@@ -18,6 +18,7 @@ from pruning_comparison.analysis.estimates import MetricTable, observations
 from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS, HypothesisResult, hypothesis_table, make_result
 from pruning_comparison.analysis.pairs import Source, complete_matrix, difference_cube
 from pruning_comparison.analysis.random_effects import Array, Components, Fit, PValue, difference_test, fit_crossed
+from pruning_comparison.analysis.verdict_rules import level_of
 from pruning_comparison.metrics import METRICS, Alike, Kind, of_kind
 
 RUN_COLUMNS = (*HYPOTHESIS_COLUMNS, "variant", "level")
@@ -196,7 +197,7 @@ def _window_sizes(measurements: pd.DataFrame) -> dict[tuple[Any, ...], float]:
     return dict(zip(keys, rows["value"], strict=True))
 
 
-def compare_runs(first: RunTables, second: RunTables, *, left_out: Collection[str] = (), seed: int = 0) -> pd.DataFrame:
+def compare_runs(first: RunTables, second: RunTables, *, left_out: Collection[str] = ()) -> pd.DataFrame:
     """The second run against the first, columns ``RUN_COLUMNS``: one row per method, variant, level, temperature, metric.
 
     Runs are paired by iteration and by document or prompt where they have those in common; else their means are compared.
@@ -208,7 +209,7 @@ def compare_runs(first: RunTables, second: RunTables, *, left_out: Collection[st
     methods = [sorted(set(run.cells["method"])) for run in (first, second)]
     shared = [name for name in methods[0] if name in methods[1]]
     pairs = [(name, name) for name in shared] or [(one, other) for one in methods[0] for other in methods[1]]
-    source = Source(f"{second.model} vs {first.model}", first.cells, {}, second.label, first.label, seed)
+    source = Source(f"{second.model} vs {first.model}", first.cells, {}, second.label, first.label)
     rows: list[HypothesisResult] = []
     for metric, record in METRICS.items():
         if (
@@ -225,7 +226,7 @@ def compare_runs(first: RunTables, second: RunTables, *, left_out: Collection[st
             continue
         for names in pairs:
             rows += _run_rows(source, metric, one, other, names)
-    return hypothesis_table(rows, RUN_COLUMNS)
+    return hypothesis_table(rows, RUN_COLUMNS, level=level_of("answers"))
 
 
 def _same_tokens(one: pd.DataFrame, other: pd.DataFrame) -> bool:
@@ -255,7 +256,8 @@ def _run_rows(
         else:
             values = None
         if values is not None:
-            fit, test = fit_crossed(values), difference_test(values, cluster, seed=source.seed)
+            fit = fit_crossed(values)
+            test = difference_test(fit)
         else:
             fit, test = _unpaired([_own_matrix(arm) for arm in arms])
         absent = "missing" if fit is None else "too little data" if fit.n < 2 else ""
@@ -286,7 +288,7 @@ def _unpaired(arms: Sequence[Array | None]) -> tuple[Fit | None, PValue]:
     """Difference of two independent means; degrees of freedom after Welch (1947)."""
     one, other = arms
     if one is None or other is None:
-        return None, PValue(math.nan, math.nan, "none")
+        return None, PValue(math.nan, "none")
     fits = [fit_crossed(values) for values in (one, other)]
     variance = fits[0].variance + fits[1].variance
     spread = sum(fit.variance**2 / fit.df for fit in fits)
@@ -300,5 +302,5 @@ def _unpaired(arms: Sequence[Array | None]) -> tuple[Fit | None, PValue]:
     df = variance**2 / spread if spread > 0 else 1.0
     fit = Fit(fits[1].mean - fits[0].mean, variance, df, total, a, b)
     if min(fits[0].n, fits[1].n) < 2:
-        return replace(fit, iterations=1, clusters=1), PValue(math.nan, math.nan, "none")
-    return fit, PValue(fit.p_value(), 0.0, "Welch's t: the runs have no documents or prompts in common")
+        return replace(fit, iterations=1, clusters=1), PValue(math.nan, "none")
+    return fit, PValue(fit.p_value(), "Welch's t: the runs have no documents or prompts in common")

@@ -13,7 +13,14 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis.random_effects import Array, Estimate, crossed_interval, ratio_of, relative_change
+from pruning_comparison.analysis.random_effects import (
+    Array,
+    CrossedFit,
+    Estimate,
+    fit_crossed,
+    ratio_of,
+    relative_change,
+)
 from pruning_comparison.metrics import METRICS, Metric, metric_named, of_kind
 from pruning_comparison.variants import DENSE
 
@@ -56,7 +63,12 @@ def contrast(
             continue
         for (method, level, temperature), estimate in data.differences(variant, reference):
             relative = data.log_scale
-            shown = estimate.map(lambda value: 100 * relative_change(value)) if relative else estimate
+            low, high = metric.bounds
+            shown = (
+                estimate.map(lambda value: 100 * relative_change(value))
+                if relative
+                else estimate.within(low - high, high - low)
+            )
             rows.append(
                 [
                     model, method, level, temperature, metric.name, f"{variant} vs {reference}", shown.estimate,
@@ -79,7 +91,7 @@ class MetricTable:
     """One metric in tidy form: ``variant, method, level, temperature, iteration, cluster, x, model_id`` and a scale.
 
     ``x`` is the logarithm where ``log_scale``. ``model_id`` is equal for observations that are the same by construction
-    (same weights, no new randomness), which then count once.
+    (same weights, no new randomness); where those of all iterations are, they count once.
     """
 
     metric: str
@@ -98,7 +110,8 @@ class MetricTable:
                 centre = float(np.average(group["x"], weights=group[self.weights]))
                 shift = centre - estimate.estimate
                 estimate = estimate.map(lambda value, shift=shift: value + shift)  # type: ignore[misc]
-            result.append((key, estimate.map(ratio_of) if self.log_scale else estimate))
+            shown = estimate.map(ratio_of) if self.log_scale else estimate
+            result.append((key, shown.within(*METRICS[self.metric].bounds)))
         return result
 
     def pairs(self, variant: str, reference: str) -> pd.DataFrame:
@@ -109,21 +122,26 @@ class MetricTable:
         answers ask for the same ones.
         """
         if (variant, reference) not in self._pairs:
-            self._pairs[variant, reference] = self._paired(variant, reference)
+            keys = ["method", "level", "temperature", "iteration", "cluster"]
+            means = self._means()
+            arms = [means[means["variant"] == name] for name in (variant, reference)]
+            self._pairs[variant, reference] = _paired(arms[0], arms[1], keys)
         return self._pairs[variant, reference]
 
-    def _paired(self, variant: str, reference: str) -> pd.DataFrame:
-        keys = ["method", "level", "temperature", "iteration", "cluster"]
-        means = self.table.groupby(["variant", *keys, "model_id"], dropna=False, as_index=False)["x"].mean()
-        of_variant, of_reference = (means[means["variant"] == name] for name in (variant, reference))
-        both = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
-        difference = both["x"] - both["x_reference"]
-        rounding = 1e-12 * (both["x"].abs() + both["x_reference"].abs())
-        result: pd.DataFrame = both.assign(
-            difference=difference.where(difference.abs() > rounding, 0.0),
-            pair=both["model_id"] + "|" + both["model_id_reference"],
-        )
-        return result
+    def pairs_with_dense(self, variant: str) -> pd.DataFrame:
+        """Every level above 0 of a variant and its level 0, on the same method, temperature, iteration and cluster."""
+        if (variant, DENSE) not in self._pairs:
+            means = self._means()
+            means = means[means["variant"] == variant]
+            keys = ["method", "temperature", "iteration", "cluster"]
+            dense = means.loc[means["level"] == 0, [*keys, "model_id", "x"]]
+            self._pairs[variant, DENSE] = _paired(means[means["level"] > 0], dense, keys)
+        return self._pairs[variant, DENSE]
+
+    def _means(self) -> pd.DataFrame:
+        """Repeats within an iteration averaged."""
+        keys = ["variant", "method", "level", "temperature", "iteration", "cluster", "model_id"]
+        return self.table.groupby(keys, dropna=False)["x"].mean().reset_index()
 
     def differences(self, variant: str, reference: str) -> list[tuple[tuple[str, float, float], Estimate]]:
         result: list[tuple[Any, Estimate]] = []
@@ -135,15 +153,36 @@ class MetricTable:
         return result
 
 
+def _paired(of_variant: pd.DataFrame, of_reference: pd.DataFrame, keys: list[str]) -> pd.DataFrame:
+    both = of_variant.merge(of_reference, on=keys, suffixes=("", "_reference"))
+    difference = both["x"] - both["x_reference"]
+    rounding = 1e-12 * (both["x"].abs() + both["x_reference"].abs())
+    result: pd.DataFrame = both.assign(
+        difference=difference.where(difference.abs() > rounding, 0.0),
+        pair=both["model_id"] + "|" + both["model_id_reference"],
+    )
+    return result
+
+
 def _of_matrix(group: pd.DataFrame, column: str, identity: str) -> Estimate | None:
-    """Interval of one group; iterations that are identical by construction count once, incomplete clusters are left out."""
-    first = group.groupby(identity)["iteration"].transform("min")
-    values = _crossed(group[group["iteration"] == first], column)
+    """Interval of one group, see ``fit_of``."""
+    fit = fit_of(group, column, identity)
+    return None if fit is None else fit.estimate()
+
+
+def fit_of(group: pd.DataFrame, column: str, identity: str) -> CrossedFit | None:
+    """Fit of one group; iterations that are all the same count once, incomplete clusters are left out.
+
+    Where some of them differ, all are draws of the same chance, and equal ones are as informative as others.
+    """
+    if group[identity].nunique() == 1:
+        group = group[group["iteration"] == group["iteration"].min()]
+    values = _crossed(group, column)
     complete = values[:, ~np.isnan(values).any(0)]
     if not complete.size:
         complete = values[~np.isnan(values).any(1)]
     # One row after the other in memory: another order of summing changes last digits, and so the results on record.
-    return crossed_interval(np.ascontiguousarray(complete)) if complete.size else None
+    return fit_crossed(np.ascontiguousarray(complete)) if complete.size else None
 
 
 def _crossed(rows: pd.DataFrame, column: str) -> Array:

@@ -1,15 +1,16 @@
-"""The four expectations and five questions, answered from the tables. Pure functions, deterministic under a seed.
+"""The four expectations and five questions, answered from the tables. Pure functions, deterministic.
 
 Every answer is one number per pair of iteration and cluster (a mean, a slope or an interaction over levels), so that one
-model, that of crossed random effects, stands behind all of them. docs/decisions/0016-statistics.md gives the rules.
+model, that of crossed random effects, stands behind all of them. docs/decisions/0016-statistics.md gives the estimands, and
+0023-what-a-run-may-claim.md the rules by which they are decided.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,39 +26,61 @@ from pruning_comparison.analysis.random_effects import (
     PValue,
     difference_test,
     fit_crossed,
-    holm,
     needed,
     standardised,
 )
-from pruning_comparison.analysis.tradeoffs import SIGNIFICANCE, equal_speed
+from pruning_comparison.analysis.tradeoffs import equal_speed
+from pruning_comparison.analysis.verdict_rules import (
+    ANSWERED,
+    ERROR_RATE,
+    NO_DIFFERENCE,
+    NOT_ENOUGH,
+    SUPPORTED,
+    Decision,
+    decide,
+    in_chains,
+    level_of,
+    p_of_decision,
+)
 from pruning_comparison.metrics import METRICS, in_role
-from pruning_comparison.variants import PRIMARY
+from pruning_comparison.variants import DENSE, PRIMARY
 
 __all__ = [
-    "CLAIM_LEVEL",
+    "CHAINS",
     "HYPOTHESIS_COLUMNS",
-    "Claim",
     "HypothesisResult",
     "answer_hypotheses",
+    "answer_pruning",
+    "asked_of_a_method",
+    "chains_of",
+    "first_levels",
     "hypothesis_table",
     "make_result",
-    "suggested_claim",
-    "verdict",
 ]
 
 HYPOTHESIS_COLUMNS = (
     "model", "method", "temperature", "id", "kind", "family", "contrast", "metric", "estimand", "scale",
     "estimate", "ci_low", "ci_high", "unit", "n", "n_iterations", "n_clusters", "cluster",
-    "p", "p_holm", "smallest_p", "test", "p_claim_holm",
+    "p", "p_holm", "test", "claim_low", "claim_high", "claim_level",
     "effect_size", "effect_size_low", "effect_size_high", "effect_size_name",
     "margin", "better", "verdict", "reason", "more_iterations", "more_clusters",
 )  # fmt: skip
+"""``ci_low`` and ``ci_high`` are the ends of the 95 % interval; the verdict comes from ``claim_low`` and ``claim_high``,
+those of the interval at 1 - ``claim_level``. ``p`` is that of no difference; ``p_holm`` that of the margin's favourable end,
+corrected for everything that the run claims: at most 0.05 decides.
+"""
 
-CLAIM_LEVEL = 0.025
-"""A claim's own corrected p may be at most this: half of what is promised, because skewed data make small p too small."""
+CHAINS: Sequence[tuple[float, Sequence[tuple[str, str]]]] = (
+    (0.4, (("E2", "perplexity"), ("Q5", "perplexity"), ("Q1", "perplexity"), ("Q4", "perplexity"))),
+    (0.15, (("E1", "tokens_per_second"), ("Q5", "tokens_per_second"), ("Q4", "tokens_per_second"))),
+    (0.15, (("E4", "first_token_latency_s"), ("Q5", "first_token_latency_s"), ("Q4", "first_token_latency_s"))),
+    (0.1, (("Q5", "generation_perplexity_distance"), ("Q4", "generation_perplexity_distance"))),
+    (0.1, (("E1p", "tokens_per_second"),)),
+)
+"""A method's chains of answers, each with its share of the method's error rate. Quality is the primary answer: it has the
+largest share, and what it hands on decides the others. What is in no chain shares the rest, each answer for itself."""
+
 _EFFECT_SIZE = "standardised paired difference"
-
-Claim = Literal["better", "no difference", "worse"]
 
 
 @dataclass(frozen=True)
@@ -73,32 +96,6 @@ class HypothesisResult:
     absent: str
 
 
-def suggested_claim(estimate: float, inside: bool, bounds: tuple[float, float], sign: int) -> tuple[Claim, float]:
-    """What the data suggest, and the boundary it has to be clear of: (claim, boundary on the estimate's scale).
-
-    ``inside``: the interval lies within the margin's ends ``bounds``. ``sign`` is +1 where more is better, else -1.
-    "better" has to clear the margin, "worse" has to clear zero, "no difference" the nearer end of the margin from within.
-    """
-    inner, outer = (bounds[1], bounds[0]) if sign > 0 else (bounds[0], bounds[1])
-    if sign * (estimate - inner) > 0:
-        return "better", inner
-    within = bounds[0] < estimate < bounds[1]
-    if inside or (within and sign * estimate >= 0):
-        return "no difference", min(inner, outer, key=lambda bound: abs(bound - estimate))
-    return "worse", 0.0
-
-
-def verdict(claim: Claim, clear: bool, p_holm: float, p_claim_holm: float) -> tuple[str, str]:
-    """(verdict, reason): the claim if both interval and corrected p allow it, else "inconclusive".
-
-    ``clear``: the interval leaves out the claim's boundary. A difference needs the corrected p of "no difference" too.
-    """
-    allowed = clear and p_claim_holm <= CLAIM_LEVEL and (claim == "no difference" or p_holm <= SIGNIFICANCE)
-    if not allowed:
-        return "inconclusive", "wide interval"
-    return ("supported" if claim == "better" else "refuted"), claim
-
-
 def answer_hypotheses(
     model: str,
     cells: pd.DataFrame,
@@ -107,21 +104,46 @@ def answer_hypotheses(
     margins: Margins | None = None,
     variant: str = "agency",
     reference: str = "baseline",
-    seed: int = 0,
+    looks: int = 1,
 ) -> pd.DataFrame:
     """E1 to E4, Q1 and Q3 to Q5 for every method (and temperature), columns ``HYPOTHESIS_COLUMNS``, one row per answer.
 
-    All expectations of the run are one Holm family, all questions another. Contrasts other than agency against baseline
-    are exploratory. What cannot be answered is a row all the same: inconclusive, with its reason.
+    Every method is a family of its own, with quality as its primary answer, and the methods share the error rate evenly.
+    ``looks``: how many times such a run is looked at before it ends, each at that part of the error rate. Contrasts other
+    than agency against baseline are exploratory. What cannot be answered is a row all the same, with its reason.
     """
     margins = margins or Margins()
-    source = Source(model, cells, tables, variant, reference, seed)
+    source = Source(model, cells, tables, variant, reference)
+    methods = source.methods()
     rows: list[HypothesisResult] = []
-    for method in source.methods():
+    for method in methods:
         rows += _expectations(source, method, margins)
-    for method in source.methods():
+    for method in methods:
         rows += _questions(source, method)
-    return hypothesis_table(rows)
+    return hypothesis_table(rows, level=level_of("answers", looks) / max(len(methods), 1))
+
+
+def answer_pruning(
+    model: str,
+    cells: pd.DataFrame,
+    tables: Mapping[str, MetricTable],
+    *,
+    margins: Margins | None = None,
+    looks: int = 1,
+) -> pd.DataFrame:
+    """P1, does pruning make the model faster: one row per variant and method, columns ``HYPOTHESIS_COLUMNS``, one family."""
+    margins = margins or Margins()
+    rows = []
+    for method, variant in sorted(set(zip(cells["method"], cells["variant"], strict=True))):
+        source = Source(model, cells, tables, str(variant), DENSE)
+        sample = source.sample("tokens_per_second", str(method), source.levels(str(method), 1e-9))
+        rows.append(
+            _answer(
+                source, str(method), "P1", "tokens_per_second", sample,
+                "mean over levels > 0 of the log ratio of tokens per second", margin=margins.speed,
+            )
+        )  # fmt: skip
+    return hypothesis_table(rows, level=level_of("faster", looks))
 
 
 # The answers, one by one
@@ -237,9 +259,9 @@ def _equal_answer(source: Source, method: str, margins: Margins) -> HypothesisRe
     fit = None if isinstance(found, str) else found.mean
     absent = found if isinstance(found, str) else "too little data" if found.mean.n < 2 else ""
     if fit is None or fit.n < 2:
-        test = PValue(math.nan, math.nan, "none")
+        test = PValue(math.nan, "none")
     else:
-        test = PValue(fit.p_value(), 0.0, "Student's t with the jackknife's error")
+        test = PValue(fit.p_value(), "Student's t with the jackknife's error")
     return make_result(
         source, method, "E1p", "tokens_per_second", "mean over equal perplexities of the log ratio of tokens per second",
         fit, test, absent, margin=margins.speed, scale="log_ratio", temperature=math.nan, cluster="prompt",
@@ -269,8 +291,7 @@ def _answer(
         better = "higher"
     cluster = METRICS[metric].cluster
     fit = None if values is None else fit_crossed(values)
-    nothing = PValue(math.nan, math.nan, "none")
-    test = nothing if values is None else difference_test(values, cluster, seed=source.seed)
+    test = PValue(math.nan, "none") if fit is None else difference_test(fit)
     absent = sample.absent or ("too little data" if fit is None or fit.n < 2 else "")
     if not scale:
         scale = "log_ratio" if METRICS[metric].scale == "log" else "difference"
@@ -298,11 +319,11 @@ def make_result(
     either: bool,
 ) -> HypothesisResult:
     contrast = f"{source.variant} vs {source.reference}"
-    kind, family = "exploratory", "exploratory"
-    if not name.startswith("X:"):
-        kind, family = QUESTIONS[name].kind, QUESTIONS[name].family
-        if (source.variant, source.reference) != PRIMARY:
-            kind, family = "exploratory", f"exploratory {family} ({contrast})"
+    kind, family = "exploratory", f"exploratory: {method}, {contrast}"
+    if name in QUESTIONS and QUESTIONS[name].kind == "pruning":
+        kind, family = "pruning", "pruning"
+    elif name in QUESTIONS and (source.variant, source.reference) == PRIMARY:
+        kind, family = QUESTIONS[name].kind, method
     log_scale = METRICS[metric].scale == "log"
     unit = {
         "log_ratio": "log ratio",
@@ -322,77 +343,119 @@ def make_result(
     return HypothesisResult(labels, fit, test, bounds, 1 if better == "higher" else -1, either, absent)
 
 
-def hypothesis_table(rows: Sequence[HypothesisResult], columns: Sequence[str] = HYPOTHESIS_COLUMNS) -> pd.DataFrame:
-    """Corrects within families, decides, and says how much more data an open answer would take."""
-    parts = [_decidable(row) for row in rows]
-    families = [str(row.labels["family"]) for row in rows]
-    corrected = _by_family([row.test.p for row in rows], families)
-    corrected_claims = _by_family([part.p_claim for part in parts], families)
-    tests = {
-        name: sum(f == name and not math.isnan(row.test.p) for f, row in zip(families, rows, strict=True))
-        for name in families
-    }
+def hypothesis_table(
+    rows: Sequence[HypothesisResult], columns: Sequence[str] = HYPOTHESIS_COLUMNS, *, level: float
+) -> pd.DataFrame:
+    """Corrects within families, each at ``level``, decides, and says how much more data an open answer would take."""
+    intervals = [_intervals(row) for row in rows]
+    corrected = _by_family(rows, level)
     table = []
-    for row, part, p_holm, p_claim_holm in zip(rows, parts, corrected, corrected_claims, strict=True):
-        decision, reason = "inconclusive", row.absent
+    for row, (shown, effect), (p, own_level) in zip(rows, intervals, corrected, strict=True):
+        fit = row.fit
+        decision = Decision(NOT_ENOUGH, math.nan, math.nan, math.nan)
+        reason = row.absent
         more: tuple[float, float] = (math.nan, math.nan)
-        if not row.absent:
-            decision, reason = verdict(part.claim, part.clear, p_holm, p_claim_holm)
-            if row.either and decision == "supported" and part.sign != row.sign:
-                reason = "worse"
-            if decision == "inconclusive" and row.fit is not None and row.fit.variance == 0:
-                reason = "too little data"
-            elif decision == "inconclusive" and row.fit is not None:
-                alpha = CLAIM_LEVEL / max(tests[str(row.labels["family"])], 1)
-                distance = abs(row.fit.mean - part.boundary)
-                more = needed(distance, row.fit.components, row.fit.iterations, row.fit.clusters, alpha=alpha)
-        fit, size = row.fit, part.effect
-        estimate = math.nan if fit is None else size.estimate if row.labels["scale"] == "standardised" else fit.mean
+        if not row.absent and fit is not None:
+            decision = decide(fit, row.bounds, row.sign, own_level, either=row.either)
+            reason = _reason(row, fit, decision)
+            if decision.verdict == NOT_ENOUGH and fit.variance > 0:
+                distance = abs(fit.mean - _favourable(row))
+                hard = own_level if own_level > 0 else level / len(rows)
+                more = needed(distance, fit.components, fit.iterations, fit.clusters, alpha=hard)
+        estimate = math.nan if fit is None else effect.estimate if row.labels["scale"] == "standardised" else fit.mean
         table.append(
             {
                 **row.labels,
-                "estimate": estimate, "ci_low": part.interval[0], "ci_high": part.interval[1],
+                "estimate": estimate, "ci_low": shown[0], "ci_high": shown[1],
                 "n": fit.n if fit else 0, "n_iterations": fit.iterations if fit else 0,
                 "n_clusters": fit.clusters if fit else 0,
-                "p": row.test.p, "p_holm": p_holm, "smallest_p": row.test.smallest, "test": row.test.name,
-                "p_claim_holm": p_claim_holm,
-                "effect_size": size.estimate, "effect_size_low": size.low, "effect_size_high": size.high,
-                "effect_size_name": _EFFECT_SIZE, "verdict": decision, "reason": reason,
+                "p": row.test.p, "p_holm": min(1.0, p * ERROR_RATE / level), "test": row.test.name,
+                "claim_low": decision.low, "claim_high": decision.high, "claim_level": decision.level,
+                "effect_size": effect.estimate, "effect_size_low": effect.low, "effect_size_high": effect.high,
+                "effect_size_name": _EFFECT_SIZE, "verdict": _as_asked(row, decision.verdict), "reason": reason,
                 "more_iterations": more[0], "more_clusters": more[1],
             }
         )  # fmt: skip
     return pd.DataFrame(table, columns=list(columns))
 
 
-@dataclass(frozen=True)
-class _Decidable:
-    claim: Claim
-    boundary: float
-    clear: bool
-    sign: int
-    interval: tuple[float, float]
-    p_claim: float
-    effect: EffectSize
+def _as_asked(row: HypothesisResult, verdict: str) -> str:
+    """Q5 asks which metrics, not whether: what is decided about one is an answer, to which side is in its reason."""
+    return ANSWERED if row.labels["id"] == "Q5" and verdict != NOT_ENOUGH else verdict
 
 
-def _decidable(row: HypothesisResult) -> _Decidable:
-    """The claim that an answer suggests, and its p before correction."""
+def _favourable(row: HypothesisResult) -> float:
+    """The end of the margin that a gain has to be beyond."""
+    return row.bounds[1] if row.sign > 0 else row.bounds[0]
+
+
+def _reason(row: HypothesisResult, fit: Fit, decision: Decision) -> str:
+    if decision.verdict == NOT_ENOUGH:
+        return "too little data" if fit.variance == 0 else "wide interval"
+    if decision.verdict == NO_DIFFERENCE:
+        return "no difference"
+    if decision.verdict == SUPPORTED:
+        return "better" if row.sign * fit.mean > 0 else "worse"
+    harm = decision.high < 0 if row.sign > 0 else decision.low > 0
+    return "worse" if harm else "no gain beyond the margin"
+
+
+def _intervals(row: HypothesisResult) -> tuple[tuple[float, float], EffectSize]:
+    """The 95 % interval that is shown, and the effect size."""
     if row.fit is None:
         nan = math.nan
-        return _Decidable("worse", nan, False, row.sign, (nan, nan), nan, EffectSize(nan, nan, nan))
-    effect, shown = standardised(row.fit), row.fit.estimate()
-    inside = row.bounds[0] < shown.ci_low and shown.ci_high < row.bounds[1]
-    sign = (1 if row.fit.mean > 0 else -1) if row.either else row.sign
-    claim, boundary = suggested_claim(row.fit.mean, inside, row.bounds, sign)
-    interval = (effect.low, effect.high) if row.labels["scale"] == "standardised" else (shown.ci_low, shown.ci_high)
-    clear = inside if claim == "no difference" else not interval[0] <= boundary <= interval[1]
-    return _Decidable(claim, boundary, clear, sign, interval, row.fit.p_value(boundary), effect)
+        return (nan, nan), EffectSize(nan, nan, nan)
+    effect, estimate = standardised(row.fit), row.fit.estimate()
+    if row.labels["scale"] == "standardised":
+        return (effect.low, effect.high), effect
+    within = METRICS[row.labels["metric"]].bounds if row.labels["scale"] == "difference" else None
+    shown = estimate if within is None else estimate.within(within[0] - within[1], within[1] - within[0])
+    return (shown.ci_low, shown.ci_high), effect
 
 
-def _by_family(p_values: Sequence[float], families: Sequence[str]) -> list[float]:
-    result = [math.nan] * len(p_values)
+def _by_family(rows: Sequence[HypothesisResult], level: float) -> list[tuple[float, float]]:
+    """Per answer the corrected p at which it is decided, and the level at which it is tested; NaN where absent."""
+    result = [(math.nan, math.nan)] * len(rows)
+    families = [str(row.labels["family"]) for row in rows]
     for family in dict.fromkeys(families):
-        places = [index for index, name in enumerate(families) if name == family]
-        for index, p in zip(places, holm([p_values[index] for index in places]), strict=True):
-            result[index] = p
+        places = [index for index, name in enumerate(families) if name == family and not rows[index].absent]
+        present = [rows[index] for index in places]
+        p = [p_of_decision(row.fit, row.bounds, row.sign) for row in present if row.fit is not None]
+        names = [(str(rows[index].labels["id"]), str(rows[index].labels["metric"])) for index in places]
+        adjusted, levels = in_chains(np.array([p]), *chains_of(names), level)
+        for index, corrected, own in zip(places, adjusted[0], levels[0], strict=True):
+            result[index] = (float(corrected), float(own))
     return result
+
+
+def asked_of_a_method(temperatures: int, metrics: Collection[str]) -> list[tuple[str, str]]:
+    """Every answer that a method's family holds, as (id, metric), with so many temperatures and these metrics measured."""
+    names = [("E1", "tokens_per_second"), ("E1p", "tokens_per_second"), ("E2", "perplexity")]
+    names += [("E3", "distinct_2_distance")] * temperatures
+    names += [("E4", "first_token_latency_s"), ("Q1", "perplexity")]
+    names += [("Q3", "generation_perplexity_distance")] if temperatures > 1 else []
+    names += [("Q4", name) for name in in_role("tight resources") if name in metrics]
+    return [*names, *(("Q5", name) for name in in_role("which metrics") if name in metrics)]
+
+
+def first_levels(names: Sequence[tuple[str, str]], level: float) -> list[float]:
+    """The level at which each answer of a family is tested before any other is decided; 0 behind another of its chain."""
+    chains, weights = chains_of(names)
+    found = [0.0] * len(names)
+    for chain, weight in zip(chains, weights, strict=True):
+        found[chain[0]] = level * weight / sum(weights)
+    return found
+
+
+def chains_of(names: Sequence[tuple[str, str]]) -> tuple[list[list[int]], list[float]]:
+    """Chains of answers named by (id, metric), as indices, and their weights; answers that are absent are skipped."""
+    chains, weights = [], []
+    left = set(range(len(names)))
+    for weight, chain in CHAINS:
+        present = [names.index(name) for name in chain if name in names]
+        if present:
+            chains.append(present)
+            weights.append(weight)
+            left -= set(present)
+    rest = 1 - sum(weight for weight, _ in CHAINS)
+    return [*chains, *([index] for index in sorted(left))], [*weights, *[rest / len(left) for _ in left]]

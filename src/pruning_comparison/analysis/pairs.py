@@ -12,6 +12,7 @@ import pandas as pd
 
 from pruning_comparison.analysis.estimates import MetricTable
 from pruning_comparison.analysis.random_effects import Array
+from pruning_comparison.variants import DENSE
 
 _MOST_MISSING = 0.1
 
@@ -53,21 +54,19 @@ class Sample:
 
 @dataclass(frozen=True)
 class Source:
-    """The tables of one contrast."""
+    """The tables of one contrast. With ``DENSE`` as the reference, every level of the variant against its own level 0."""
 
     model: str
     cells: pd.DataFrame
     data: Mapping[str, MetricTable]
     variant: str
     reference: str
-    seed: int
 
     def methods(self) -> list[str]:
         """Methods of which both variants were asked for."""
-        by_variant = [
-            set(self.cells.loc[self.cells["variant"] == name, "method"]) for name in (self.variant, self.reference)
-        ]
-        return sorted(by_variant[0] & by_variant[1])
+        names = (self.variant,) if self.reference == DENSE else (self.variant, self.reference)
+        by_variant = [set(self.cells.loc[self.cells["variant"] == name, "method"]) for name in names]
+        return sorted(set.intersection(*by_variant))
 
     def asked(self, method: str) -> pd.DataFrame:
         """The cells of both variants, failed ones too."""
@@ -87,7 +86,9 @@ class Source:
             return pd.DataFrame(
                 columns=["method", "level", "temperature", "iteration", "cluster", "difference", "pair"]
             )
-        pairs = self.data[metric].pairs(self.variant, self.reference)
+        table = self.data[metric]
+        against_dense = self.reference == DENSE
+        pairs = table.pairs_with_dense(self.variant) if against_dense else table.pairs(self.variant, self.reference)
         return pairs[pairs["method"] == method]
 
     def sample(
@@ -103,7 +104,7 @@ class Source:
     ) -> Sample:
         """The pairs' differences weighed over levels, and over temperatures by ``temperature_weights``.
 
-        Levels at which nothing was measured are left out of the weights. Iterations that are the same by construction
+        Levels at which nothing was measured are left out of the weights. Iterations that are all the same by construction
         count once; clusters that are not complete are left out. With more than a tenth of the pairs missing the sample is
         marked: what is missing is seldom missing by chance.
         """
@@ -134,23 +135,28 @@ class Source:
 
 def difference_cube(pairs: pd.DataFrame, keys: Sequence[Key]) -> tuple[Array, list[str]]:
     """Differences [K, a, b], NaN where missing, and what identifies each iteration [a]."""
-    iterations, clusters = sorted(set(pairs["iteration"])), sorted(set(pairs["cluster"]))
-    layers, names = [], []
-    for temperature, level in keys:
-        layer = pairs[(pairs["temperature"] == temperature) & (pairs["level"] == level)]
-        layers.append(
-            layer.pivot_table(index="iteration", columns="cluster", values="difference", aggfunc="mean")
-            .reindex(index=iterations, columns=clusters)
-            .to_numpy(dtype=np.float64)
-        )
-        names.append(layer.groupby("iteration")["pair"].first().reindex(iterations).fillna("").tolist())
-    return np.stack(layers), ["|".join(parts) for parts in zip(*names, strict=True)]
+    places = {key: index for index, key in enumerate(keys)}
+    layer = np.array([places.get(key, -1) for key in zip(pairs["temperature"], pairs["level"], strict=True)])
+    row, iterations = pd.factorize(pairs["iteration"], sort=True)
+    column, clusters = pd.factorize(pairs["cluster"], sort=True)
+    known = (layer >= 0) & pairs["difference"].notna().to_numpy()
+    shape = (len(keys), len(iterations), len(clusters))
+    cell = np.ravel_multi_index((layer[known], row[known], column[known]), shape)
+    count = int(np.prod(shape))
+    sums = np.bincount(cell, pairs["difference"].to_numpy(dtype=np.float64)[known], minlength=count)
+    counts = np.bincount(cell, minlength=count)
+    cube = np.divide(sums, counts, out=np.full(count, math.nan), where=counts > 0).reshape(shape)
+    names = [[""] * len(iterations) for _ in keys]
+    for index, iteration, name in zip(layer, row, pairs["pair"], strict=True):
+        if index >= 0 and not names[index][iteration]:
+            names[index][iteration] = str(name)
+    return cube, ["|".join(parts) for parts in zip(*names, strict=True)]
 
 
 def complete_matrix(values: Array, identities: Sequence[str]) -> Array | None:
-    """The matrix without repeated iterations and without holes: incomplete clusters go, or incomplete iterations."""
-    first = [identities.index(name) == row for row, name in enumerate(identities)]
-    values = values[first]
+    """The matrix without holes: incomplete clusters go, or incomplete iterations. Iterations that are all one count once."""
+    if len(set(identities)) == 1:
+        values = values[:1]
     values = values[~np.isnan(values).all(1)]
     whole = values[:, ~np.isnan(values).any(0)]
     if not whole.size:

@@ -11,7 +11,7 @@ from typing import Literal
 
 __all__ = ["QUALITY_LEVEL", "QUESTIONS", "Kind", "Question"]
 
-Kind = Literal["expectation", "question"]
+Kind = Literal["expectation", "question", "pruning"]
 
 QUALITY_LEVEL = 40.0
 """Expectations about quality are about levels from here on (per cent of the heads)."""
@@ -21,10 +21,10 @@ QUALITY_LEVEL = 40.0
 class Question:
     """One expectation or question, and how a difference between two variants is put into words.
 
-    ``asked`` says it in a sentence for readers. ``kind`` decides its Holm family: all expectations of a run are one, all
-    questions another. ``claim`` has the places ``variant``, ``reference``, ``of_reference`` (the possessive) and ``size``;
-    it is empty where the answer is no difference between two variants. ``more`` and ``less`` are the directions of that
-    size, and ``place`` says at which levels the claim holds.
+    ``asked`` says it in a sentence for readers. ``kind`` "pruning" is about pruning itself, a variant against the unpruned
+    model, and not about agency against the baseline. ``claim`` has the places ``variant``, ``reference``, ``of_reference``
+    (the possessive) and ``size``; it is empty where the answer is no difference between two variants. ``more`` and ``less``
+    are the directions of that size, and ``place`` says at which levels the claim holds.
     """
 
     id: str
@@ -35,11 +35,6 @@ class Question:
     more: str = "higher"
     less: str = "lower"
     place: str = ""
-
-    @property
-    def family(self) -> str:
-        """The name of its Holm family."""
-        return f"{self.kind}s"
 
 
 _AT_HIGH_LEVELS = f"with {QUALITY_LEVEL:g} % of the heads or more pruned"
@@ -110,5 +105,15 @@ QUESTIONS: Mapping[str, Question] = {
     ),
     "Q4": Question("Q4", "question", "Tight resources", "Is agency more beneficial the more is pruned?"),
     "Q5": Question("Q5", "question", "Which metrics", "Which measurements benefit most from agency?"),
+    "P1": Question(
+        "P1",
+        "pruning",
+        "Speed of pruned models",
+        "Does pruning make the model faster?",
+        claim="{variant} generates text {size} than {reference}",
+        more="faster",
+        less="slower",
+        place="with heads pruned",
+    ),
 }
 """Every expectation and question by its id, in the order in which they are answered."""

@@ -6,7 +6,7 @@ Clusters are documents or prompts: the same ones come back in every iteration. D
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -17,9 +17,6 @@ from scipy import optimize, special, stats
 Array = NDArray[np.float64]
 
 _POINTS = 256
-_NEGLIGIBLE_SHARE = 0.1
-_DECISIVE_P = 0.005
-_FLIPS = 9_999
 _MOST = 10_000
 
 
@@ -44,6 +41,10 @@ class Estimate:
     ci_low: float
     ci_high: float
     n: int
+
+    def within(self, low: float, high: float) -> Estimate:
+        """The interval without what is not possible, which covers the truth exactly as often: the truth is possible."""
+        return Estimate(self.estimate, max(self.ci_low, low), min(self.ci_high, high), self.n)
 
     def map(self, function: Callable[[float], float]) -> Estimate:
         """The estimate on another, increasing scale."""
@@ -134,15 +135,15 @@ class CrossedFit(Fit):
 
     def margin(self, confidence: float = 0.95) -> float:
         student = super().margin(confidence)
-        if (
-            self.variance == 0
-            or min(self.iterations, self.clusters) == 1
-            or not fiducial_share(self.iterations, self.clusters)
-        ):
+        mixed = confidence > 0.95 or bool(fiducial_share(self.iterations, self.clusters))
+        if self.n == 1 or self.variance == 0 or min(self.iterations, self.clusters) == 1 or not mixed:
             return student
 
+        mean_squares, shape = np.array(self.mean_squares)[:, None], (self.iterations, self.clusters)
+        p_values = _p_values if confidence > 0.95 else _mixture_p
+
         def excess(distance: float) -> float:
-            return self._p_at(distance) - (1 - confidence)
+            return float(p_values(np.array([distance]), mean_squares, *shape)[0]) - (1 - confidence)
 
         low, high = student, student
         while excess(low) < 0:
@@ -154,10 +155,9 @@ class CrossedFit(Fit):
 
 @dataclass(frozen=True)
 class PValue:
-    """A p-value, the smallest one that the test can attain, and the test's name."""
+    """A p-value and the test's name."""
 
     p: float
-    smallest: float
     name: str
 
 
@@ -245,15 +245,23 @@ def _p_values(distance: Array, mean_squares: Array, a: int, b: int) -> Array:
 
     Below 0.05 it is the fiducial p where that is larger, up to 0.05: the 95 % interval is the mixture's.
     """
+    mixed = _mixture_p(distance, mean_squares, a, b)
+    if min(a, b) == 1:
+        return mixed
+    with np.errstate(divide="ignore", invalid="ignore"):
+        fiducial = np.where(np.nanmax(mean_squares, 0) > 0, _fiducial_p(distance, mean_squares, a, b), 0.0)
+    # Corrected levels are far below 0.05, where Satterthwaite's t is too sure of itself and the fiducial one is not.
+    return np.maximum(mixed, np.minimum(fiducial, 0.05))
+
+
+def _mixture_p(distance: Array, mean_squares: Array, a: int, b: int) -> Array:
+    """Two-sided p [N] of the mixture alone, whose 95 % interval is shown."""
     with np.errstate(divide="ignore", invalid="ignore"):
         variance, df = _satterthwaite(mean_squares, a, b)
-        by_student = 2 * stats.t.sf(distance / np.sqrt(variance), df)
-        if min(a, b) == 1:
-            return np.where(variance > 0, by_student, np.where(distance > 0, 0.0, 1.0))
-        share, fiducial = fiducial_share(a, b), _fiducial_p(distance, mean_squares, a, b)
-        mixed = (1 - share) * by_student + share * fiducial
-        # Holm reads p far below 0.05, where Satterthwaite's t is too sure of itself and the fiducial distribution is not.
-        mixed = np.maximum(mixed, np.minimum(fiducial, 0.05))
+        mixed = 2 * stats.t.sf(distance / np.sqrt(variance), df)
+        share = 0.0 if min(a, b) == 1 else fiducial_share(a, b)
+        if share:
+            mixed = (1 - share) * mixed + share * _fiducial_p(distance, mean_squares, a, b)
     return np.where(variance > 0, mixed, np.where(distance > 0, 0.0, 1.0))
 
 
@@ -320,77 +328,14 @@ def smallest_permutation_p(pairs: int) -> float:
     return 2.0 ** (1 - pairs) if pairs >= 1 else math.nan
 
 
-def smallest_flipping_p(count: int) -> float:
-    """The smallest p of a test that also flips the signs of ``count`` independent means, as ``difference_test`` does.
-
-    Fewer than nine cannot decide and are not flipped. The crossed model then stands alone, without a limit: 0.
-    """
-    least = _attainable_p(count)
-    return least if least <= _DECISIVE_P else 0.0
-
-
-def _attainable_p(count: int) -> float:
-    """The smallest p that ``sign_flip_p`` can give for so many means: of all flips, or of the random ones it draws."""
-    return max(smallest_permutation_p(count), 2 / (_FLIPS + 1) if 2**count > _FLIPS else 0.0)
-
-
-def sign_flip_p(means: Array, *, seed: int = 0) -> PValue:
-    """Two-sided p of "symmetric about zero" by flipping the signs of k independent means [k] (Fisher's randomisation test).
-
-    All 2^k flips up to k = 13, else 9,999 random ones.
-    """
-    result = stats.permutation_test(
-        (means,),
-        lambda x, axis=-1: x.mean(axis=axis),
-        permutation_type="samples",
-        n_resamples=_FLIPS,
-        vectorized=True,
-        rng=np.random.default_rng(seed),
-    )
-    k = len(means)
-    return PValue(min(float(result.pvalue), 1.0), _attainable_p(k), f"sign flips of {k}")
-
-
-def difference_test(values: Array, cluster: str, *, seed: int = 0) -> PValue:
-    """The test of "no difference" for a matrix [a, b]: the crossed model's p, and the larger of it and sign flips'.
-
-    Sign flips treat whole iterations, or whole clusters, as one. Flipping one factor leaves out the other's variance, so
-    it is done only where the other has at most a tenth of the variance of the mean, and only where the smallest p that
-    it can attain decides at all (at most 0.005, nine of them). Else the crossed model stands alone, and the name says why.
-    """
-    fit = fit_crossed(values)
-    model = fit.p_value()
-    if fit.n == 1:
-        return PValue(math.nan, math.nan, "none: one observation")
+def difference_test(fit: Fit) -> PValue:
+    """The test of "no difference" that goes with a fit, and its name."""
+    if fit.n < 2:
+        return PValue(math.nan, "none: one observation")
     if fit.variance == 0:
-        return PValue(model, smallest_permutation_p(fit.n), "every pair is the same")
-    a, b = values.shape
-    of_mean = (fit.components.iterations / a, fit.components.clusters / b)
-    allowed = []
-    if a > 1 and (b == 1 or of_mean[1] <= _NEGLIGIBLE_SHARE * fit.variance):
-        allowed.append((a, "iteration", 1))
-    if b > 1 and (a == 1 or of_mean[0] <= _NEGLIGIBLE_SHARE * fit.variance):
-        allowed.append((b, cluster, 0))
-    name = "Student's t" if min(a, b) == 1 else "crossed random effects"
-    if not allowed:
-        return PValue(model, 0.0, f"{name} (iterations and {cluster}s both vary, so neither can be flipped alone)")
-    count, what, axis = max(allowed)
-    if smallest_flipping_p(count) == 0:
-        least = smallest_permutation_p(count)
-        return PValue(model, 0.0, f"{name} (sign flips of {count} {what}s cannot go below {least:.2g})")
-    flips = sign_flip_p(values.mean(axis), seed=seed)
-    return PValue(max(model, flips.p), flips.smallest, f"{name} and sign flips of {count} {what}s")
-
-
-def holm(p_values: Sequence[float]) -> list[float]:
-    """Holm's (1979) step-down correction within one family; a missing p stays missing and does not count."""
-    known = sorted((p, index) for index, p in enumerate(p_values) if not math.isnan(p))
-    result = [math.nan] * len(p_values)
-    highest = 0.0
-    for rank, (p, index) in enumerate(known):
-        highest = max(highest, min(1.0, (len(known) - rank) * p))
-        result[index] = highest
-    return result
+        return PValue(fit.p_value(), "every pair is the same")
+    single = min(fit.iterations, fit.clusters) == 1
+    return PValue(fit.p_value(), "Student's t" if single else "crossed random effects")
 
 
 def standardised(fit: Fit, confidence: float = 0.95) -> EffectSize:
@@ -457,30 +402,62 @@ def power(effect: float, components: Components, iterations: int, clusters: int,
     return 1.0 - float(special.nctdtr(min(df, 1e6), shifted, critical))
 
 
-def detectable_effect(
-    iterations: int,
-    clusters: int,
-    components: Components,
-    *,
-    alpha: float = 0.05,
-    wanted: float = 0.8,
-) -> float:
-    """The smallest true mean, as a distance from the boundary, that is found with power ``wanted``; inf if none is."""
-    if iterations * clusters < 2:
-        return math.inf
-    error = math.sqrt(components.of_mean(iterations, clusters)[0])
-    if error == 0:
+@dataclass(frozen=True)
+class Draws:
+    """Means [N] about a truth of 0, and mean squares [3, N], of N data sets of the same shape."""
+
+    means: Array
+    mean_squares: Array
+    iterations: int
+    clusters: int
+
+    def p_values(self, distance: float) -> Array:
+        """Two-sided p [N] of a boundary that lies ``distance`` below the truth; 1 where the mean is on its other side."""
+        beyond = self.means + distance
+        p = _p_values(np.abs(beyond), self.mean_squares, self.iterations, self.clusters)
+        return np.where(beyond > 0, p, 1.0)
+
+
+def draw_fits(components: Components, iterations: int, clusters: int, count: int = 1_000, seed: int = 0) -> Draws:
+    """What is estimated from ``count`` Gaussian data sets: means and mean squares, which are independent."""
+    a, b = iterations, clusters
+    generator = np.random.default_rng(seed)
+    expected = (
+        b * components.iterations + components.residual,
+        a * components.clusters + components.residual,
+        components.residual,
+    )
+    freedom = (a - 1, b - 1, (a - 1) * (b - 1))
+    squares = [
+        value * generator.chisquare(df, count) / df if df else np.full(count, math.nan)
+        for value, df in zip(expected, freedom, strict=True)
+    ]
+    error = math.sqrt(components.of_mean(a, b)[0])
+    return Draws(error * generator.standard_normal(count), np.stack(squares), a, b)
+
+
+def detectable_by_rules(draws: Draws, level: float, wanted: float = 0.8) -> float:
+    """The smallest distance from a boundary that is found with power ``wanted`` by the interval that errs in ``level``.
+
+    The intervals are those of the report, fiducial tails included; inf where no distance is enough.
+    """
+
+    def found(distance: float) -> float:
+        return float((draws.p_values(distance) <= 2 * level).mean()) - wanted
+
+    scale = float(np.sqrt(np.mean(draws.means**2)))
+    if scale == 0:
         return 0.0
-
-    def excess(effect: float) -> float:
-        return power(effect, components, iterations, clusters, alpha) - wanted
-
-    high = error
-    while excess(high) < 0:
+    high = scale
+    while found(high) < 0:
         high *= 2
-        if high > 1e6 * error:
+        if high > 1e6 * scale:
             return math.inf
-    return float(optimize.brentq(excess, 0.0, high, xtol=1e-6 * error))
+    low = 0.0
+    for _ in range(40):
+        middle = (low + high) / 2
+        low, high = (low, middle) if found(middle) >= 0 else (middle, high)
+    return high
 
 
 def needed(

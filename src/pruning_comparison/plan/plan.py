@@ -11,16 +11,19 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from pruning_comparison.analysis import (
-    CLAIM_LEVEL,
     PLANNING,
     QUALITY_LEVEL,
     QUESTIONS,
     Components,
     Margins,
-    detectable_effect,
-    smallest_flipping_p,
+    asked_of_a_method,
+    detectable_by_rules,
+    draw_fits,
+    first_levels,
+    level_of,
 )
 from pruning_comparison.formatting import counted, listed, per_cent, plain_number
+from pruning_comparison.metrics import METRICS
 from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds, parameter_count
 from pruning_comparison.pruning import expected_heads_pruned
@@ -102,29 +105,40 @@ def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]
 def _expectations(
     spec: ComparisonSpec, margins: Margins, documents: int, prompts: int, timed: int
 ) -> list[dict[str, Any]]:
-    """Per expectation: pairs, the smallest p that the report can give, and the effect that is found with the power wanted.
+    """Per expectation: pairs, the level at which it is tested, and what is found with the power wanted by these rules.
 
-    The corrected significance is the hardest that Holm's correction can ask for: every method's expectations are one family,
-    with speed at equal perplexity, and diversity at each temperature.
+    ``claim_level`` is the one before any other answer is decided, which is the hardest: all methods share the error rate,
+    and within a method its answers do. ``detectable``: the true gain that is *supported* with the power wanted; None if
+    none is. ``no_difference``: how often no true difference is found to be *no meaningful difference*.
     """
     if not {"agency", "baseline"} <= set(spec.variants):
         return []
-    family = len(spec.pruning_methods) * (4 + len(spec.temperatures))
+    measured = [name for name, metric in METRICS.items() if spec.memory_logging or not metric.on_request]
+    asked = asked_of_a_method(len(spec.temperatures), measured)
+    levels_of = dict(zip(asked, first_levels(asked, level_of("answers") / len(spec.pruning_methods)), strict=True))
     high = [level for level in spec.pruning_levels if level >= QUALITY_LEVEL]
     pruned = [level for level in spec.pruning_levels if level > 0]
+    batch = "timed batch of prompts" if spec.batch_size > 1 else "prompt"
     found = []
-    for name, cluster, clusters, levels, margin, sign in (
-        ("E1", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.speed, 1),
-        ("E2", "document", documents, high, margins.quality, -1),
-        ("E3", "prompt", prompts, high, margins.diversity, -1),
-        ("E4", "timed batch of prompts" if spec.batch_size > 1 else "prompt", timed, pruned, margins.latency, -1),
+    for name, metric, cluster, clusters, levels, margin, sign in (
+        ("E1", "tokens_per_second", batch, timed, pruned, margins.speed, 1),
+        ("E2", "perplexity", "document", documents, high, margins.quality, -1),
+        ("E3", "distinct_2_distance", "prompt", prompts, high, margins.diversity, -1),
+        ("E4", "first_token_latency_s", batch, timed, pruned, margins.latency, -1),
     ):
-        distance = detectable_effect(
-            spec.iterations, clusters, assumed_components(name, spec), alpha=CLAIM_LEVEL / family, wanted=POWER
-        )
+        claim_level = levels_of[name, metric]
         ratio = name != "E3"
-        boundary = math.log1p(sign * margin) if ratio else sign * margin
-        effect = boundary + sign * distance
+        # The ends of the margin on the fit's scale: that a gain has to be beyond, and the other.
+        gain, loss = (
+            (math.log1p(sign * margin), math.log1p(-sign * margin)) if ratio else (sign * margin, -sign * margin)
+        )
+        distance, no_difference = math.inf, 0.0
+        if levels and spec.iterations * clusters > 1:
+            draws = draw_fits(assumed_components(name, spec), spec.iterations, clusters)
+            distance = detectable_by_rules(draws, claim_level, POWER)
+            short = replace(draws, means=-draws.means).p_values(abs(gain)) <= 2 * claim_level
+            no_difference = float((short & (draws.p_values(abs(loss)) <= 2 * claim_level)).mean())
+        effect = gain + sign * distance
         found.append(
             {
                 "id": name,
@@ -134,9 +148,9 @@ def _expectations(
                 "iterations": spec.iterations,
                 "clusters": clusters,
                 "pairs": spec.iterations * clusters if levels else 0,
-                "smallest_p_flipping_iterations": smallest_flipping_p(spec.iterations),
-                "smallest_p_flipping_clusters": smallest_flipping_p(clusters),
-                "detectable": None if not levels or math.isinf(effect) else math.expm1(effect) if ratio else effect,
+                "claim_level": claim_level,
+                "detectable": None if math.isinf(effect) else math.expm1(effect) if ratio else effect,
+                "no_difference": no_difference,
                 "scale": "relative" if ratio else "absolute",
             }
         )
@@ -203,28 +217,26 @@ def format_plan(plan: Mapping[str, Any]) -> str:
             "",
             *_aligned([_HEADING, *(_format_expectation(row) for row in plan["expectations"])]),
             "",
-            "The smallest p: where the report's test flips the signs of whole iterations, and where it flips those of whole",
-            "documents or prompts. It flips nine or more; with fewer there is no limit.",
+            "Reckoned before any other answer of a method is decided. Each that is leaves more of the error rate to others.",
         ]
     if plan["notes"]:
         lines += ["", *(f"note: {note}" for note in plan["notes"])]
     return "\n".join(lines)
 
 
-_HEADING = ("expectation", "at levels", "pairs", "smallest p", "supported if agency is really better by")
+_HEADING = ("expectation", "at levels", "pairs", "supported if agency is really better by", "no difference is found in")
 
 
 def _format_expectation(row: Mapping[str, Any]) -> tuple[str, ...]:
     levels = [f"{level:g}" for level in row["levels"]]
-    limits = [row["smallest_p_flipping_iterations"], row["smallest_p_flipping_clusters"]]
-    smallest = ", ".join(plain_number(limit) if limit else "no limit" for limit in limits)
     if row["detectable"] is None:
         effect = "nothing: no effect is large enough" if levels else "nothing: not measured"
     else:
         relative = row["scale"] == "relative"
         size = abs(row["detectable"]) * (100 if relative else 1)
         effect = f"about {plain_number(float(f'{size:.2g}'))}{' %' if relative else ''}"
-    return (f"{row['id']} {row['title'].lower()}", ", ".join(levels) or "none", str(row["pairs"]), smallest, effect)
+    none = f"{100 * row['no_difference']:.0f} % of runs" if levels else "none"
+    return (f"{row['id']} {row['title'].lower()}", ", ".join(levels) or "none", str(row["pairs"]), effect, none)
 
 
 def _format_level(level: Mapping[str, Any]) -> str:

@@ -12,6 +12,7 @@ from typing import Any
 import pandas as pd
 
 from pruning_comparison.analysis import (
+    NOT_ENOUGH,
     Difference,
     Limit,
     LimitReason,
@@ -124,7 +125,7 @@ def limit_in_words(limit: Limit) -> LimitInWords:
     return LimitInWords(f"{axis} {shown_value}", f"only the {limit.only_in.run} run has it")
 
 
-def compare(first: Run, second: Run, *, seed: int = 0) -> tuple[pd.DataFrame, list[Limit]]:
+def compare(first: Run, second: Run) -> tuple[pd.DataFrame, list[Limit]]:
     """The second run against the first, and what is left out or reserved.
 
     The table has ``RUN_COLUMNS`` and "note", the reservations that a row is shown with. What the limits leave out is not in
@@ -137,7 +138,7 @@ def compare(first: Run, second: Run, *, seed: int = 0) -> tuple[pd.DataFrame, li
         )
     ]
     found = limits(*tables)
-    compared = compare_runs(*tables, left_out={metric for limit in found for metric in limit.left_out}, seed=seed)
+    compared = compare_runs(*tables, left_out={metric for limit in found for metric in limit.left_out})
     notes = [
         "; ".join(_NOTES[limit.reason] for limit in found if metric in limit.reserved) for metric in compared["metric"]
     ]
@@ -168,7 +169,7 @@ def between_runs_findings(compared: pd.DataFrame) -> list[Finding]:
                 name = _format_metric(metric, chosen[0])
                 if all(float(row["ci_low"]) == 0 == float(row["ci_high"]) for row in chosen):
                     same.append(name)
-                elif all(row["verdict"] == "inconclusive" for row in chosen):
+                elif all(row["verdict"] == NOT_ENOUGH for row in chosen):
                     unclear.append(name)
                 else:
                     told.append(_told(name, chosen))
@@ -199,12 +200,12 @@ def _told(name: str, rows: Sequence[Mapping[str, Any]]) -> str:
     """One metric over the levels: where the second run is clearly lower or higher, and where the data do not decide."""
     parts = []
     for word, sign in (("lower", -1), ("higher", 1)):
-        clear = [row for row in rows if row["verdict"] != "inconclusive" and sign * float(row["estimate"]) > 0]
+        clear = [row for row in rows if row["verdict"] != NOT_ENOUGH and sign * float(row["estimate"]) > 0]
         if clear:
             good = word == clear[0]["better"]
             levels = listed([f"{per_cent(row['level'])} ({shown(row, 'estimate')})" for row in clear])
             parts.append(f"{word} at {levels}, which is {'better' if good else 'worse'}")
-    unclear = [per_cent(row["level"]) for row in rows if row["verdict"] == "inconclusive"]
+    unclear = [per_cent(row["level"]) for row in rows if row["verdict"] == NOT_ENOUGH]
     if unclear:
         parts.append(f"not clearly different at {listed(unclear)}")
     return f"{capitalised(name)} of the second run: {'; '.join(parts)}."

@@ -1,7 +1,9 @@
 """What was measured, in plain sentences for readers who know no statistics: what pruning did, what it cost, what failed.
 
 Which of the two variants is better is not said here: that is for the verdicts (``verdicts.py``), whose statistics are
-made for it. A change is claimed only where the intervals leave a gap. Nothing is estimated here.
+made for it. A change rests on the paired contrast with the unpruned model, never on two intervals that overlap or do not;
+one that is clear by its own interval, but not once all that is said is corrected for, is called likely. Nothing is estimated
+here.
 """
 
 from __future__ import annotations
@@ -9,7 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any
 
 import pandas as pd
 
@@ -20,13 +22,10 @@ from pruning_comparison.variants import AGENCY_VS_BASELINE
 __all__ = ["Finding", "plain_findings"]
 
 
-_DO_NOT_TELL = "the data do not tell"
-
-
 _ONE_OBSERVATION = "one observation, no interval"
 
 
-_Direction = Literal["higher", "lower", "unclear", "single"]
+_LIKELY = "the change is likely, not certain: among so many figures some seem clear by chance"
 
 
 _AGAINST_EXPECTATION: Mapping[tuple[str, str], str] = {
@@ -59,13 +58,18 @@ def _measured(summary: pd.DataFrame, metric: str, method: str, variant: str) -> 
     return [row for row in rows_of(rows) if math.isfinite(row["estimate"])]
 
 
-def _apart(first: Mapping[str, Any], second: Mapping[str, Any]) -> _Direction:
-    """Whether two intervals leave a gap, and to which side the second lies. Overlap says nothing."""
-    if min(first["n"], second["n"]) < 2 or pd.isna(first["n"]) or pd.isna(second["n"]):
-        return "single"
-    if second["ci_low"] > first["ci_high"]:
-        return "higher"
-    return "lower" if second["ci_high"] < first["ci_low"] else "unclear"
+def _against_dense(relative: pd.DataFrame, metric: str, method: str, variant: str) -> dict[float, dict[str, Any]]:
+    """The paired contrasts with level 0, by level."""
+    chosen = (relative["metric"] == metric) & (relative["method"] == method) & (relative["variant"] == variant)
+    return {float(row["level"]): row for row in rows_of(relative[chosen])}
+
+
+def _times(row: Mapping[str, Any]) -> str:
+    """A ratio to the unpruned model with its interval."""
+    told = f"{plain_number(row['estimate'])} times the unpruned model's"
+    if pd.isna(row["ci_low"]):
+        return told
+    return f"{told} [{plain_number(row['ci_low'])} to {plain_number(row['ci_high'])}], n = {int(row['n'])}"
 
 
 def _where(row: Mapping[str, Any], several_temperatures: bool) -> str:
@@ -74,18 +78,23 @@ def _where(row: Mapping[str, Any], several_temperatures: bool) -> str:
 
 
 def plain_findings(
-    summary: pd.DataFrame, contrasts: pd.DataFrame, cells: pd.DataFrame, manifest: Mapping[str, Any]
+    summary: pd.DataFrame,
+    relative: pd.DataFrame,
+    contrasts: pd.DataFrame,
+    cells: pd.DataFrame,
+    manifest: Mapping[str, Any],
 ) -> list[Finding]:
     """Say what was found, method by method, then what holds for the run as a whole.
 
-    ``summary`` has one row per estimate, ``contrasts`` one per comparison with the baseline, ``cells`` one per
+    ``summary`` has one row per estimate, ``relative`` one per level against the unpruned model (columns
+    ``RELATIVE_COLUMNS``), ``contrasts`` one per comparison with the baseline, ``cells`` one per
     (variant, method, iteration, level). ``manifest`` supplies the number of heads where ``cells`` has none.
     """
     found: list[Finding] = []
     for method in [str(name) for name in summary["method"].dropna().unique()]:
         candidates = [
-            _quality_by_level(summary, method),
-            _change_of_speed(summary, method),
+            _quality_by_level(summary, relative, method),
+            _change_of_speed(summary, relative, method),
             _by_temperature(summary, method),
             _cost_of_adaptation(summary, method),
         ]
@@ -95,7 +104,7 @@ def plain_findings(
     return found
 
 
-def _quality_by_level(summary: pd.DataFrame, method: str) -> Finding | None:
+def _quality_by_level(summary: pd.DataFrame, relative: pd.DataFrame, method: str) -> Finding | None:
     """What pruning does to perplexity: each variant at each level beside the unpruned model, without setting them against
     each other.
     """
@@ -103,8 +112,12 @@ def _quality_by_level(summary: pd.DataFrame, method: str) -> Finding | None:
     for variant in ("baseline", "agency"):
         rows = _measured(summary, "perplexity", method, variant)
         if rows:
-            sentences.append(_perplexity_told(summary, method, variant, rows))
+            ratios = _against_dense(relative, "perplexity", method, variant)
+            sentences.append(_perplexity_told(summary, ratios, method, variant, rows))
             evidence.append(f"{variant}: {_evidence(rows, False, '1')}")
+            if ratios:
+                told = "; ".join(f"at {per_cent(level)} {_times(row)}" for level, row in sorted(ratios.items()))
+                evidence.append(f"{variant}, by pairs: {told}")
     if not sentences:
         return None
     explained = "Perplexity is how surprised a model is by text; lower is better."
@@ -113,28 +126,36 @@ def _quality_by_level(summary: pd.DataFrame, method: str) -> Finding | None:
     )
 
 
-def _perplexity_told(summary: pd.DataFrame, method: str, variant: str, rows: Sequence[Mapping[str, Any]]) -> str:
+def _perplexity_told(
+    summary: pd.DataFrame,
+    ratios: Mapping[float, Mapping[str, Any]],
+    method: str,
+    variant: str,
+    rows: Sequence[Mapping[str, Any]],
+) -> str:
     """One variant's perplexity at each level, beside its own value at level 0 where there is one."""
     dense = next((row for row in rows if row["level"] == 0), None)
     of_variant = (summary["variant"] == variant) & (summary["metric"] == "perplexity") & (summary["method"] == method)
     absent = sorted(set(summary.loc[of_variant, "level"].dropna()) - {row["level"] for row in rows})
-    parts, unclear, single = [], [], False
+    parts = []
+    unclear: list[str] = []
+    likely: list[str] = []
+    single = False
     for row in rows:
         if row["level"] == 0:
             continue
         told = f"{plain_number(row['estimate'])} at {per_cent(row['level'])}"
-        if dense is not None:
-            way = _apart(dense, row)
-            single = single or way == "single"
-            if way == "unclear":
-                unclear.append(per_cent(row["level"]))
-            if dense["estimate"]:
-                told += f" ({plain_number(row['estimate'] / dense['estimate'])} times)"
+        ratio = ratios.get(float(row["level"]))
+        if ratio is not None:
+            told += f" ({plain_number(ratio['estimate'])} times)"
+            single = single or pd.isna(ratio["ci_low"])
+            if not pd.isna(ratio["ci_low"]) and not ratio["certain"]:
+                (unclear if ratio["change"] == "unclear" else likely).append(per_cent(row["level"]))
         parts.append(told)
     if dense is None:
         sentence = (
-            f"With heads pruned by {method}, the {variant} model's is {listed(parts)}. Level 0 was not measured, so "
-            f"{_DO_NOT_TELL} what pruning changed."
+            f"With heads pruned by {method}, the {variant} model's is {listed(parts)}. Level 0 was not measured, so what "
+            "pruning changed is not known."
         )
     elif parts:
         sentence = f"The {variant} model's is {plain_number(dense['estimate'])} unpruned and {listed(parts)}."
@@ -143,10 +164,9 @@ def _perplexity_told(summary: pd.DataFrame, method: str, variant: str, rows: Seq
     if absent:
         sentence += f" It is missing at {listed([per_cent(level) for level in absent])}."
     if unclear:
-        sentence += (
-            f" At {listed(unclear)} the interval overlaps that of level 0, so by these intervals {_DO_NOT_TELL} "
-            "whether pruning changed it there."
-        )
+        sentence += f" At {listed(unclear)} it is unclear whether pruning changed it."
+    if likely:
+        sentence += f" At {listed(likely)} {_LIKELY}."
     if single:
         sentence += f" This is {_ONE_OBSERVATION}: how much of it is chance cannot be said."
     return sentence
@@ -156,31 +176,25 @@ def _evidence(rows: Sequence[Mapping[str, Any]], several_temperatures: bool, uni
     return "; ".join(f"at {_where(row, several_temperatures)}: {_interval(row, unit)}" for row in rows)
 
 
-def _change_of_speed(summary: pd.DataFrame, method: str) -> Finding | None:
-    """Whether speed at the highest level differs from speed at level 0, for each of the two, and what was possible."""
+def _change_of_speed(summary: pd.DataFrame, relative: pd.DataFrame, method: str) -> Finding | None:
+    """Whether speed at the highest level differs from the unpruned model's, for each of the two, and what was possible."""
     sentences, evidence = [], []
     for variant in ("baseline", "agency"):
         rows = _measured(summary, "tokens_per_second", method, variant)
         dense = next((row for row in rows if row["level"] == 0), None)
-        if not rows or dense is None or rows[-1]["level"] == 0:
+        ratios = _against_dense(relative, "tokens_per_second", method, variant)
+        if not rows or dense is None or rows[-1]["level"] == 0 or float(rows[-1]["level"]) not in ratios:
             continue
         top = rows[-1]
-        went = f"{plain_number(dense['estimate'])} to {plain_number(top['estimate'])} tokens per second"
-        between = f"from level 0 to {per_cent(top['level'])}"
-        change = {
-            "higher": f"The {variant} model gets faster: {went} {between}.",
-            "lower": f"The {variant} model gets slower: {went} {between}.",
-            "unclear": (
-                f"The {variant} model went from {went} {between}; the intervals overlap, so by these intervals "
-                f"{_DO_NOT_TELL} whether its speed changed."
-            ),
-            "single": f"The {variant} model went from {went} {between}: {_ONE_OBSERVATION} at a level.",
-        }
-        way = _apart(dense, top)
-        sentences.append(change[way])
-        if (variant, way) in _AGAINST_EXPECTATION:
-            sentences.append(_AGAINST_EXPECTATION[variant, way])
-        evidence.append(f"{variant}: {_evidence([dense, top], False, 'token/s')}")
+        ratio = ratios[float(top["level"])]
+        figures = (
+            f"{plain_number(top['estimate'])} tokens per second with {per_cent(top['level'])} of the heads pruned, "
+            f"{plain_number(ratio['estimate'])} times the unpruned model's speed"
+        )
+        sentences.append(_speed_told(variant, ratio, figures))
+        if ratio["certain"] and (variant, ratio["change"]) in _AGAINST_EXPECTATION:
+            sentences.append(_AGAINST_EXPECTATION[variant, ratio["change"]])
+        evidence.append(f"{variant}: {_evidence([dense, top], False, 'token/s')}; by pairs {_times(ratio)}")
         ceiling = [
             row
             for row in _measured(summary, "tokens_per_second_ceiling", method, variant)
@@ -191,6 +205,17 @@ def _change_of_speed(summary: pd.DataFrame, method: str) -> Finding | None:
     if not sentences:
         return None
     return Finding(f"{method}: what pruning does to speed", " ".join(sentences), "; ".join(evidence))
+
+
+def _speed_told(variant: str, ratio: Mapping[str, Any], figures: str) -> str:
+    if pd.isna(ratio["ci_low"]):
+        return f"The {variant} model generates {figures}: {_ONE_OBSERVATION}."
+    if ratio["change"] == "unclear":
+        return f"It is unclear whether pruning changes the {variant} model's speed: {figures}."
+    way = "faster" if ratio["change"] == "higher" else "slower"
+    if ratio["certain"]:
+        return f"Pruning makes the {variant} model {way}: {figures}."
+    return f"Pruning probably makes the {variant} model {way}: {figures}."
 
 
 def _by_temperature(summary: pd.DataFrame, method: str) -> Finding | None:

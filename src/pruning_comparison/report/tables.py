@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.analysis import QUESTIONS
+from pruning_comparison.analysis import NOT_ENOUGH, QUESTIONS
 from pruning_comparison.formatting import format_value, interval_with_unit, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import METRICS, in_role, metric_named
 from pruning_comparison.report.rows import rows_of
@@ -86,7 +86,7 @@ def answers_table(answers: pd.DataFrame, caption: str) -> Table | None:
     varying = [column for column, differs in several.items() if differs]
     columns = (
         "Asked", *(column.capitalize() for column in varying), "Estimate", "What is estimated", "Margin", "n",
-        "p, corrected", "Smallest p", "Effect size", "Verdict",
+        "p, corrected", "Effect size", "Verdict",
     )  # fmt: skip
     return Table(caption, columns, tuple(_answer_row(row, varying) for row in rows))
 
@@ -111,11 +111,10 @@ def _answer_row(row: Mapping[str, Any], varying: Sequence[str]) -> TableRow:
             TableCell(str(row["estimand"]), tone="wide"),
             TableCell("" if pd.isna(row["margin"]) else shown(row, "margin"), sort=_sort_key(row["margin"])),
             TableCell(n, crossed, n),
-            TableCell(_format_p(row["p_holm"]), f"uncorrected {_format_p(row['p'])}", _sort_key(row["p_holm"])),
             TableCell(
-                "no limit" if row["smallest_p"] == 0 else _format_p(row["smallest_p"]),
-                str(row["test"] or ""),
-                _sort_key(row["smallest_p"]),
+                _format_p(row["p_holm"]),
+                f"of no difference, uncorrected: {_format_p(row['p'])}",
+                _sort_key(row["p_holm"]),
             ),
             TableCell(
                 "" if math.isnan(effect) else plain_number(effect),
@@ -131,7 +130,7 @@ def _verdict_cell(row: Mapping[str, Any]) -> TableCell:
     """The verdict and why; for an exploratory contrast, which is no verdict, only which way it goes."""
     verdict, reason = str(row["verdict"]), str(row["reason"] or "")
     if row["kind"] == "exploratory":
-        word = "open" if verdict == "inconclusive" else reason
+        word = "unclear" if verdict == NOT_ENOUGH else reason
         return TableCell(word, str(row.get("note") or ""), tone=word if word in ("better", "worse") else "muted")
     return TableCell(verdict, reason, tone=verdict)
 

@@ -15,10 +15,12 @@ import pandas as pd
 from pruning_comparison.analysis import (
     CONTRAST_COLUMNS,
     HYPOTHESIS_COLUMNS,
+    RANKING_COLUMNS,
     Margins,
     MetricTable,
     agreement,
     answer_hypotheses,
+    answer_pruning,
     contrast,
     differences,
     map_heads,
@@ -26,6 +28,9 @@ from pruning_comparison.analysis import (
     missing_figures,
     observations,
     optimal_levels,
+    rank_methods,
+    rank_variants,
+    relative_to_dense,
     speed_at_equal_perplexity,
     summarize,
 )
@@ -51,6 +56,8 @@ class _Tables:
     """Everything that is estimated from a run, as tidy tables by the names of their files."""
 
     summary: pd.DataFrame
+    relative: pd.DataFrame
+    rankings: pd.DataFrame
     contrasts: pd.DataFrame
     answers: pd.DataFrame
     optimal_levels: pd.DataFrame
@@ -81,7 +88,7 @@ def write_results(
     tables = _estimate(run, used)
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
-        *findings.plain_findings(tables.summary, tables.contrasts, run.cells, manifest),
+        *findings.plain_findings(tables.summary, tables.relative, tables.contrasts, run.cells, manifest),
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
     ]
@@ -177,6 +184,8 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
     tables = observations(run.cells, run.measurements)
     return _Tables(
         summarize(run.model, tables),
+        relative_to_dense(run.model, tables),
+        _joined([rank(run.model, tables, margins=margins) for rank in (rank_methods, rank_variants)], RANKING_COLUMNS),
         _contrasts(run.model, run.variants, tables),
         _answers(run, tables, run.variants, margins),
         optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
@@ -186,7 +195,7 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
 
 
 def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], margins: Margins) -> pd.DataFrame:
-    """Agency against the baseline, and then against every other variant, as exploratory.
+    """Agency against the baseline, then against every other variant, as exploratory, and every variant against dense.
 
     In a run without agency it is every other variant against the baseline.
     """
@@ -199,10 +208,11 @@ def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], m
     answers = [
         answer_hypotheses(
             run.model, run.cells, tables,
-            margins=margins, variant=variant, reference=reference, seed=run.seed,
+            margins=margins, variant=variant, reference=reference,
         )
         for variant, reference in contrasts
     ]  # fmt: skip
+    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins))
     return _joined(answers, HYPOTHESIS_COLUMNS)
 
 
