@@ -31,6 +31,10 @@ ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
 BOS_RULES: tuple[BosRule, ...] = get_args(BosRule)
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
 
+LOOKS = (3, 6, 12)
+"""Iterations after which a run that goes on until it has decided is looked at. Each look may err in a third of the runs that
+one look may err in, so that all three together keep what a run of fixed length promises, whatever they see (Bonferroni)."""
+
 OPTION_OF_FIELD: Mapping[str, str] = {"pruning_methods": "pruning_method", "prune_unit": "unit"}
 """Fields of a spec whose option has another name."""
 
@@ -66,6 +70,9 @@ class ComparisonSpec:
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
 
+    ``until_decided``: measures iterations until the primary answers are decided, at one of ``looks``, of which
+    ``iterations`` is the last.
+
     Among ``pruning_methods`` may be a user's own, as ``Method`` objects. Their functions are imported and checked here,
     before any work; from then on ``pruning_methods`` holds names alone, and ``own_methods`` the records. The hash of the
     source of an own method is part of the spec: when its file changes, that is another run.
@@ -80,6 +87,7 @@ class ComparisonSpec:
     temperatures: tuple[float, ...] = (0.7, 1.0)
     num_tokens: int = 100
     iterations: int = 3
+    until_decided: bool = False
     max_prompts: int = 5
     batch_size: int = 1
     execution: Execution = "compact"
@@ -152,6 +160,13 @@ class ComparisonSpec:
             _require(value >= least, field, value, f"must be at least {least}", "Give a larger whole number.")
             most = _MOST.get(field, 2**31 - 1)
             _require(value <= most, field, value, f"must be at most {most}", "Give a smaller whole number.")
+        _require(
+            not self.until_decided or self.iterations == LOOKS[-1],
+            "iterations",
+            self.iterations,
+            "cannot be chosen with --until_decided, which ends after 3, 6 or 12 iterations",
+            f"Leave one of the two out; from Python, give iterations={LOOKS[-1]}.",
+        )
         _require(bool(self.pruning_levels), "pruning_levels", "", "must name at least one level", "Give 0,20,40.")
         for level in self.pruning_levels:
             _require(
@@ -200,6 +215,11 @@ class ComparisonSpec:
         for field in ("ridge", "mlp_ridge", "recovery_rate", "timing_precision_percent"):
             strength = getattr(self, field)
             _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Leave it out.")
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """After how many iterations it is asked whether the answers are decided: once, at the end, or at ``LOOKS``."""
+        return LOOKS if self.until_decided else (self.iterations,)
 
     def method(self, name: str) -> Method:
         """The record of one of the spec's methods; InputError for a name that is none."""
@@ -296,7 +316,7 @@ class ComparisonSpec:
 _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
 """Whole numbers that are larger are slips of the keyboard; a list of that many cells alone would fill the memory."""
 
-REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations"})
+REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations", "until_decided"})
 """Settings that say which cells there are, and nothing about how one of them is measured."""
 TEXT_AXES = frozenset(
     {
