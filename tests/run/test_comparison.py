@@ -26,7 +26,7 @@ from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.run_folder import latest_run, read_manifest
 from pruning_comparison.variants import DENSE, VARIANTS
 
-MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "ceiling")
+MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "_in_proportion")
 
 
 @pytest.fixture(scope="module")
