@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
+import numpy as np
 import pandas as pd
 import pytest
 import torch
@@ -20,7 +21,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
-from pruning_comparison.analysis.estimates import CONTRAST_COLUMNS, MISSING_COLUMNS, SUMMARY_COLUMNS
+from pruning_comparison.analysis.estimates import (
+    CONTRAST_COLUMNS,
+    MISSING_COLUMNS,
+    SUMMARY_COLUMNS,
+    MetricTable,
+    observations,
+)
 from pruning_comparison.analysis.head_maps import SIGNALS
 from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS
 from pruning_comparison.analysis.rankings import RANKING_COLUMNS
@@ -31,6 +38,7 @@ from pruning_comparison.report.answer import Answer, Chip
 from pruning_comparison.report.charts.style import to_svg
 from pruning_comparison.report.page import render_report
 from pruning_comparison.run import attempts
+from pruning_comparison.run.measure_cell import LevelTimings
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.journal import RunStore, columns_of
@@ -198,6 +206,8 @@ def tiny_spec(folder: Path, **changes: Any) -> ComparisonSpec:
         "eval_tokens": 150,
         "calibration_tokens": 128,
         "calibration_window": 64,
+        "timing_pairs": 2,
+        "timing_limit_s": 0.0,
         "adaptation": "refit",
         "eval_text": str(folder / "texts" / "held_out"),
         "calibration_text": str(folder / "texts" / "calibration"),
@@ -238,7 +248,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
     monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda spec, inputs: None)
     monkeypatch.setattr(attempts, "run_cell", lambda w, cell: (no_model(), CellResult(cell, "done", fingerprint="x")))
-    monkeypatch.setattr(attempts, "time_level", lambda *arguments: [])
+    monkeypatch.setattr(attempts, "time_level", lambda *arguments: LevelTimings([]))
 
 
 def estimate_row(
@@ -478,3 +488,87 @@ def left_padded(batch: int = 2, length: int = 11, pads: int = 3) -> tuple[Tensor
     tokens[0, :pads] = 0
     visible[0, :pads] = 0
     return tokens, visible
+
+
+# Synthetic runs whose answers are known beforehand
+
+LEVELS = (0.0, 20.0, 40.0, 60.0, 80.0)
+_TIDY = (
+    "variant", "method", "iteration", "level", "temperature", "prompt", "document", "window", "repeat", "metric", "value",
+    "reason",
+)  # fmt: skip
+Place = Callable[..., float]
+
+
+def noise(*place: float) -> float:
+    """A number in [-1, 1] that depends on its place alone, with no pattern along any part of it."""
+    return 2 * float(np.random.default_rng([1 + int(part) for part in place]).random()) - 1
+
+
+def run_of(
+    loss: Place = lambda variant, level, i, d: level / 100,
+    speed: Place = lambda variant, level, i, p: 0.0,
+    latency: Place = lambda variant, level, i, p: 0.0,
+    distinct: Place = lambda variant, level, i, p, t: 0.9,
+    judged: Place = lambda variant, level, i, p, t: 4.0,
+    *,
+    levels: Sequence[float] = LEVELS,
+    iterations: int = 4,
+    documents: int = 10,
+    prompts: int = 5,
+    temperatures: Sequence[float] = (0.7, 1.0),
+    fingerprint: str | None = None,
+    variants: Sequence[str] = ("baseline", "agency"),
+    method: str = "m",
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Cells and measurements from functions of the place; all but ``distinct`` give logarithms."""
+    cells: list[dict[str, Any]] = []
+    rows: list[dict[str, Any]] = []
+    for variant in variants:
+        for level in levels:
+            for i in range(iterations):
+                place = {"variant": variant, "method": method, "iteration": i, "level": level}
+                name = "dense" if level == 0 else fingerprint or f"{variant} {level} {i}"
+                cells.append(place | {"status": "done", "fingerprint": name})
+                for d in range(documents):
+                    nats = 100 * (4 + loss(variant, level, i, d))
+                    for metric, value in (("window_nats", nats), ("window_tokens", 100), ("window_bytes", 400)):
+                        rows.append(place | {"document": f"d{d}", "metric": metric, "value": value})
+                for p in range(prompts):
+                    for repeat in range(2):
+                        here = place | {"prompt": p, "repeat": repeat}
+                        rows.append(
+                            here | {"metric": "tokens_per_second", "value": 50 * math.exp(speed(variant, level, i, p))}
+                        )
+                        wait = 0.01 * math.exp(latency(variant, level, i, p))
+                        rows.append(here | {"metric": "first_token_latency_s", "value": wait})
+                    for t in temperatures:
+                        here = place | {"prompt": p, "temperature": t}
+                        rows.append(here | {"metric": "distinct_2", "value": distinct(variant, level, i, p, t)})
+                        perplexity = math.exp(judged(variant, level, i, p, t))
+                        rows.append(here | {"metric": "generation_perplexity", "value": perplexity})
+    return pd.DataFrame(cells), pd.DataFrame(rows, columns=list(_TIDY))
+
+
+def gain(effect: float, wobble: float = 0.01) -> Place:
+    """Agency's loss differs from the baseline's by ``effect`` and a little that varies over documents and iterations."""
+
+    def loss(variant: str, level: float, i: int, d: int) -> float:
+        shift = effect + wobble * noise(level, i, d) if variant == "agency" and level else 0.0
+        return level / 100 + shift
+
+    return loss
+
+
+def observed(cells: pd.DataFrame, measurements: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, MetricTable]]:
+    """A run's cells and what was observed of it."""
+    return cells, observations(cells, measurements)
+
+
+def answer(table: pd.DataFrame, name: str, **where: Any) -> pd.Series[Any]:
+    """The one row of answers with that id."""
+    rows = table[table["id"] == name]
+    for column, value in where.items():
+        rows = rows[rows[column] == value]
+    assert len(rows) == 1
+    return rows.iloc[0]

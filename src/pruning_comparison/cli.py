@@ -30,6 +30,7 @@ from pruning_comparison.spec import (
     BOS_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
+    LOOKS,
     PRECISIONS,
     PRUNE_UNITS,
     SCOPES,
@@ -295,8 +296,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 _NOT_FOR_ONE_MODEL = frozenset(
     {
         "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
-        "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update", "margins", "launcher",
-        "ray_address", "workers",
+        "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
+        "margins", "launcher", "ray_address", "workers",
     }
 )  # fmt: skip
 
@@ -357,11 +358,29 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("recovery_rate", type=float, help="learning rate of the recovery steps")
 
     group = parser.add_argument_group("how much is measured")
-    add("iterations", type=_whole_number, help="replicates, each with its own seed")
+    add(
+        "iterations",
+        default=None,
+        type=_whole_number,
+        help=f"replicates, each with its own seed (default: {default['iterations']})",
+    )
+    flag(
+        "until_decided",
+        "instead of --iterations: go on until the primary answers are decided, which is looked at after "
+        f"{', '.join(map(str, LOOKS))} iterations",
+    )
+    add("budget", type=_duration_s, default=None, help="with --until_decided: maximum time, such as 90s, 30m or 2h")
     add("temperatures", default="0.7,1.0", help="comma-separated; 0 is greedy decoding")
     add("num_tokens", type=_whole_number, help="new tokens per prompt")
     add("max_prompts", type=_whole_number, help="maximum number of prompts")
     add("batch_size", type=_whole_number, help="prompts per timed batch")
+    add("timing_pairs", type=_whole_number, help="minimum number of timed generations of each model at a level")
+    add(
+        "timing_precision_percent",
+        type=_number,
+        help="timing goes on until every ratio is known to within this percentage",
+    )
+    add("timing_limit_s", type=_number, help="maximum time for timing one level, in seconds")
     flag("memory_logging", "measure and log peak memory")
     add("seed", type=_whole_number, help="seed of everything random")
 
@@ -424,6 +443,17 @@ def _whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _duration_s(text: str) -> float:
+    """A time such as 30m, in seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m or 2h")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -475,6 +505,9 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
         field.name: getattr(options, field.name, field.default) for field in fields(ComparisonSpec)
     }
     values["prune_unit"] = getattr(options, "unit", values["prune_unit"])
+    if values["iterations"] is None:
+        usual = next(field.default for field in fields(ComparisonSpec) if field.name == "iterations")
+        values["iterations"] = LOOKS[-1] if values["until_decided"] else usual
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _methods(options.pruning_method)
@@ -535,7 +568,8 @@ def _run(options: argparse.Namespace) -> int:
                 save_models=options.save_models,
                 launcher=launcher,
                 fresh=options.fresh,
-                report_options=_report_options(options),
+                more_options=_more_options(options),
+                budget_s=options.budget,
             )
         except Interrupted as stopped:
             live.end_steps()
@@ -613,10 +647,14 @@ def _print_any(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding))
 
 
-def _report_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What was asked of the report, by the names of the options: part of what repeats a run, though nothing is measured."""
+def _more_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What repeats a command beside its spec, by the names of the options: what was asked of the report, and a budget."""
     given = {name: getattr(options, name) for name in MARGIN_OPTIONS if getattr(options, name) is not None}
-    return {**given, **({"save_outputs": True} if options.save_outputs else {})}
+    if options.save_outputs:
+        given["save_outputs"] = True
+    if options.budget is not None:
+        given["budget"] = f"{options.budget:g}s"
+    return given
 
 
 def _report(options: argparse.Namespace) -> int:

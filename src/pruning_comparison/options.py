@@ -41,6 +41,10 @@ def with_presets_and_files(argv: Sequence[str], known: Mapping[str, argparse.Act
     if "preset" in known:
         preset = _last_value(given, "preset") or _last_value(from_file, "preset")
     from_preset = [f"--{name}={value}" for name, value in preset_named(preset).options.items()] if preset else []
+    if "--until_decided" in given:  # which is in place of a number of iterations
+        from_file = [word for word in from_file if not word.startswith("--iterations=")]
+    if "--until_decided" in (*from_file, *given):
+        from_preset = [word for word in from_preset if not word.startswith("--iterations=")]
     return [*command, *from_preset, *from_file, *given]
 
 

@@ -7,9 +7,9 @@ import math
 import numpy as np
 import pandas as pd
 import pytest
+from builders import answer, gain, noise, observed, run_of
 
 from pruning_comparison.analysis.between_runs import RUN_COLUMNS, RunTables, compare_runs
-from pruning_comparison.analysis.estimates import observations
 from pruning_comparison.analysis.hypotheses import (
     CHAINS,
     HYPOTHESIS_COLUMNS,
@@ -29,87 +29,9 @@ from pruning_comparison.analysis.tradeoffs import (
 )
 from pruning_comparison.analysis.verdict_rules import VERDICTS
 
-LEVELS = (0.0, 20.0, 40.0, 60.0, 80.0)
-COLUMNS = [
-    "variant", "method", "iteration", "level", "temperature", "prompt", "document", "window", "repeat", "metric", "value",
-    "reason",
-]  # fmt: skip
-
-
-def noise(*place):
-    """A number in [-1, 1] that depends on its place alone, with no pattern along any part of it."""
-    return 2 * np.random.default_rng([1 + int(part) for part in place]).random() - 1
-
-
-def run_of(
-    loss=lambda variant, level, i, d: level / 100,
-    speed=lambda variant, level, i, p: 0.0,
-    latency=lambda variant, level, i, p: 0.0,
-    distinct=lambda variant, level, i, p, t: 0.9,
-    judged=lambda variant, level, i, p, t: 4.0,
-    *,
-    levels=LEVELS,
-    iterations=4,
-    documents=10,
-    prompts=5,
-    temperatures=(0.7, 1.0),
-    fingerprint=None,
-    variants=("baseline", "agency"),
-    method="m",
-):
-    """Tables of a run from functions of the place; log perplexity, log speed and log latency, raw distinct-2."""
-    cells, rows = [], []
-    for variant in variants:
-        for level in levels:
-            for i in range(iterations):
-                place = {"variant": variant, "method": method, "iteration": i, "level": level}
-                name = "dense" if level == 0 else fingerprint or f"{variant} {level} {i}"
-                cells.append(place | {"status": "done", "fingerprint": name})
-                for d in range(documents):
-                    nats = 100 * (4 + loss(variant, level, i, d))
-                    for metric, value in (("window_nats", nats), ("window_tokens", 100), ("window_bytes", 400)):
-                        rows.append(place | {"document": f"d{d}", "metric": metric, "value": value})
-                for p in range(prompts):
-                    for repeat in range(2):
-                        here = place | {"prompt": p, "repeat": repeat}
-                        rows.append(
-                            here | {"metric": "tokens_per_second", "value": 50 * math.exp(speed(variant, level, i, p))}
-                        )
-                        wait = 0.01 * math.exp(latency(variant, level, i, p))
-                        rows.append(here | {"metric": "first_token_latency_s", "value": wait})
-                    for t in temperatures:
-                        here = place | {"prompt": p, "temperature": t}
-                        rows.append(here | {"metric": "distinct_2", "value": distinct(variant, level, i, p, t)})
-                        value = math.exp(judged(variant, level, i, p, t))
-                        rows.append(here | {"metric": "generation_perplexity", "value": value})
-    return pd.DataFrame(cells), pd.DataFrame(rows, columns=COLUMNS)
-
-
-def observed(cells, measurements):
-    """A run's cells and what was observed of it."""
-    return cells, observations(cells, measurements)
-
 
 def answers(cells, measurements, **settings):
     return answer_hypotheses("tiny", *observed(cells, measurements), **settings)
-
-
-def answer(table, name, **where):
-    rows = table[table["id"] == name]
-    for column, value in where.items():
-        rows = rows[rows[column] == value]
-    assert len(rows) == 1
-    return rows.iloc[0]
-
-
-def gain(effect, wobble=0.01):
-    """Agency's loss differs from the baseline's by ``effect`` and a little that varies over documents and iterations."""
-
-    def loss(variant, level, i, d):
-        shift = effect + wobble * noise(level, i, d) if variant == "agency" and level else 0.0
-        return level / 100 + shift
-
-    return loss
 
 
 def test_a_better_perplexity_is_supported_with_the_estimate_known_beforehand():

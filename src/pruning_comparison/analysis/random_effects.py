@@ -135,10 +135,10 @@ class CrossedFit(Fit):
 
     def margin(self, confidence: float = 0.95) -> float:
         student = super().margin(confidence)
-        mixed = confidence > 0.95 or bool(fiducial_share(self.iterations, self.clusters))
-        if self.n == 1 or self.variance == 0 or min(self.iterations, self.clusters) == 1 or not mixed:
+        if self.variance == 0 or min(self.iterations, self.clusters) == 1:
             return student
-
+        if confidence <= 0.95 and not fiducial_share(self.iterations, self.clusters):
+            return student
         mean_squares, shape = np.array(self.mean_squares)[:, None], (self.iterations, self.clusters)
         p_values = _p_values if confidence > 0.95 else _mixture_p
 
