@@ -183,6 +183,16 @@ def test_a_preset_is_a_set_of_defaults_that_file_and_command_line_replace(tmp_pa
     assert spec_of("--device=cpu", f"--config={tmp_path / 'o.yaml'}", "--preset=standard").eval_tokens == 8192
 
 
+def test_until_decided_replaces_the_iterations_of_a_preset_and_of_a_file(tmp_path):
+    paper = spec_of("--device=cpu", "--preset=paper", "--until_decided")
+    assert (paper.until_decided, paper.looks, paper.max_prompts) == (True, (3, 6, 12), 20)
+    (tmp_path / "o.yaml").write_text("iterations: 5\nnum_tokens: 9\n")
+    both = spec_of("--device=cpu", f"--config={tmp_path / 'o.yaml'}", "--until-decided")
+    assert (both.until_decided, both.num_tokens) == (True, 9)
+    (tmp_path / "o.yaml").write_text("until_decided: true\n")
+    assert spec_of("--device=cpu", f"--config={tmp_path / 'o.yaml'}", "--preset=paper").looks == (3, 6, 12)
+
+
 def test_an_unknown_preset_names_the_nearest(capsys):
     assert cli.main(["run", "--preset=papers"]) == 2
     assert (

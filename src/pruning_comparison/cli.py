@@ -30,6 +30,7 @@ from pruning_comparison.spec import (
     BOS_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
+    LOOKS,
     PRECISIONS,
     PRUNE_UNITS,
     SCOPES,
@@ -46,11 +47,11 @@ LAUNCHERS = ("serial", "ray")
 _METHOD_NAMES = f"{', '.join(METHODS)}, or package.module:function for one of your own"
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
-    "margin_speed": ("speed", 100, "per cent of speed that matter (2, if not given)"),
-    "margin_quality": ("quality", 100, "per cent of perplexity that matter (5, if not given)"),
-    "margin_diversity": ("diversity", 1, "distance of distinct-2 that matters (0.02, if not given)"),
-    "margin_latency": ("latency", 100, "per cent of first-token latency that matter (2, if not given)"),
-    "tolerance": ("tolerance", 100, "per cent of perplexity that may be lost at the optimal level (5, if not given)"),
+    "margin_speed": ("speed", 100, "per cent of speed that matter (default: 2)"),
+    "margin_quality": ("quality", 100, "per cent of perplexity that matter (default: 5)"),
+    "margin_diversity": ("diversity", 1, "distance of distinct-2 that matters (default: 0.02)"),
+    "margin_latency": ("latency", 100, "per cent of first-token latency that matter (default: 2)"),
+    "tolerance": ("tolerance", 100, "per cent by which perplexity may rise at a safe level (default: 5)"),
 }
 """Options that say what matters: the margin that each sets, how many of its units make a whole, and what it means.
 
@@ -154,7 +155,7 @@ def make_parser() -> _Parser:
         "written with underscores or dashes.",
         shows="""\
   pruning-comparison run --preset=quick --model_name=bundled
-  pruning-comparison run --model_name=gpt2 --pruning_method=entropy,fisher,random
+  pruning-comparison run --model_name=gpt2 --pruning_method=entropy,random
   pruning-comparison run --config=results/latest/run.yaml --fresh
   pruning-comparison run --eval_text=test.txt --calibration_text=train.txt""",
     )
@@ -199,12 +200,12 @@ def make_parser() -> _Parser:
         "prune",
         _prune,
         "--level=PER_CENT [OPTION ...]",
-        in_short="prune one model and save it, with a card that says what that cost",
+        in_short="prune one model and save it, with a card that says what it costs",
         says="Prunes a model to one level, by one method, as a comparison would, and saves it with a model card: what was "
         "cut, perplexity, speed and bytes before and after, how it was made, and how it loads again.",
         shows="""\
   pruning-comparison prune --model_name=gpt2 --level=30
-  pruning-comparison prune --model_name=gpt2 --level=50 --method=entropy --also=plain""",
+  pruning-comparison prune --model_name=gpt2 --level=50 --also=plain""",
     )
     model = prune.add_argument_group("the pruned model")
     model.add_argument(
@@ -215,14 +216,14 @@ def make_parser() -> _Parser:
     model.add_argument(
         "--output_dir",
         default=None,
-        help="the new folder of the model; pruned_models/<model>_<variant>_<method>_<level>, if not given",
+        help="the new folder of the model; by default pruned_models/<model>_<variant>_<method>_<level>",
     )
     model.add_argument(
         "--also",
         default="",
-        help="comma-separated, plain or padded: also save it in these forms, which need no code, in folders inside",
+        help="comma-separated, plain or padded: also save it in these forms, which need no custom code, in subfolders",
     )
-    model.add_argument("--no_measure", action="store_true", help="leave perplexity and speed out of the card")
+    model.add_argument("--no_measure", action="store_true", help="do not measure perplexity and speed for the card")
     _add_run_options(prune, without=_NOT_FOR_ONE_MODEL)
     _add_common_options(prune)
     return parser
@@ -295,8 +296,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescrip
 _NOT_FOR_ONE_MODEL = frozenset(
     {
         "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
-        "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update", "margins", "launcher",
-        "ray_address", "workers",
+        "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
+        "margins", "launcher", "ray_address", "workers",
     }
 )  # fmt: skip
 
@@ -318,25 +319,29 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add(
         "config",
         metavar="FILE.yaml",
-        help="take options from a file too, such as the run.yaml of a run: a mapping of their names to values; it wins over "
-        "a preset, and the command line over both",
+        help="also take options from a file, such as the run.yaml of a run: a mapping of names to values. It replaces what "
+        "a preset sets, and the command line replaces both",
     )
-    flag("trust_methods", "let --config name methods of your own, package.module:function, whose code runs then")
+    flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
 
     group = parser.add_argument_group("what is pruned, and how")
     add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
     add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
     add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
     add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
-    add("execution", help=f"{' or '.join(EXECUTIONS)}: heads physically removed, or their gates closed")
-    add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")
+    add("execution", help=f"{' or '.join(EXECUTIONS)}: heads are physically removed, or their gates are closed")
+    add("scope", help=f"{' or '.join(SCOPES)}: heads are ranked over the whole model, or within each layer")
     add(
         "unit",
         default=default["prune_unit"],
-        help=f"{' or '.join(PRUNE_UNITS)}: heads leave one by one, or with all others that read the same keys and values",
+        help=f"{' or '.join(PRUNE_UNITS)}: heads are pruned one by one, or with all others that read the same keys and "
+        "values",
     )
-    add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads leave first under entropy")
-    add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
+    add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads are pruned first under entropy")
+    add(
+        "adaptation",
+        help=f"{', '.join(ADAPTATIONS)}: how far the surviving heads adapt, each step including those before it",
+    )
     add("ridge", type=float, help="ridge of the adaptation of attention, relative to the mean diagonal")
     add("mlp_ridge", type=float, help="ridge of the adaptation of the MLP, relative to the mean diagonal")
     flag(
@@ -350,19 +355,37 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         type=_whole_number,
         help="steps of distillation from the dense model, the same for every variant",
     )
-    add("recovery_rate", type=float, help="learning rate of these steps")
+    add("recovery_rate", type=float, help="learning rate of the recovery steps")
 
     group = parser.add_argument_group("how much is measured")
-    add("iterations", type=_whole_number, help="replicates with their own seed")
+    add(
+        "iterations",
+        default=None,
+        type=_whole_number,
+        help=f"replicates, each with its own seed (default: {default['iterations']})",
+    )
+    flag(
+        "until_decided",
+        "instead of --iterations: go on until the primary answers are decided, which is looked at after "
+        f"{', '.join(map(str, LOOKS))} iterations",
+    )
+    add("budget", type=_duration_s, default=None, help="with --until_decided: maximum time, such as 90s, 30m or 2h")
     add("temperatures", default="0.7,1.0", help="comma-separated; 0 is greedy decoding")
     add("num_tokens", type=_whole_number, help="new tokens per prompt")
-    add("max_prompts", type=_whole_number, help="at most so many prompts")
+    add("max_prompts", type=_whole_number, help="maximum number of prompts")
     add("batch_size", type=_whole_number, help="prompts per timed batch")
+    add("timing_pairs", type=_whole_number, help="minimum number of timed generations of each model at a level")
+    add(
+        "timing_precision_percent",
+        type=_number,
+        help="timing goes on until every ratio is known to within this percentage",
+    )
+    add("timing_limit_s", type=_number, help="maximum time for timing one level, in seconds")
     flag("memory_logging", "measure and log peak memory")
     add("seed", type=_whole_number, help="seed of everything random")
 
     group = parser.add_argument_group("texts")
-    add("prompt_file", help="text file with one prompt per line; bundled prompts, if not given")
+    add("prompt_file", help="text file with one prompt per line; by default the bundled prompts")
     add("eval_text", help="what perplexity is measured on: bundled:held_out, a text file, or a folder of .txt files")
     add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
     add("eval_window", type=_whole_number, help="perplexity window in tokens (at most the model's context)")
@@ -371,31 +394,29 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         "bos",
         help=f"{', '.join(BOS_RULES)}: whether texts begin with the begin-of-sequence token; auto: as the tokenizer does",
     )
-    add("calibration_text", help="what scores and adaptation may see; other documents than the evaluation text")
+    add("calibration_text", help="what scores and adaptation may read; must share no document with the evaluation text")
     add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")
     add("calibration_window", type=_whole_number, help="tokens per calibration window")
     add(
         "score_tokens",
         type=_whole_number,
-        help="of these, how many heads are scored on; all, if not given (slow methods such as ablation need few)",
+        help="number of these that heads are scored on; by default all (slow methods such as ablation need few)",
     )
 
     group = parser.add_argument_group("where it is measured")
-    add("device", default=None, help="cpu, cuda or cuda:N; the best one there is, if not given")
-    add(
-        "precision", default=None, help=f"{', '.join(PRECISIONS)}; float16 on a GPU and float32 elsewhere, if not given"
-    )
-    add("threads", type=_whole_number, default=None, help="CPU threads; all cores, if not given")
+    add("device", default=None, help="cpu, cuda or cuda:N; by default the best available")
+    add("precision", default=None, help=f"{', '.join(PRECISIONS)}; by default float16 on a GPU and float32 elsewhere")
+    add("threads", type=_whole_number, default=None, help="CPU threads; by default all cores")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
     add("launcher", default="serial", help=f"{' or '.join(LAUNCHERS)}: one process, or workers on a Ray cluster")
-    add("ray_address", help="of an existing cluster: auto, or host:port; a local one is started, if not given")
-    add("workers", type=_whole_number, help="with ray: at most so many; as many as there is room for, if not given")
+    add("ray_address", help="address of an existing cluster: auto, or host:port; by default a local one is started")
+    add("workers", type=_whole_number, help="with ray: maximum number of workers; by default as many as fit")
 
     group = parser.add_argument_group("what is kept")
     add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
     flag("save_outputs", "also write all generated texts as a table")
     flag("save_models", "also save every pruned model, in the run folder under models")
-    flag("fresh", "measure everything again in a new run folder, also where such a run is finished or was interrupted")
+    flag("fresh", "measure everything again in a new run folder, even if such a run is finished or was interrupted")
     flag("visualize_only", "measure nothing; draw the latest run again")
     flag("no_update", "for the scripts: do not fetch the latest code first")
     if "margins" not in without:
@@ -410,8 +431,8 @@ def _add_margin_options(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("what is said meanwhile")
-    group.add_argument("--quiet", action="store_true", help="say nothing but errors and where the report is")
+    group = parser.add_argument_group("messages")
+    group.add_argument("--quiet", action="store_true", help="print only errors and the path of the report")
     group.add_argument("--debug_traceback", action="store_true", help="show where in the code an error arose")
 
 
@@ -420,6 +441,17 @@ def _whole_number(text: str) -> int:
         return int(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
+
+
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _duration_s(text: str) -> float:
+    """A time such as 30m, in seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m or 2h")
+    return float(found[1]) * _SECONDS[found[2]]
 
 
 def _number(text: str) -> float:
@@ -473,6 +505,9 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
         field.name: getattr(options, field.name, field.default) for field in fields(ComparisonSpec)
     }
     values["prune_unit"] = getattr(options, "unit", values["prune_unit"])
+    if values["iterations"] is None:
+        usual = next(field.default for field in fields(ComparisonSpec) if field.name == "iterations")
+        values["iterations"] = LOOKS[-1] if values["until_decided"] else usual
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _methods(options.pruning_method)
@@ -533,7 +568,8 @@ def _run(options: argparse.Namespace) -> int:
                 save_models=options.save_models,
                 launcher=launcher,
                 fresh=options.fresh,
-                report_options=_report_options(options),
+                more_options=_more_options(options),
+                budget_s=options.budget,
             )
         except Interrupted as stopped:
             live.end_steps()
@@ -611,10 +647,14 @@ def _print_any(text: str) -> None:
     print(text.encode(encoding, "replace").decode(encoding))
 
 
-def _report_options(options: argparse.Namespace) -> dict[str, Any]:
-    """What was asked of the report, by the names of the options: part of what repeats a run, though nothing is measured."""
+def _more_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What repeats a command beside its spec, by the names of the options: what was asked of the report, and a budget."""
     given = {name: getattr(options, name) for name in MARGIN_OPTIONS if getattr(options, name) is not None}
-    return {**given, **({"save_outputs": True} if options.save_outputs else {})}
+    if options.save_outputs:
+        given["save_outputs"] = True
+    if options.budget is not None:
+        given["budget"] = f"{options.budget:g}s"
+    return given
 
 
 def _report(options: argparse.Namespace) -> int:

@@ -41,6 +41,10 @@ def with_presets_and_files(argv: Sequence[str], known: Mapping[str, argparse.Act
     if "preset" in known:
         preset = _last_value(given, "preset") or _last_value(from_file, "preset")
     from_preset = [f"--{name}={value}" for name, value in preset_named(preset).options.items()] if preset else []
+    if "--until_decided" in given:  # which is in place of a number of iterations
+        from_file = [word for word in from_file if not word.startswith("--iterations=")]
+    if "--until_decided" in (*from_file, *given):
+        from_preset = [word for word in from_preset if not word.startswith("--iterations=")]
     return [*command, *from_preset, *from_file, *given]
 
 
@@ -104,7 +108,7 @@ def _read_file(place: str) -> dict[str, Any]:
         raise InputError(f"--config: {place!r} cannot be read: {error.strerror}. Give a YAML file.") from error
     except (ValueError, RecursionError, yaml.YAMLError) as error:
         raise InputError(
-            f"--config: {place!r} is no YAML file: {' '.join(str(error).split())}. Write lines such as seed: 1."
+            f"--config: {place!r} is not a YAML file: {' '.join(str(error).split())}. Write lines such as seed: 1."
         ) from error
     if too_long:
         raise InputError(f"--config: {place!r} has more than {_MOST_CONFIG_BYTES} bytes. Give a file of options.")

@@ -81,7 +81,7 @@ VARIANTS: dict[str, Variant] = {
         "baseline-progressive",
         selection="progressive",
         adapts=False,
-        summary="cut in rounds of 10 % of the heads, ranked anew on what is left after each: the stronger baseline",
+        summary="pruned in rounds of 10 % of the heads, ranked again on what is left after each: the stronger baseline",
         look=Look("#E69F00", "^", "-.", hollow=True),
         lacks="Consent and adaptation together",
         instead="heads leave in the same rounds and nothing adapts",

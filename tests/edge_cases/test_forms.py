@@ -28,7 +28,7 @@ def test_the_documented_command_is_refused_before_any_work(tmp_path, capsys, mon
     ]
     assert cli.main(["prune", "--model_name=bundled", *options]) == 2
     said = capsys.readouterr().err
-    assert "--also: the plain form cannot be had" in said
+    assert "--also: the plain form is not possible" in said
     assert "Nothing has been pruned yet" in said
     assert not (tmp_path / "out").exists()
 

@@ -181,7 +181,7 @@ def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
         notes.append("at temperature 0 nothing is drawn: iterations whose models are the same count once.")
     for method in spec.own_methods:
         notes.append(
-            f"what {method.name} costs is not known: {method.passes:g} passes over the calibration text are reckoned."
+            f"what {method.name} costs is not known: {method.passes:g} passes over the calibration text are assumed."
         )
     if len(inputs.prompts) < spec.max_prompts:
         notes.append(f"there are only {len(inputs.prompts)} prompts; --max_prompts asks for {spec.max_prompts}.")

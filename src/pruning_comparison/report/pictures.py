@@ -46,8 +46,8 @@ _CHART_WORDS = {
     ),
     "speed_comparison": (
         "Speed",
-        "Tokens per second and the wait for the first token, the dotted line being what the bytes or FLOPs left would "
-        "allow; and who is faster at the same perplexity.",
+        "Tokens per second and the wait for the first token, the dotted line being the speed if time went by the bytes or "
+        "FLOPs left; and who is faster at the same perplexity.",
     ),
     "quality_metrics": (
         "Quality",

@@ -14,10 +14,10 @@ from pruning_comparison.store.run_folder import write_atomically
 RUN_OPTIONS = "run.yaml"
 
 
-def keep_options(folder: Path, spec: ComparisonSpec, report_options: Mapping[str, Any] = {}) -> Path:
+def keep_options(folder: Path, spec: ComparisonSpec, more_options: Mapping[str, Any] = {}) -> Path:
     """Writes the options that measure ``spec`` again into a run's folder, which is returned.
 
-    ``report_options`` are those that only the report depends on, such as margins.
+    ``more_options`` are those that are not part of the spec, such as margins and a budget.
     """
     lines = ["# What this run measures, as options: pruning-comparison run --config=run.yaml"]
     for method in spec.own_methods:
@@ -26,7 +26,7 @@ def keep_options(folder: Path, spec: ComparisonSpec, report_options: Mapping[str
     if spec.own_methods:
         lines.append("# Methods that are Python code need --trust_methods as well.")
     options = yaml.safe_dump(
-        {**spec.as_options(), **report_options},
+        {**spec.as_options(), **more_options},
         sort_keys=False,
         allow_unicode=True,
         default_flow_style=None,
