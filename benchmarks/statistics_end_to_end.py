@@ -46,7 +46,8 @@ def measure(folder: Path, first: Workspace, second: Workspace, labels: Sequence[
                     pruned = build(workspace, Cell("baseline", METHOD, iteration, level))
                     store.write_cell(measure_quality(workspace, Cell(label, METHOD, iteration, level), pruned), None)
                     models[label] = pruned.model
-                store.write_timings(METHOD, iteration, level, time_level(first, models, iteration))
+                timings = time_level(first, models, iteration)
+                store.write_timings(METHOD, iteration, level, timings.rows, effort=timings.effort)
 
 
 def claims(folder: Path, seed: int) -> tuple[list[str], pd.DataFrame]:

@@ -53,6 +53,7 @@ from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.scoring import scores as scoring
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store import load_run
+from pruning_comparison.variants import DENSE
 
 SMALL = {
     "pruning_levels": (0, 50),
@@ -98,6 +99,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         variants=("baseline", "baseline-progressive"),
         pruning_methods=("entropy",),
         threads=options.threads,
+        timing_pairs=1,  # as often as the plain scripts time: twice per prompt
+        timing_limit_s=0.0,
         **settings,
     )
     case, preview = case_of(spec)
@@ -204,7 +207,7 @@ def ours(spec: ComparisonSpec) -> dict[str, Any]:
                 }
             )
     assert len(done) * len(spec.temperatures) == len(found)
-    timed = rows[rows["metric"].isin(["first_token_latency_s", "end_to_end_s"])]
+    timed = rows[rows["metric"].isin(["first_token_latency_s", "end_to_end_s"]) & (rows["variant"] != DENSE)]
     wide = timed.pivot(index=[*key, "prompt", "repeat"], columns="metric", values="value").reset_index()
     return {"cells": found, "timings": wide.to_dict("records")}
 

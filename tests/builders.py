@@ -35,6 +35,7 @@ from pruning_comparison.metrics import METRICS
 from pruning_comparison.report.charts.style import to_png
 from pruning_comparison.report.page import render_report
 from pruning_comparison.run import attempts
+from pruning_comparison.run.measure_cell import LevelTimings
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.journal import RunStore, columns_of
@@ -202,6 +203,8 @@ def tiny_spec(folder: Path, **changes: Any) -> ComparisonSpec:
         "eval_tokens": 150,
         "calibration_tokens": 128,
         "calibration_window": 64,
+        "timing_pairs": 2,
+        "timing_limit_s": 0.0,
         "adaptation": "refit",
         "eval_text": str(folder / "texts" / "held_out"),
         "calibration_text": str(folder / "texts" / "calibration"),
@@ -242,7 +245,7 @@ def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
     monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda spec, inputs: None)
     monkeypatch.setattr(attempts, "run_cell", lambda w, cell: (no_model(), CellResult(cell, "done", fingerprint="x")))
-    monkeypatch.setattr(attempts, "time_level", lambda *arguments: [])
+    monkeypatch.setattr(attempts, "time_level", lambda *arguments: LevelTimings([]))
 
 
 def estimate_row(

@@ -55,7 +55,7 @@ def test_a_record_is_consistent(name):
         assert (metric.direction, metric.scale) == ("lower", "linear")
     if metric.ratio_of:
         assert (METRICS[metric.ratio_of].kind, METRICS[metric.ratio_of].scale) == ("loss", "log")
-    if metric.kind in ("cost", "bound"):
+    if metric.kind in ("cost", "reference"):
         assert not metric.compared
     if metric.kind in ("timing", "memory"):
         assert name in {field.name for field in fields(Timing)}

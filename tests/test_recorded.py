@@ -27,9 +27,10 @@ KEY = ["variant", "method", "iteration", "level"]
 
 
 def spec_of(recorded: dict[str, Any]) -> ComparisonSpec:
-    """The recorded settings; what has been added since has its default."""
+    """The recorded settings; what has been added since has its default, but for how long is timed: that is not recorded."""
     known = {field.name for field in fields(ComparisonSpec)}
-    settings = {name if name in known else RENAMED[name]: value for name, value in recorded["spec"].items()}
+    settings: dict[str, Any] = {"timing_limit_s": 0.0}
+    settings |= {name if name in known else RENAMED[name]: value for name, value in recorded["spec"].items()}
     return ComparisonSpec(
         **{name: tuple(value) if isinstance(value, list) else value for name, value in settings.items()}
     )
@@ -53,7 +54,7 @@ def results_of(run: Path) -> dict[tuple[Any, ...], dict[str, Any]]:
     for key, of_cell in heads.sort_values(["layer", "head"]).groupby(KEY):
         kept = ["".join(str(int(k)) for k in layer["kept"]) for _, layer in of_cell.groupby("layer")]
         results[key] = {"kept": kept, "texts": {}}
-    for key, of_cell in rows.groupby(KEY):
+    for key, of_cell in rows[rows["phase"] == "quality"].groupby(KEY):
         sums = of_cell[of_cell["metric"].isin(["window_nats", "window_tokens"])].groupby("metric")["value"].sum()
         results[key]["perplexity"] = math.exp(sums["window_nats"] / sums["window_tokens"])
     for row in texts.itertuples():

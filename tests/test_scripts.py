@@ -165,6 +165,7 @@ def test_the_quick_test_runs_the_bundled_model_on_the_cpu(checkout: Checkout) ->
         "calibration_tokens": "4096",
         "score_tokens": "2048",
         "threads": "1",
+        "timing_limit_s": "10",
         "max_prompts": "5",
         "iterations": "3",
         "save_outputs": "",

@@ -26,6 +26,7 @@ SETTINGS: Mapping[str, str | int | bool] = {
     "calibration_tokens": 4096,
     "score_tokens": 2048,
     "threads": 1,
+    "timing_limit_s": 10,
     "save_outputs": True,
     "output_dir": "validation_results/pruning_cpu_test",
 }
@@ -40,6 +41,7 @@ DEBUG_SETTINGS: Mapping[str, str | int | bool] = {
     "eval_tokens": 2048,
     "calibration_tokens": 1024,
     "score_tokens": 512,
+    "timing_limit_s": 1,
 }
 
 

@@ -25,6 +25,7 @@ from pruning_comparison.spec import (
     BOS_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
+    LOOKS,
     PRECISIONS,
     PRUNE_UNITS,
     SCOPES,
@@ -239,8 +240,8 @@ class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
 _NOT_FOR_ONE_MODEL = frozenset(
     {
         "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
-        "save_outputs", "save_models", "memory_logging", "visualize_only", "no_update", "margins", "launcher",
-        "ray_address", "workers",
+        "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "no_update",
+        "margins", "launcher", "ray_address", "workers",
     }
 )  # fmt: skip
 
@@ -272,9 +273,27 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
     add("temperatures", default="0.7,1.0", help="comma-separated; 0 is greedy decoding")
     add("num_tokens", type=_whole_number, help="new tokens per prompt")
-    add("iterations", type=_whole_number, help="replicates with their own seed")
+    add(
+        "iterations",
+        default=None,
+        type=_whole_number,
+        help=f"replicates with their own seed; {default['iterations']}, if not given",
+    )
+    flag(
+        "until_decided",
+        f"in place of --iterations: go on until the primary answers are decided, looking after "
+        f"{', '.join(map(str, LOOKS))} iterations",
+    )
+    add("budget", type=_duration_s, default=None, help="with --until_decided: at most so long, such as 90s, 30m or 2h")
     add("max_prompts", type=_whole_number, help="at most so many prompts")
     add("batch_size", type=_whole_number, help="prompts per timed batch")
+    add("timing_pairs", type=_whole_number, help="timed generations of each model at a level, at least")
+    add(
+        "timing_precision_percent",
+        type=_number,
+        help="timing goes on until every ratio is known to +- so many per cent",
+    )
+    add("timing_limit_s", type=_number, help="and at most for so many seconds at a level")
     add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
     flag("save_outputs", "also write all generated texts as a table")
     flag("save_models", "also save every pruned model, in the run folder under models")
@@ -444,6 +463,17 @@ def _whole_number(text: str) -> int:
         raise argparse.ArgumentTypeError(f"{text!r} is not a whole number") from None
 
 
+_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0}
+
+
+def _duration_s(text: str) -> float:
+    """A time such as 30m, in seconds."""
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([smh])\s*", text)
+    if found is None:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a time such as 90s, 30m or 2h")
+    return float(found[1]) * _SECONDS[found[2]]
+
+
 def _number(text: str) -> float:
     try:
         return float(text)
@@ -502,6 +532,9 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
         field.name: getattr(options, field.name, field.default) for field in fields(ComparisonSpec)
     }
     values["prune_unit"] = getattr(options, "unit", values["prune_unit"])
+    if values["iterations"] is None:
+        usual = next(field.default for field in fields(ComparisonSpec) if field.name == "iterations")
+        values["iterations"] = LOOKS[-1] if values["until_decided"] else usual
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _methods(options.pruning_method)
@@ -560,6 +593,7 @@ def _run(options: argparse.Namespace) -> int:
                 raise_failures=options.debug_traceback,
                 save_models=options.save_models,
                 launcher=launcher,
+                budget_s=options.budget,
             )
         except Interrupted as stopped:
             if stopped.folder is not None:

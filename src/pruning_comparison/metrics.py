@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import unknown_name
 
-Kind = Literal["loss", "ratio", "text", "distance", "timing", "memory", "size", "cost", "bound"]
+Kind = Literal["loss", "ratio", "text", "distance", "timing", "memory", "size", "cost", "reference"]
 Direction = Literal["higher", "lower", "none"]
 Scale = Literal["log", "linear"]
 Alike = Literal["tokenizer", "length", "dense model"]
@@ -40,7 +40,7 @@ class Metric:
       ``settings``, and returns a float, or None where the text is too short for it.
     * "distance": how far the text metric ``distance_of`` is from its value in the dense model, on the same prompt and draws.
     * "timing", "memory": of one timed generation: fields of ``measure.generation.Timing``.
-    * "size": of a model; "cost": of making a variant; "bound": the best that pruning could bring.
+    * "size": of a model; "cost": of making a variant; "reference": what time in proportion to bytes or FLOPs would make.
 
     ``direction`` is what is better, "none" where neither direction is better in itself. Metrics on the "log" scale are
     positive and are averaged and compared as logarithms, so that a ratio is what is estimated. ``bounds`` are the lowest and
@@ -329,20 +329,20 @@ METRICS: dict[str, Metric] = {
         scale="log",
         alike=("length",),
     ),
-    "tokens_per_second_ceiling": Metric(
-        "tokens_per_second_ceiling",
-        kind="bound",
+    "tokens_per_second_in_proportion": Metric(
+        "tokens_per_second_in_proportion",
+        kind="reference",
         unit="token/s",
-        label="Tokens per second that the bytes left allow",
-        short_label="Tokens/s the bytes left allow",
+        label="Tokens per second, in proportion to the bytes left",
+        short_label="Tokens/s by bytes left",
         direction="higher",
         compared=False,
     ),
-    "first_token_latency_floor_s": Metric(
-        "first_token_latency_floor_s",
-        kind="bound",
+    "first_token_latency_in_proportion_s": Metric(
+        "first_token_latency_in_proportion_s",
+        kind="reference",
         unit="s",
-        label="First-token latency that the FLOPs left allow",
+        label="First-token latency, in proportion to the FLOPs left",
         short_label="First token, by FLOPs left",
         direction="lower",
         compared=False,

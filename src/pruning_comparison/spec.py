@@ -31,6 +31,10 @@ ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
 BOS_RULES: tuple[BosRule, ...] = get_args(BosRule)
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
 
+LOOKS = (3, 6, 12)
+"""Iterations after which a run that goes on until it has decided is looked at. Each look may err in a third of the runs that
+one look may err in, so that all three together keep what a run of fixed length promises, whatever they see (Bonferroni)."""
+
 OPTION_OF_FIELD: Mapping[str, str] = {"pruning_methods": "pruning_method", "prune_unit": "unit"}
 """Fields of a spec whose option has another name."""
 
@@ -63,6 +67,12 @@ class ComparisonSpec:
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
+    A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
+    +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
+
+    ``until_decided``: measures iterations until the primary answers are decided, at one of ``looks``, of which
+    ``iterations`` is the last.
+
     Among ``pruning_methods`` may be a user's own, as ``Method`` objects. Their functions are imported and checked here,
     before any work; from then on ``pruning_methods`` holds names alone, and ``own_methods`` the records. The hash of the
     source of an own method is part of the spec: when its file changes, that is another run.
@@ -77,6 +87,7 @@ class ComparisonSpec:
     temperatures: tuple[float, ...] = (0.7, 1.0)
     num_tokens: int = 100
     iterations: int = 3
+    until_decided: bool = False
     max_prompts: int = 5
     batch_size: int = 1
     execution: Execution = "compact"
@@ -102,6 +113,9 @@ class ComparisonSpec:
     recovery_rate: float = 3e-4
     threads: int = 1
     quality_batch_size: int = 8
+    timing_pairs: int = 10
+    timing_precision_percent: float = 2.0
+    timing_limit_s: float = 60.0
     memory_logging: bool = False
     own_methods: tuple[Method, ...] = ()
 
@@ -140,11 +154,19 @@ class ComparisonSpec:
             ("quality_batch_size", 1),
             ("seed", 0),
             ("recovery_steps", 0),
+            ("timing_pairs", 1),
         ):
             value = getattr(self, field)
             _require(value >= least, field, value, f"must be at least {least}", "Give a larger whole number.")
             most = _MOST.get(field, 2**31 - 1)
             _require(value <= most, field, value, f"must be at most {most}", "Give a smaller whole number.")
+        _require(
+            not self.until_decided or self.iterations == LOOKS[-1],
+            "iterations",
+            self.iterations,
+            "cannot be chosen with --until_decided, which ends after 3, 6 or 12 iterations",
+            f"Leave one of the two out; from Python, give iterations={LOOKS[-1]}.",
+        )
         _require(bool(self.pruning_levels), "pruning_levels", "", "must name at least one level", "Give 0,20,40.")
         for level in self.pruning_levels:
             _require(
@@ -188,9 +210,16 @@ class ComparisonSpec:
                 f"must be at least 2 and at most the {self.calibration_tokens} calibration tokens, of which it is a part",
                 "Leave it out to score on all of them.",
             )
-        for field in ("ridge", "mlp_ridge", "recovery_rate"):
+        limit = self.timing_limit_s
+        _require(math.isfinite(limit) and limit >= 0, "timing_limit_s", limit, "must be at least 0", "Give seconds.")
+        for field in ("ridge", "mlp_ridge", "recovery_rate", "timing_precision_percent"):
             strength = getattr(self, field)
             _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Leave it out.")
+
+    @property
+    def looks(self) -> tuple[int, ...]:
+        """After how many iterations it is asked whether the answers are decided: once, at the end, or at ``LOOKS``."""
+        return LOOKS if self.until_decided else (self.iterations,)
 
     def method(self, name: str) -> Method:
         """The record of one of the spec's methods; InputError for a name that is none."""
@@ -287,15 +316,23 @@ class ComparisonSpec:
 _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
 """Whole numbers that are larger are slips of the keyboard; a list of that many cells alone would fill the memory."""
 
-REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations"})
+REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations", "until_decided"})
 """Settings that say which cells there are, and nothing about how one of them is measured."""
-TEXT_AXES = frozenset({"max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging"})
+TEXT_AXES = frozenset(
+    {
+        "max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging", "timing_pairs",
+        "timing_precision_percent", "timing_limit_s",
+    }
+)  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 _NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
 
 
-PROTOCOL_REVISION = 1
-"""Raised whenever it changes how a cell is measured: windows of text, sampling, timing, what is measured of a model."""
+PROTOCOL_REVISION = 2
+"""Raised whenever it changes how a cell is measured: windows of text, sampling, timing, what is measured of a model.
+
+2: the dense model is timed in every level's turns, and timing goes on until it is precise.
+"""
 
 
 @dataclass(frozen=True)

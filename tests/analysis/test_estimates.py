@@ -18,6 +18,7 @@ from pruning_comparison.analysis.estimates import (
     summarize,
 )
 from pruning_comparison.analysis.random_effects import crossed_interval, crossed_p_values, fit_crossed
+from pruning_comparison.variants import DENSE
 
 COLUMNS = [
     "variant", "method", "iteration", "level", "phase", "temperature", "prompt", "document", "window", "repeat",
@@ -167,7 +168,7 @@ def test_distance_is_from_the_dense_text_of_the_same_prompt():
     assert row["estimate"] == pytest.approx(-0.2)
 
 
-def test_ceiling_is_the_dense_speed_times_the_bytes_ratio():
+def test_speed_in_proportion_to_bytes_is_the_dense_speed_times_their_ratio():
     rows, entries = [], []
     for level, size, cache, speed in ((0, 900, 100, 10.0), (50, 450, 50, 11.0)):
         entries.append(("baseline", 0, level, str(level)))
@@ -175,9 +176,31 @@ def test_ceiling_is_the_dense_speed_times_the_bytes_ratio():
         rows.append(rows_of("baseline", 0, level, "cache_bytes", cache, prompt=0, repeat=0))
         rows.append(rows_of("baseline", 0, level, "tokens_per_second", speed, prompt=0, repeat=0))
     summary = summarize("tiny", observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS)))
-    ceiling = summary[summary["metric"] == "tokens_per_second_ceiling"].set_index("level")["estimate"]
-    assert ceiling[50] == pytest.approx(20.0)
+    by_bytes = summary[summary["metric"] == "tokens_per_second_in_proportion"].set_index("level")["estimate"]
+    assert by_bytes[50] == pytest.approx(20.0)
     assert list(summary.columns) == list(SUMMARY_COLUMNS)
+
+
+def test_speed_relative_to_dense_is_paired_within_a_levels_turns():
+    """The machine is twice as slow while level 50 is timed: 12 token/s beside the dense model's 10 there are 1.2 times, and
+    not 0.6 times the 20 of level 0. A run that timed no dense model beside has nothing but level 0."""
+    entries = [("baseline", 0, level, str(level)) for level in (0, 50)]
+    speeds = (("baseline", 0, 20.0), ("baseline", 50, 12.0), (DENSE, 50, 10.0))
+    rows = [
+        rows_of(variant, 0, level, "tokens_per_second", speed, prompt=prompt, repeat=repeat)
+        for variant, level, speed in speeds
+        for prompt in (0, 1)
+        for repeat in (0, 1)
+    ]
+    measurements = pd.DataFrame(rows, columns=COLUMNS)
+    data = observations(cells_of(entries), measurements)["tokens_per_second"]
+    assert set(data.table["variant"]) == {"baseline"}
+    pairs = data.pairs_with_dense("baseline")
+    assert pairs[["level", "cluster"]].to_numpy().tolist() == [[50, 0], [50, 1]]
+    assert pairs["difference"].tolist() == pytest.approx([math.log(1.2)] * 2)
+    older = measurements[measurements["variant"] != DENSE]
+    pairs = observations(cells_of(entries), older)["tokens_per_second"].pairs_with_dense("baseline")
+    assert pairs["difference"].tolist() == pytest.approx([math.log(0.6)] * 2)
 
 
 def test_missing_values_are_counted_not_filled():
@@ -230,16 +253,16 @@ def test_word_perplexity_is_weighted_by_words_and_missing_where_none_were_counte
     assert summary.loc["perplexity", "estimate"] == pytest.approx(math.exp(57 / 47))
 
 
-def test_latency_floor_is_the_dense_latency_times_the_flops_ratio():
+def test_latency_in_proportion_to_flops_is_the_dense_latency_times_their_ratio():
     rows, entries = [], []
     for level, flops, seconds in ((0, 8e9, 0.04), (50, 6e9, 0.039)):
         entries.append(("baseline", 0, level, str(level)))
         rows.append(rows_of("baseline", 0, level, "prefill_flops", flops))
         rows.append(rows_of("baseline", 0, level, "first_token_latency_s", seconds, prompt=0, repeat=0))
     summary = summarize("tiny", observations(cells_of(entries), pd.DataFrame(rows, columns=COLUMNS)))
-    floor = summary[summary["metric"] == "first_token_latency_floor_s"].set_index("level")["estimate"]
-    assert floor.to_dict() == pytest.approx({0: 0.04, 50: 0.03})
-    assert not (summary["metric"] == "tokens_per_second_ceiling").any()
+    by_flops = summary[summary["metric"] == "first_token_latency_in_proportion_s"].set_index("level")["estimate"]
+    assert by_flops.to_dict() == pytest.approx({0: 0.04, 50: 0.03})
+    assert not (summary["metric"] == "tokens_per_second_in_proportion").any()
 
 
 def test_pairs_are_made_once_for_each_two_variants():

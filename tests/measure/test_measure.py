@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import math
 import zlib
+from collections import Counter
+from itertools import pairwise, permutations
 
 import numpy as np
 import pandas as pd
@@ -12,11 +14,13 @@ import torch
 from builders import Letters, tiny_gpt2
 
 from pruning_comparison.losses import bits_per_byte, mean_loss
+from pruning_comparison.measure import generation
 from pruning_comparison.measure.generation import (
     common_uniforms,
     generate,
     sample,
     time_generation,
+    turn_order,
 )
 from pruning_comparison.measure.perplexity import (
     EvaluationWindow,
@@ -184,7 +188,7 @@ def test_timings_add_up_and_variants_are_interleaved(model):
         uniforms=torch.rand(2, 7, dtype=torch.float64),
         measure_peak=True,
     )
-    assert [(t.variant, t.repeat) for t in timings] == [("a", 0), ("b", 0), ("b", 1), ("a", 1)]
+    assert [(t.variant, t.repeat) for t in timings] == [("a", 0), ("b", 0), ("a", 1), ("b", 1)]
     for timing in timings:
         assert timing.time_per_output_token_s is not None
         total = timing.first_token_latency_s + 6 * timing.time_per_output_token_s
@@ -200,6 +204,50 @@ def test_timing_of_one_token_has_no_time_per_output_token(model):
     )[0]
     assert timing.time_per_output_token_s is None
     assert timing.end_to_end_s == timing.first_token_latency_s
+
+
+def test_the_latency_is_the_mean_of_several_first_tokens(model, monkeypatch):
+    """A clock is a second later at each reading, so that each turn takes 1 s, but for one first token of five, 6 s:
+    (6 + 4 * 1) / 5 = 2 s. Then 6 more tokens come in turns of 2, which take 3 s."""
+    readings = 0
+
+    def clock():
+        nonlocal readings
+        readings += 1
+        # Two turns to warm up have read it 4 times; the second first token reads it for the 7th and 8th time.
+        return readings + (5 if readings >= 8 else 0)
+
+    monkeypatch.setattr(generation.time, "perf_counter", clock)
+    (timing,) = time_generation(
+        {"a": model},
+        [[1, 2]],
+        7,
+        temperature=0.0,
+        uniforms=torch.zeros(1, 7),
+        measure_peak=False,
+        tokens_per_turn=2,
+        repeats=(3,),
+    )
+    assert timing.repeat == 3
+    assert timing.first_token_latency_s == pytest.approx(2)
+    assert timing.time_per_output_token_s == pytest.approx(3 / 6)
+    assert timing.end_to_end_s == pytest.approx(2 + 3)
+    assert timing.tokens_per_second == pytest.approx(7 / 5)
+
+
+def test_of_three_each_follows_each_other_equally_often_and_nobody_itself():
+    for repeat in range(3):
+        turns = [name for turn in range(6) for name in turn_order("abc", repeat, turn)]
+        follows = Counter(pairwise([turns[-1], *turns]))
+        # 18 turns, and 6 ordered pairs of two different ones.
+        assert follows == dict.fromkeys(permutations("abc", 2), 3)
+    assert [turn_order("abc", repeat, 0) for repeat in range(4)] == [
+        ["a", "b", "c"],
+        ["b", "c", "a"],
+        ["c", "a", "b"],
+        ["a", "b", "c"],
+    ]
+    assert [turn_order("ab", repeat, 1) for repeat in range(3)] == [["a", "b"], ["b", "a"], ["a", "b"]]
 
 
 def test_perplexity_is_of_all_tokens_together():

@@ -196,7 +196,7 @@ def test_timing_takes_the_step_for_all_or_for_none(model, monkeypatch):
 
 
 def test_timed_variants_take_turns_and_nothing_is_collected_meanwhile(model, monkeypatch):
-    """The first token of each, then three at a time, A B B A; the other way round in repeat 1."""
+    """Five first tokens of each, then three tokens at a time, in turns; B begins in repeat 1."""
     turns, collecting = [], []
 
     class Watched(generation.GenerationUnderWay):
@@ -214,10 +214,12 @@ def test_timed_variants_take_turns_and_nothing_is_collected_meanwhile(model, mon
     time_generation({"a": model, "b": twin}, [[1, 2]], 9, tokens_per_turn=3, **settings)
     assert turns == [
         *[("a", 1), ("a", 3), ("b", 1), ("b", 3)],  # to warm up
-        *[("a", 1), ("b", 1), ("b", 3), ("a", 3), ("a", 3), ("b", 3), ("b", 2), ("a", 2)],
-        *[("b", 1), ("a", 1), ("a", 3), ("b", 3), ("b", 3), ("a", 3), ("a", 2), ("b", 2)],
+        *[("a", 1), ("b", 1)] * 5,
+        *[("a", 3), ("b", 3), ("a", 3), ("b", 3), ("a", 2), ("b", 2)],
+        *[("b", 1), ("a", 1)] * 5,
+        *[("b", 3), ("a", 3), ("b", 3), ("a", 3), ("b", 2), ("a", 2)],
     ]
-    assert collecting == [True] * 4 + [False] * 16
+    assert collecting == [True] * 4 + [False] * 32
     assert gc.isenabled()
 
 

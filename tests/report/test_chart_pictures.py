@@ -48,9 +48,9 @@ def tables(worse: float = 1.0) -> tuple[pd.DataFrame, pd.DataFrame]:
             values = {
                 "perplexity": (48 * math.exp(slope * x) * factor, 0.06, NAN),
                 "tokens_per_second": (120 * (1 + x), 0.2, NAN),
-                "tokens_per_second_ceiling": (120 * (1 + 1.2 * x), NAN, NAN),
+                "tokens_per_second_in_proportion": (120 * (1 + 1.2 * x), NAN, NAN),
                 "first_token_latency_s": (0.015 * (1 - 0.6 * x), 0.15, NAN),
-                "first_token_latency_floor_s": (0.015 * (1 - 0.75 * x), NAN, NAN),
+                "first_token_latency_in_proportion_s": (0.015 * (1 - 0.75 * x), NAN, NAN),
                 "peak_memory_bytes": (4e8 * (1 - 0.3 * x), 0.01, NAN),
                 "generation_perplexity": (30 * math.exp(2 * slope * x), 0.3, 1.0),
                 "distinct_2": (0.95 - 0.05 * x * slope, 0.02, 1.0),

@@ -22,7 +22,7 @@ from pruning_comparison.report.charts import radar as radar_charts
 from pruning_comparison.variants import VARIANTS
 
 MAIN = [
-    "perplexity", "tokens_per_second", "tokens_per_second_ceiling", "first_token_latency_s", "peak_memory_bytes",
+    "perplexity", "tokens_per_second", "tokens_per_second_in_proportion", "first_token_latency_s", "peak_memory_bytes",
     "generation_perplexity", "distinct_2", "seq_rep_4", "distinct_2_distance", "seq_rep_4_distance",
 ]  # fmt: skip
 
@@ -174,13 +174,13 @@ def test_quality_shows_the_temperature_nearest_to_one():
     assert list(line(axes, "baseline").get_ydata()) == [0.2]
 
 
-def test_speed_has_the_ceiling_and_speed_at_a_perplexity():
+def test_speed_by_bytes_and_speed_at_a_perplexity():
     figure = charts.speed_comparison(
         summary_of(
             estimate_row("tokens_per_second", "baseline", 0, 28.0),
             estimate_row("tokens_per_second", "baseline", 50, 30.0),
-            estimate_row("tokens_per_second_ceiling", "baseline", 0, 28.0),
-            estimate_row("tokens_per_second_ceiling", "baseline", 50, 36.0),
+            estimate_row("tokens_per_second_in_proportion", "baseline", 0, 28.0),
+            estimate_row("tokens_per_second_in_proportion", "baseline", 50, 36.0),
             estimate_row("perplexity", "baseline", 0, 30.0),
             estimate_row("perplexity", "baseline", 50, 60.0),
         )
@@ -504,12 +504,12 @@ def test_speed_has_both_bounds():
         for variant in ("baseline", "agency")
         for level in (0, 50)
         for metric, value in (
-            ("tokens_per_second", 20.0), ("tokens_per_second_ceiling", 20.0 + level / 10),
-            ("first_token_latency_s", 0.04), ("first_token_latency_floor_s", 0.04 - level / 5000),
+            ("tokens_per_second", 20.0), ("tokens_per_second_in_proportion", 20.0 + level / 10),
+            ("first_token_latency_s", 0.04), ("first_token_latency_in_proportion_s", 0.04 - level / 5000),
         )
     ]  # fmt: skip
     figure = charts.speed_comparison(summary_of(*rows))
     drawn = [list(line.get_ydata()) for line in panel(figure, "First-token latency").get_lines()
-             if line.get_label() == "_bound"]  # fmt: skip
+             if line.get_label() == "_reference"]  # fmt: skip
     assert np.allclose(drawn, [[40.0, 30.0]] * 2)
-    assert "what the bytes or FLOPs left allow" in words(figure)
+    assert "in proportion to the bytes or FLOPs left" in words(figure)

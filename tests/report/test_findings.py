@@ -160,14 +160,14 @@ def test_change_of_speed_rests_on_pairs(change, certain, expected):
         estimates=[
             estimate("tokens_per_second", "baseline", 0, 28.0, 20.0, 45.0),
             estimate("tokens_per_second", "baseline", 50, 40.0, 20.0, 45.0),
-            estimate("tokens_per_second_ceiling", "baseline", 50, 36.0),
+            estimate("tokens_per_second_in_proportion", "baseline", 50, 36.0),
         ],
         ratios=[ratio("tokens_per_second", "baseline", 50, *change, certain=certain)],
     )
     assert found.sentence.startswith(expected)
     assert f"{plain_number(change[0])} times the unpruned model's speed" in found.sentence
     assert ("expected to slow down" in found.sentence) == (certain and change[0] == 1.43)
-    assert "the bytes left would allow 36 token/s" in found.evidence
+    assert "in proportion to the bytes left: 36 token/s" in found.evidence
 
 
 def test_agency_that_loses_speed_goes_against_the_expectation():

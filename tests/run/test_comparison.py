@@ -24,9 +24,9 @@ from pruning_comparison.scoring.entropy import mean_attention_entropy
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.run_folder import latest_run, read_manifest
-from pruning_comparison.variants import VARIANTS
+from pruning_comparison.variants import DENSE, VARIANTS
 
-MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "ceiling")
+MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "_in_proportion")
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +45,8 @@ def small_spec(folder, **changes):
         "num_tokens": 6,
         "iterations": 2,
         "max_prompts": 2,
+        "timing_pairs": 2,
+        "timing_limit_s": 0.0,
         "eval_tokens": 500,
         "calibration_tokens": 256,
         "calibration_window": 64,
@@ -68,12 +70,17 @@ def test_every_cell_metric_prompt_and_document_is_there(folder, tmp_path):
     assert (cells.loc[cells["level"] == 50, "heads_pruned"] == 4).all()
     assert (cells["achieved_level"] == cells["level"]).all()
     per_cell = rows.groupby(["variant", "method", "iteration", "level"])
-    for _, cell in per_cell:
+    for (variant, _, _, level), cell in per_cell:
+        assert len(cell[cell["metric"] == "tokens_per_second"]) == 2 * 2
+        if variant == DENSE:  # timed in the turns of level 50, and nothing else
+            assert level == 50
+            assert set(cell["phase"]) == {"timing"}
+            continue
         assert set(
             cell.loc[cell["metric"] == "distinct_2", ["temperature", "prompt"]].itertuples(index=False, name=None)
         ) == {(temperature, prompt) for temperature in (0.0, 1.0) for prompt in (0, 1)}
         assert cell.loc[cell["metric"] == "window_nats", "document"].nunique() == 4
-        assert len(cell[cell["metric"] == "tokens_per_second"]) == 2 * 2
+    assert sum(variant == DENSE for variant, *_ in per_cell.groups) == 2 * 2
     assert stored["heads"].groupby(["variant", "method", "iteration", "level"])["kept"].sum().isin([4, 8]).all()
     assert len(stored["texts"]) == 16 * 4
 
@@ -204,10 +211,10 @@ def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
     run_comparison(spec, output_dir=tmp_path, raise_failures=True)
     # One dense stream per iteration, whatever the method. Perplexity once for the dense model; at level 50 once for the
     # baseline by magnitude, which no iteration changes, twice by random, and for each of the four adapted models. Timings
-    # once per method, iteration, level and batch of one prompt, at one temperature. Scores once per method and iteration.
+    # twice per method, iteration, level and batch of one prompt, at one temperature. Scores once per method and iteration.
     assert counts["streams"] == 2
     assert counts["perplexity"] == 1 + 1 + 2 + 4
-    assert counts["timing"] == 2 * 2 * 2 * 2
+    assert counts["timing"] == 2 * (2 * 2 * 2 * 2)
     assert sorted(counts["rankings"]) == ["magnitude", "random", "random"]
 
 

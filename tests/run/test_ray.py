@@ -21,6 +21,7 @@ from pruning_comparison.run.launchers import on_ray as launching
 from pruning_comparison.spec import Cell
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.run_folder import read_manifest
+from pruning_comparison.variants import DENSE
 
 pytest.importorskip("ray")
 
@@ -97,7 +98,9 @@ def test_two_workers_measure_what_one_process_measures_whoever_dies(spec, whole,
             timed = store.table("measurements").query("metric == 'tokens_per_second'")
             assert len(store.finished_timings()) == 8
         assert timed["value"].notna().all()
-        assert timed.groupby(["variant", "method", "iteration", "level"]).ngroups == 32
+        assert (
+            timed.groupby(["variant", "method", "iteration", "level"]).ngroups == 32 + 4
+        )  # the dense model at level 50
     assert progress[-1] == (40, 40)
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
 
@@ -143,6 +146,7 @@ def test_a_trajectory_that_kills_every_worker_is_given_up_and_the_rest_is_kept(f
         ("agency", 0.0): 2,
         ("baseline", 0.0): 2,
         ("baseline", 50.0): 2,
+        (DENSE, 50.0): 2,
     }
     assert read_manifest(run).finished is None
 

@@ -23,11 +23,11 @@ from pruning_comparison.metrics import METRICS
 from pruning_comparison.run import attempts as measuring
 from pruning_comparison.run import measure_cell
 from pruning_comparison.run.comparison import run_comparison
-from pruning_comparison.spec import Cell
+from pruning_comparison.spec import PROTOCOL_REVISION, Cell
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import Reused
 from pruning_comparison.store.run_folder import read_manifest, write_manifest
-from pruning_comparison.variants import VARIANTS
+from pruning_comparison.variants import DENSE, VARIANTS
 
 
 @pytest.fixture(scope="module")
@@ -122,7 +122,7 @@ def test_added_variants_take_over_cells_and_are_timed_anew(folder, tmp_path, mon
     assert len(timed) == 2
     with RunStore(run) as store:
         rows = store.table("measurements").query("metric == 'tokens_per_second'")
-    assert rows.groupby("variant").size().to_dict() == {"agency-adaptation": 4, "baseline": 4}
+    assert rows.groupby("variant").size().to_dict() == {"agency-adaptation": 4, "baseline": 4, DENSE: 2}
 
 
 @pytest.mark.parametrize(
@@ -168,7 +168,7 @@ RAISED = {
 def raise_revision(monkeypatch, what):
     place, records, name = RAISED[what]
     if records is None:
-        monkeypatch.setattr(place, 2)
+        monkeypatch.setattr(place, PROTOCOL_REVISION + 1)
     else:
         monkeypatch.setitem(records, name, replace(records[name], revision=2))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -43,7 +43,7 @@ def summarize(model: str, tables: Mapping[str, MetricTable]) -> pd.DataFrame:
             variant, method, level, temperature = key
             place = [model, variant, method, level, temperature, metric.name]
             rows.append([*place, estimate.estimate, estimate.ci_low, estimate.ci_high, estimate.n, metric.unit])
-    rows.extend(_ceilings(model, rows))
+    rows.extend(_in_proportion(model, rows))
     table = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
     return table.sort_values(["method", "metric", "temperature", "level", "variant"], ignore_index=True)
 
@@ -80,8 +80,8 @@ def contrast(
 
 
 def missing_figures(measurements: pd.DataFrame) -> pd.DataFrame:
-    """What could not be measured, columns ``MISSING_COLUMNS``."""
-    absent = measurements[measurements["value"].isna()]
+    """What could not be measured of a variant, columns ``MISSING_COLUMNS``."""
+    absent = measurements[measurements["value"].isna() & (measurements["variant"] != DENSE)]
     groups = absent.groupby(list(MISSING_COLUMNS[:-1]), dropna=False, as_index=False).size()
     return groups.rename(columns={"size": "count"})
 
@@ -91,13 +91,15 @@ class MetricTable:
     """One metric in tidy form: ``variant, method, level, temperature, iteration, cluster, x, model_id`` and a scale.
 
     ``x`` is the logarithm where ``log_scale``. ``model_id`` is equal for observations that are the same by construction
-    (same weights, no new randomness); where those of all iterations are, they count once.
+    (same weights, no new randomness); where those of all iterations are, they count once. ``dense`` has the same columns,
+    for the unpruned model as it was measured beside the variants at each level; None where it was not.
     """
 
     metric: str
     table: pd.DataFrame
     log_scale: bool
     weights: str | None = None
+    dense: pd.DataFrame | None = None
     _pairs: dict[tuple[str, str], pd.DataFrame] = field(default_factory=dict, repr=False, compare=False)
 
     def estimates(self) -> list[tuple[tuple[str, str, float, float], Estimate]]:
@@ -129,19 +131,26 @@ class MetricTable:
         return self._pairs[variant, reference]
 
     def pairs_with_dense(self, variant: str) -> pd.DataFrame:
-        """Every level above 0 of a variant and its level 0, on the same method, temperature, iteration and cluster."""
+        """Every level above 0 of a variant and the unpruned model, on the same method, temperature, iteration and cluster.
+
+        The unpruned model is that which took part in the same level's turns, or the variant's own level 0 where none did.
+        """
         if (variant, DENSE) not in self._pairs:
             means = self._means()
             means = means[means["variant"] == variant]
             keys = ["method", "temperature", "iteration", "cluster"]
-            dense = means.loc[means["level"] == 0, [*keys, "model_id", "x"]]
+            if self.dense is None:
+                dense = means.loc[means["level"] == 0, [*keys, "model_id", "x"]]
+            else:
+                keys = ["level", *keys]
+                dense = self._means(self.dense)[[*keys, "model_id", "x"]]
             self._pairs[variant, DENSE] = _paired(means[means["level"] > 0], dense, keys)
         return self._pairs[variant, DENSE]
 
-    def _means(self) -> pd.DataFrame:
-        """Repeats within an iteration averaged."""
+    def _means(self, table: pd.DataFrame | None = None) -> pd.DataFrame:
+        """Repeats within an iteration averaged, of the variants or of another table."""
         keys = ["variant", "method", "level", "temperature", "iteration", "cluster", "model_id"]
-        return self.table.groupby(keys, dropna=False)["x"].mean().reset_index()
+        return (self.table if table is None else table).groupby(keys, dropna=False)["x"].mean().reset_index()
 
     def differences(self, variant: str, reference: str) -> list[tuple[tuple[str, float, float], Estimate]]:
         result: list[tuple[Any, Estimate]] = []
@@ -213,10 +222,16 @@ def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> dict[str, M
         rows = rows.assign(model_id=rows["fingerprint"] + drawn)
         result.append(_scaled(metric, rows))
         result.extend(_distances(other, rows) for other in of_kind("distance") if other.distance_of == metric.name)
+    beside = measurements[(measurements["variant"] == DENSE) & measurements["value"].notna()]
     for metric in of_kind("timing", "memory", "size", "cost"):
-        rows = known[known["metric"] == metric.name]
-        rows = rows.assign(cluster=rows["prompt"].fillna(0), model_id="@" + rows["iteration"].astype(str))
-        result.append(_scaled(metric, rows))
+        of_variants, of_dense = (
+            table[table["metric"] == metric.name].assign(
+                cluster=lambda t: t["prompt"].fillna(0), model_id=lambda t: "@" + t["iteration"].astype(str)
+            )
+            for table in (known, beside)
+        )
+        data = _scaled(metric, of_variants)
+        result.append(replace(data, dense=_scaled(metric, of_dense).table if len(of_dense) else None))
     return {data.metric: data for data in [*result, *_shown_alone(losses)] if len(data.table)}
 
 
@@ -281,11 +296,11 @@ def _distances(metric: Metric, rows: pd.DataFrame) -> MetricTable:
     return MetricTable(metric.name, both.assign(x=(both["y"] - both["y_dense"]).abs()), False)
 
 
-def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:
-    """What pruning can bring at best: the dense speed by the bytes left, the dense latency by the FLOPs left.
+def _in_proportion(model: str, rows: list[list[object]]) -> list[list[object]]:
+    """What pruning would bring if time went by what is left: the dense speed by bytes, the dense latency by FLOPs.
 
-    Bytes are those read per decoding step (parameters and cache), the bound of decoding on a memory-bound machine; FLOPs
-    those of reading the prompts, the bound of the first token on a compute-bound one.
+    Bytes are those read per decoding step (parameters and cache), FLOPs those of reading the prompts. Neither is a bound:
+    a layer that has lost all its heads also saves what its operations cost to start, which on a small model is more.
     """
     table = pd.DataFrame(rows, columns=list(SUMMARY_COLUMNS))
     names = ["decode_bytes", "cache_bytes", "prefill_flops", "tokens_per_second", "first_token_latency_s"]
@@ -300,9 +315,9 @@ def _ceilings(model: str, rows: list[list[object]]) -> list[list[object]]:
             continue
         at_zero = dense.loc[key]
         for name, value in (
-            ("tokens_per_second_ceiling", at_zero["tokens_per_second"] * at_zero["read"] / row["read"]),
+            ("tokens_per_second_in_proportion", at_zero["tokens_per_second"] * at_zero["read"] / row["read"]),
             (
-                "first_token_latency_floor_s",
+                "first_token_latency_in_proportion_s",
                 at_zero["first_token_latency_s"] * row["prefill_flops"] / at_zero["prefill_flops"],
             ),
         ):

@@ -11,13 +11,10 @@ from pruning_comparison.analysis.estimates import MetricTable, observations
 from pruning_comparison.analysis.hypotheses import answer_hypotheses
 from pruning_comparison.analysis.margins import Margins
 from pruning_comparison.analysis.verdict_rules import NOT_ENOUGH
+from pruning_comparison.spec import LOOKS
 from pruning_comparison.variants import PRIMARY
 
 __all__ = ["LOOKS", "PrimaryAnswers", "next_look", "primary_answers", "primary_answers_at"]
-
-LOOKS = (3, 6, 12)
-"""Iterations after which a run is looked at. Each look may err in a third of the runs that one look may err in, so that all
-three together keep what a run of fixed length promises, whatever they see (Bonferroni)."""
 
 PRIMARY_ID = "E2"
 

@@ -2,6 +2,7 @@
 
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import (
+    FIRST_TOKENS,
     Generation,
     Timing,
     common_uniforms,
@@ -28,6 +29,7 @@ from pruning_comparison.measure.text_quality import (
 )
 
 __all__ = [
+    "FIRST_TOKENS",
     "EvaluationWindow",
     "Generation",
     "PeakMemory",

@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from statistics import mean
 from typing import Any
 
 import torch
@@ -21,6 +22,9 @@ from pruning_comparison.models.decoding import DecodeStep, decode_steps, reserve
 
 TOKENS_PER_TURN = 10
 """Variants that are timed take turns of so many tokens."""
+
+FIRST_TOKENS = 5
+"""A timed generation has the mean latency of so many first tokens: one is so short that whatever else runs shows in it."""
 
 
 @dataclass(frozen=True)
@@ -231,14 +235,19 @@ def time_generation(
     measure_peak: bool,
     tokens_per_turn: int = TOKENS_PER_TURN,
     steps: Mapping[str, DecodeStep | None] | None = None,
+    repeats: Sequence[int] = (0, 1),
+    first_tokens: int = FIRST_TOKENS,
 ) -> list[Timing]:
     """Times every variant on the same prompts, in turns of a few tokens, so that a noisy machine hits all alike.
 
-    The order is A B .. B A from turn to turn, and begins the other way round when all is repeated: two timings per variant
-    come back (``repeat`` 0 and 1). Each variant is first warmed up on the same prompts; with ``measure_peak`` by a whole
-    generation of its own, whose peak both repeats are given. ``steps`` are those of the models, made by ``decode_steps``
-    here if they are not given: all decode alike. Python collects no garbage meanwhile: one collection takes as long as
-    many steps of a small model.
+    In each of ``repeats`` every variant gives ``first_tokens - 1`` first tokens, then generates all tokens; whose turn it is
+    goes by ``turn_order``. Its first-token latency is the mean of those and of the generation's own first token, its time
+    per token that of all later tokens, and the end-to-end time follows from both. One timing per variant and repeat comes
+    back.
+
+    Each variant is first warmed up on the same prompts; with ``measure_peak`` by a whole generation of its own, whose peak
+    all repeats are given. ``steps`` are those of the models, made by ``decode_steps`` here if they are not given: all decode
+    alike. Python collects no garbage meanwhile: one collection takes as long as many steps of a small model.
     """
     steps = decode_steps(models) if steps is None else steps
 
@@ -253,27 +262,49 @@ def time_generation(
         with PeakMemory(model.device, enabled=measure_peak) as peaks[name]:
             begun(name, warm_up_tokens(num_tokens, measure_peak=measure_peak)).finish()
     timings = []
-    for repeat in (0, 1):
-        order = list(models) if repeat == 0 else list(models)[::-1]
-        under_way = {name: begun(name, num_tokens) for name in order}
+    for repeat in repeats:
+        latencies: dict[str, list[float]] = {name: [] for name in models}
         with _no_collection():
-            while under_way[order[0]].left:
-                for name in order:
+            for turn in range(first_tokens - 1):
+                alone = {name: begun(name, num_tokens) for name in models}
+                for name in turn_order(list(models), repeat, turn):
+                    alone[name].advance(1)
+                    latencies[name].append(alone[name].first_token_latency)
+                del alone
+            under_way = {name: begun(name, num_tokens) for name in models}
+            turn = first_tokens - 1
+            while any(generation.left for generation in under_way.values()):
+                for name in turn_order(list(models), repeat, turn):
                     under_way[name].advance(tokens_per_turn)
-                order.reverse()
+                turn += 1
         for name, generation in under_way.items():
-            timings.append(_timing(name, repeat, len(prompts), num_tokens, generation.finish(), peaks[name]))
+            latency = mean([*latencies[name], generation.first_token_latency])
+            timings.append(_timing(name, repeat, len(prompts), num_tokens, latency, generation.finish(), peaks[name]))
     return timings
 
 
-def _timing(name: str, repeat: int, rows: int, num_tokens: int, timed: Generation, peak: PeakMemory) -> Timing:
-    latency, total = timed.first_token_latency_s, timed.end_to_end_s
+def turn_order(names: Sequence[str], repeat: int, turn: int) -> list[str]:
+    """Who takes this turn after whom: A B C, then A C B, and so on; the next repeat begins with B.
+
+    So no variant follows itself, whose weights would still be in the processor's cache, and of three each follows each
+    other equally often: in A B B A, and A B C C B A, those at the ends would follow themselves and the middle one would not.
+    """
+    first = repeat % len(names)
+    ring = [*names[first:], *names[:first]]
+    return ring if turn % 2 == 0 else [ring[0], *ring[:0:-1]]
+
+
+def _timing(
+    name: str, repeat: int, rows: int, num_tokens: int, latency: float, timed: Generation, peak: PeakMemory
+) -> Timing:
+    later = timed.end_to_end_s - timed.first_token_latency_s
+    total = latency + later
     return Timing(
         variant=name,
         repeat=repeat,
         tokens_per_second=rows * num_tokens / total,
         first_token_latency_s=latency,
-        time_per_output_token_s=(total - latency) / (num_tokens - 1) if num_tokens > 1 else None,
+        time_per_output_token_s=later / (num_tokens - 1) if num_tokens > 1 else None,
         end_to_end_s=total,
         cache_bytes=timed.cache_bytes,
         peak_memory_bytes=peak.bytes,

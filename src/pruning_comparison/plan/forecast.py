@@ -15,11 +15,11 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pruning_comparison.formatting import format_duration
-from pruning_comparison.measure import generate, parameter_bytes, warm_up_tokens
+from pruning_comparison.measure import FIRST_TOKENS, generate, parameter_bytes, warm_up_tokens
 from pruning_comparison.methods import IMPORTANCE, METHODS
 from pruning_comparison.metrics import RAW, of_kind
 from pruning_comparison.models import decode_step
-from pruning_comparison.run import TEXT_BATCHES, Inputs, negotiation_rules
+from pruning_comparison.run import TEXT_BATCHES, Inputs, negotiation_rules, timing_rounds
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
 
@@ -75,7 +75,10 @@ def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, parame
 
 
 def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
-    """What a run does, counted: tokens that are passed over, and steps of decoding, one for each batch."""
+    """What a run does, counted: tokens that are passed over, and steps of decoding, one for each batch.
+
+    Timing is counted as it is on a quiet machine, where the least number of pairs is precise enough.
+    """
     methods, iterations = len(spec.pruning_methods), spec.iterations
     pruned = [level for level in spec.pruning_levels if level > 0]
     models = len(spec.variants) * methods * iterations * len(pruned)
@@ -99,8 +102,12 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     jobs = len(spec.temperatures) * len(prompts)
     batches = -(-jobs // (TEXT_BATCHES * spec.quality_batch_size))
     timed_batches = -(-len(prompts) // spec.batch_size)
-    timed = len(spec.variants) * methods * iterations * len(spec.pruning_levels) * timed_batches
-    warm_up = warm_up_tokens(spec.num_tokens, measure_peak=spec.memory_logging)
+    rounds = timing_rounds(spec, timed_batches)
+    # At a pruned level the dense model takes part; at level 0 it is all that there is.
+    timed = ((len(spec.variants) + 1) * len(pruned) + 1) * methods * iterations * timed_batches
+    each = rounds * (FIRST_TOKENS - 1 + spec.num_tokens + warm_up_tokens(spec.num_tokens, measure_peak=False))
+    if spec.memory_logging:
+        each += spec.num_tokens - warm_up_tokens(spec.num_tokens, measure_peak=False)
     recovery = 4.0 * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
     return {
         "score_tokens": score * iterations * scored,
@@ -110,7 +117,7 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
         * len(spec.temperatures)
         * float(sum(prompts) + len(prompts) * spec.num_tokens),
         "text_steps": float((models + iterations) * batches * spec.num_tokens),
-        "timed_steps": float(timed * (2 * spec.num_tokens + warm_up)),
+        "timed_steps": float(timed * each),
     }
 
 
@@ -197,7 +204,8 @@ def _disk_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:
     jobs = len(spec.temperatures) * len(inputs.prompt_ids)
     of_model = len(of_kind("size", "cost"))
     per_cell = len(RAW) * len(inputs.windows) + len(of_kind("text")) * jobs + of_model
-    timed = 2 * len(of_kind("timing", "memory")) * -(-len(inputs.prompt_ids) // spec.batch_size)
+    batches = -(-len(inputs.prompt_ids) // spec.batch_size)
+    timed = 1.5 * timing_rounds(spec, batches) * len(of_kind("timing", "memory")) * batches
     heads = inputs.preview.grid.total
     pruned = [level for level in spec.pruning_levels if level > 0]
     asked = sum(variant_named(name).negotiates for name in spec.variants) * len(spec.pruning_methods) * spec.iterations

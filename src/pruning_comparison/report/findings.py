@@ -195,13 +195,13 @@ def _change_of_speed(summary: pd.DataFrame, relative: pd.DataFrame, method: str)
         if ratio["certain"] and (variant, ratio["change"]) in _AGAINST_EXPECTATION:
             sentences.append(_AGAINST_EXPECTATION[variant, ratio["change"]])
         evidence.append(f"{variant}: {_evidence([dense, top], False, 'token/s')}; by pairs {_times(ratio)}")
-        ceiling = [
+        by_bytes = [
             row
-            for row in _measured(summary, "tokens_per_second_ceiling", method, variant)
+            for row in _measured(summary, "tokens_per_second_in_proportion", method, variant)
             if row["level"] == top["level"]
         ]
-        if ceiling:
-            evidence.append(f"the bytes left would allow {plain_number(ceiling[0]['estimate'])} token/s")
+        if by_bytes:
+            evidence.append(f"in proportion to the bytes left: {plain_number(by_bytes[0]['estimate'])} token/s")
     if not sentences:
         return None
     return Finding(f"{method}: what pruning does to speed", " ".join(sentences), "; ".join(evidence))

@@ -40,8 +40,8 @@ class Chart:
 _CHART_WORDS = {
     "speed_comparison": (
         "Speed",
-        "Left: tokens per second; the dotted line is what the bytes left would allow. Middle: the wait for the first "
-        "token. Right: who is faster at the same perplexity: further up and further left is better.",
+        "Left: tokens per second; the dotted line is the speed if time went by the bytes left. Middle: the wait for the "
+        "first token. Right: who is faster at the same perplexity: further up and further left is better.",
     ),
     "quality_metrics": (
         "Quality",

@@ -3,7 +3,7 @@
 from pruning_comparison.run.comparison import run_comparison, would_resume
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, prepare
 from pruning_comparison.run.launchers import Launcher, RayLauncher, launch_serially
-from pruning_comparison.run.measure_cell import TEXT_BATCHES
+from pruning_comparison.run.measure_cell import TEXT_BATCHES, timing_rounds
 from pruning_comparison.run.one_model import build_one, measure_one, prune
 from pruning_comparison.run.provenance import commit_of
 from pruning_comparison.run.workspace import Workspace, load_workspace, negotiation_rules
@@ -24,5 +24,6 @@ __all__ = [
     "prepare",
     "prune",
     "run_comparison",
+    "timing_rounds",
     "would_resume",
 ]

@@ -11,12 +11,12 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.errors import MethodError
 from pruning_comparison.run.cell import rebuild, run_cell
-from pruning_comparison.run.measure_cell import measure_texts_and_size, time_level, untimed
+from pruning_comparison.run.measure_cell import LevelTimings, measure_texts_and_size, time_level, untimed
 from pruning_comparison.run.pruned_model import KeptHeads, PrunedModel
 from pruning_comparison.run.saved_models import save_model
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell
-from pruning_comparison.store import CellResult, Measurement
+from pruning_comparison.store import CellResult
 
 
 @dataclass(frozen=True)
@@ -63,7 +63,7 @@ def attempt_rebuild(
 
 def attempt_timing(
     workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int, *, raise_failures: bool
-) -> tuple[list[tuple[str, Measurement]], Failure | None]:
+) -> tuple[LevelTimings, Failure | None]:
     """Timings of one level and None; where they fail, missing values that say why, and the failure."""
     try:
         return time_level(workspace, models, iteration), None
@@ -71,7 +71,7 @@ def attempt_timing(
         if raise_failures:
             raise
         failure = failure_of(error)
-        return untimed(models, failure.reason), failure
+        return LevelTimings(untimed(models, failure.reason)), failure
 
 
 def attempt_saving(workspace: Workspace, pruned: PrunedModel, cell: Cell, run: Path) -> Failure | None:

@@ -13,7 +13,8 @@ import torch
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.models import preview_model
 from pruning_comparison.run.inputs import Inputs, content_hashes, prepare
-from pruning_comparison.run.launchers import Begun, Launcher, Timed, Work, format_timing, launch_serially
+from pruning_comparison.run.launchers import Begun, Launcher, Timed, Trouble, Work, format_timing, launch_serially
+from pruning_comparison.run.looks import Stopwatch, check_budget, end, look
 from pruning_comparison.run.provenance import hardware, versions
 from pruning_comparison.run.pruned_model import KeptHeads
 from pruning_comparison.run.reuse import reuse
@@ -45,8 +46,13 @@ def run_comparison(
     raise_failures: bool = False,
     save_models: bool = False,
     launcher: Launcher = launch_serially,
+    budget_s: float | None = None,
 ) -> Path:
     """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
+
+    A spec that goes on ``until_decided`` ends at the first look that finds all primary answers decided, or at the last one.
+    ``budget_s`` ends it earlier: when so much time has been used, in all sessions together, or at a look from which the next
+    one does not seem within reach. It then stays unfinished, so that the same command with a larger budget goes on.
 
     ``save_models`` also keeps every pruned model, in ``model_folder``. ``launcher`` says who measures: results are the
     same, so a run may be continued with another one.
@@ -59,47 +65,90 @@ def run_comparison(
         raise InputError(
             f"--save_models: nothing is removed with --execution={spec.execution}. Leave one of the two out."
         )
+    check_budget(spec, budget_s)
     inputs = prepare(spec)
     with RunLog() as log, RunStore(log.kept_in(open_run(spec, inputs, output_dir, code_commit)), lock=True) as store:
         folder = store.folder
-        reuse(spec, inputs, store)
-        work = missing_work(spec, inputs, store, save_models=save_models, raise_failures=raise_failures)
-        total = sum(1 for _ in spec.cells()) + sum(1 for _ in spec.levels())
-        done = total - len(work.cells) - len(work.timings)
-        failed = 0
-        try:
-            for event in launcher(work):
-                if isinstance(event, Begun):
-                    on_progress(done, total, event.what)
-                elif isinstance(event, CellResult):
-                    store.write_cell(event, code_commit)
-                    on_measured(event.cell, event.measurements)
-                    done += 1
-                    if event.status == "failed":
-                        failed += 1
-                        log_failure(event.cell.describe(), event.reason, event.traceback)
-                elif isinstance(event, Timed):
-                    method, iteration, level = event.level
-                    store.write_timings(method, iteration, level, event.rows, complete=event.complete)
-                    for variant in spec.variants:
-                        rows = [row for name, row in event.rows if name == variant]
-                        on_measured(Cell(variant, method, iteration, level), rows)
-                    done += 1
-                    if event.reason is not None:
-                        failed += 1
-                        log_failure(format_timing(event.level), event.reason, event.traceback)
-                else:
-                    failed += 1
-                    log_failure(event.what, event.reason, event.traceback)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"{done} of {total} steps are kept in {folder}. The same command continues.", folder
-            ) from None
-        on_progress(done, total, "done")
-        manifest = read_manifest(folder)
-        if not failed:
-            write_manifest(folder, replace(manifest, finished=_now()))
+        stopwatch = Stopwatch(store, budget_s)
+        ended, failed = "", 0
+        for iterations in spec.looks:
+            reuse(spec, inputs, store, iterations=iterations)
+            work = missing_work(
+                spec, inputs, store, iterations=iterations, save_models=save_models, raise_failures=raise_failures
+            )
+            steps = _Steps(spec, work, iterations)
+            if iterations > spec.looks[0] and not stopwatch.has_room(steps.done, steps.total - steps.done):
+                ended = "budget"
+                break
+            try:
+                for event in launcher(work):
+                    if isinstance(event, Begun):
+                        on_progress(steps.done, steps.total, event.what)
+                    else:
+                        failed += _keep(event, spec, store, code_commit, on_measured)
+                        steps.done += not isinstance(event, Trouble)
+                        if spec.until_decided:
+                            stopwatch.keep()
+                    if stopwatch.used():
+                        ended = "budget"
+                        break
+            except KeyboardInterrupt:
+                if spec.until_decided:
+                    stopwatch.keep(now=True)
+                raise Interrupted(
+                    f"{steps.done} of {steps.total} steps are kept in {folder}. The same command continues.", folder
+                ) from None
+            if steps.done == steps.total:
+                ended = ""  # the budget is used, and so is all that there was to do before this look
+            if failed or ended:
+                break
+            if spec.until_decided and look(store, spec, iterations, stopwatch.seconds).decided:
+                ended = "decided"
+                break
+        if spec.until_decided and not failed:
+            end(store, ended or "looks", stopwatch)
+        on_progress(steps.done, steps.total, "done")
+        if not failed and ended != "budget":
+            write_manifest(folder, replace(read_manifest(folder), finished=_now()))
     return folder
+
+
+class _Steps:
+    """How many cells and timings the first ``iterations`` of a run have, and how many of them are done."""
+
+    def __init__(self, spec: ComparisonSpec, work: Work, iterations: int) -> None:
+        self.total = sum(cell.iteration < iterations for cell in spec.cells())
+        self.total += sum(level[1] < iterations for level in spec.levels())
+        self.done = self.total - len(work.cells) - len(work.timings)
+
+
+def _keep(
+    event: CellResult | Timed | Trouble,
+    spec: ComparisonSpec,
+    store: RunStore,
+    code_commit: str | None,
+    on_measured: Callable[[Cell, Sequence[Measurement]], None],
+) -> int:
+    """Keeps what has come back, and says how many failures that was: 0 or 1."""
+    if isinstance(event, CellResult):
+        store.write_cell(event, code_commit)
+        on_measured(event.cell, event.measurements)
+        if event.status == "failed":
+            log_failure(event.cell.describe(), event.reason, event.traceback)
+            return 1
+    elif isinstance(event, Timed):
+        method, iteration, level = event.level
+        store.write_timings(method, iteration, level, event.rows, complete=event.complete, effort=event.effort)
+        for variant in spec.variants:
+            rows = [row for name, row in event.rows if name == variant]
+            on_measured(Cell(variant, method, iteration, level), rows)
+        if event.reason is not None:
+            log_failure(format_timing(event.level), event.reason, event.traceback)
+            return 1
+    else:
+        log_failure(event.what, event.reason, event.traceback)
+        return 1
+    return 0
 
 
 def missing_work(
@@ -107,17 +156,17 @@ def missing_work(
     inputs: Inputs,
     store: RunStore,
     *,
+    iterations: int,
     save_models: bool,
     raise_failures: bool,
 ) -> Work:
-    """What a run still lacks. Levels are timed anew where a cell failed before."""
-    cells = frozenset(spec.cells()) - store.finished_cells()
+    """What the first ``iterations`` of a run still lack. Levels are timed anew where a cell failed before."""
+    wanted = [cell for cell in spec.cells() if cell.iteration < iterations]
+    cells = frozenset(wanted) - store.finished_cells()
     models = frozenset(
-        cell
-        for cell in spec.cells()
-        if save_models and cell.level > 0 and not model_folder(store.folder, cell).is_dir()
+        cell for cell in wanted if save_models and cell.level > 0 and not model_folder(store.folder, cell).is_dir()
     )
-    timings = frozenset(spec.levels()) - store.finished_timings()
+    timings = frozenset(level for level in spec.levels() if level[1] < iterations) - store.finished_timings()
 
     def known(cell: Cell) -> KeptHeads | None:
         found = store.known(cell)

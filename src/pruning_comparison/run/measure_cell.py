@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
-from dataclasses import replace
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from statistics import mean
 from typing import Any, cast
 
+import numpy as np
 import torch
+from scipy import stats
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.measure.flops import prefill_flops
-from pruning_comparison.measure.generation import common_uniforms, generate, time_generation
+from pruning_comparison.measure.generation import FIRST_TOKENS, Timing, common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import WindowLoss, measure_perplexity
 from pruning_comparison.measure.text_quality import (
@@ -26,12 +29,16 @@ from pruning_comparison.metrics import METRICS, of_kind, unit_of
 from pruning_comparison.models.decoding import decode_step, decode_steps
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.workspace import Workspace
-from pruning_comparison.spec import Cell
-from pruning_comparison.store.records import CellResult, GeneratedText, Measurement
+from pruning_comparison.spec import Cell, ComparisonSpec
+from pruning_comparison.store.records import CellResult, GeneratedText, Measurement, TimingEffort
+from pruning_comparison.variants import DENSE
 
 TEXT_BATCHES = 4
 """Texts are written in batches of so many times ``quality_batch_size``: a step of decoding has one token per row, a
 perplexity window has hundreds, so many more rows take hardly longer."""
+
+FIRST_TOKENS_ALONE = 20
+"""So many first tokens of every model are timed in a round that times nothing else."""
 
 
 def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResult:
@@ -73,37 +80,160 @@ def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel
     return CellResult(cell=cell, status="done", rest=True, measurements=rows, texts=texts)
 
 
-def time_level(
-    workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int
-) -> list[tuple[str, Measurement]]:
-    """Times all variants of one level on every batch of prompts, in turns: (variant, measurement) pairs."""
-    spec, prompts = workspace.spec, workspace.inputs.prompt_ids
-    rows: list[tuple[str, Measurement]] = []
-    steps = decode_steps(models)
-    for first in range(0, len(prompts), spec.batch_size):
-        batch = prompts[first : first + spec.batch_size]
-        uniforms = torch.stack(
-            [common_uniforms(spec.seed, iteration, first + row, spec.num_tokens) for row in range(len(batch))]
+@dataclass(frozen=True)
+class LevelTimings:
+    """Timings of one level: (variant, measurement) pairs, and what taking them took; see ``time_level``."""
+
+    rows: Sequence[tuple[str, Measurement]]
+    effort: TimingEffort | None = None
+
+
+def time_level(workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int) -> LevelTimings:
+    """Times all variants of one level, and with them the dense model, on every batch of prompts, in turns.
+
+    The dense model's rows have the variant ``DENSE``, so that what pruning brings is paired as closely as one variant with
+    another. Variants whose model is the dense one, as all are at level 0, are not timed twice: they get its rows.
+
+    Every batch is timed equally often: until there are ``timing_pairs`` of each two models, at least twice, and on until the
+    95 % interval of every ratio, of speed and of first-token latency, is narrower than +- ``timing_precision_percent``, or
+    another round would pass ``timing_limit_s``. Where only first tokens are too uncertain, only they are timed again.
+    """
+    spec = workspace.spec
+    distinct = {name: model for name, model in models.items() if model is not workspace.dense}
+    turns = _Turns(workspace, {**distinct, DENSE: workspace.dense}, iteration)
+    for _ in range(timing_rounds(spec, turns.batches)):
+        turns.take()
+    precision = spec.timing_precision_percent / 100
+    ended = "precise" if distinct else "all alike"
+    while distinct and (uncertain := turns.uncertain(precision)):
+        only_first = uncertain == {"first_token_latency_s"}
+        if turns.seconds + turns.cost_s(only_first) > spec.timing_limit_s:
+            ended = "time limit"
+            break
+        turns.take(only_first=only_first)
+    names = {name: [name] for name in distinct}
+    names[DENSE] = [name for name, model in models.items() if model is workspace.dense]
+    if distinct:
+        names[DENSE] = list(dict.fromkeys([*names[DENSE], DENSE]))
+    rows = [
+        (name, measurement)
+        for first, timing, only_first in turns.taken
+        for name in names[timing.variant]
+        for measurement in _timing_measurements(timing, first, spec.memory_logging, only_first)
+    ]
+    return LevelTimings(rows, turns.effort(ended))
+
+
+def timing_rounds(spec: ComparisonSpec, batches: int) -> int:
+    """How often so many batches of prompts are timed at least."""
+    return max(2, -(-spec.timing_pairs // batches))
+
+
+class _Turns:
+    """Rounds in which ``models``, the dense one last, are timed on all batches of prompts. ``seconds`` they took so far."""
+
+    def __init__(self, workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int) -> None:
+        self._workspace, self._models, self._iteration = workspace, models, iteration
+        self._steps = decode_steps(models)
+        self._peaks: dict[tuple[str, int], Timing] = {}
+        self._seconds: dict[bool, list[float]] = {False: [], True: []}
+        self.batches = -(-len(workspace.inputs.prompt_ids) // workspace.spec.batch_size)
+        self.taken: list[tuple[int, Timing, bool]] = []
+
+    @property
+    def seconds(self) -> float:
+        return sum(map(sum, self._seconds.values()))
+
+    def cost_s(self, only_first: bool) -> float:
+        """Seconds that another round of this kind is expected to take."""
+        known = self._seconds[only_first] or self._seconds[False]
+        return sum(known) / len(known)
+
+    def take(self, *, only_first: bool = False) -> None:
+        """One more round: a whole generation of every model on every batch, or first tokens alone."""
+        started = time.perf_counter()
+        spec, prompts = self._workspace.spec, self._workspace.inputs.prompt_ids
+        repeat = sum(map(len, self._seconds.values()))
+        for number, first in enumerate(range(0, len(prompts), spec.batch_size)):
+            batch = prompts[first : first + spec.batch_size]
+            count = 1 if only_first else spec.num_tokens
+            draws = [common_uniforms(spec.seed, self._iteration, first + row, count) for row in range(len(batch))]
+            for timing in time_generation(
+                self._models,
+                batch,
+                count,
+                temperature=spec.temperatures[0],
+                uniforms=torch.stack(draws),
+                measure_peak=spec.memory_logging and repeat == 0,
+                steps=self._steps,
+                repeats=(repeat * self.batches + number,),  # who begins changes from batch to batch
+                first_tokens=FIRST_TOKENS_ALONE if only_first else FIRST_TOKENS,
+            ):
+                peak = self._peaks.setdefault((timing.variant, first), timing)
+                measured = {name: getattr(peak, name) for name in ("peak_memory_bytes", "peak_memory_reason")}
+                self.taken.append((first, replace(timing, repeat=repeat, **measured), only_first))
+        self._seconds[only_first].append(time.perf_counter() - started)
+
+    def half_widths(self) -> dict[str, float]:
+        """The widest 95 % interval of a ratio of two models, half of it, by metric."""
+        whole = [timing for _, timing, only_first in self.taken if not only_first]
+        return {
+            "end_to_end_s": widest_half_width(whole, "end_to_end_s"),
+            "first_token_latency_s": widest_half_width(
+                [timing for _, timing, _ in self.taken], "first_token_latency_s"
+            ),
+        }
+
+    def uncertain(self, precision: float) -> set[str]:
+        """Metrics of which a ratio is not known as precisely."""
+        return {metric for metric, half in self.half_widths().items() if half > precision}
+
+    def effort(self, ended: str) -> TimingEffort:
+        """What it took."""
+        halves: Mapping[str, float | None] = self.half_widths() if len(self._models) > 1 else {}
+        rounds = {kind: len(seconds) for kind, seconds in self._seconds.items()}
+        return TimingEffort(
+            pairs=rounds[False] * self.batches,
+            first_token_pairs=sum(rounds.values()) * self.batches,
+            seconds=self.seconds,
+            speed_half_width=halves.get("end_to_end_s"),
+            latency_half_width=halves.get("first_token_latency_s"),
+            ended=ended,
         )
-        for timing in time_generation(
-            models,
-            batch,
-            spec.num_tokens,
-            temperature=spec.temperatures[0],
-            uniforms=uniforms,
-            measure_peak=spec.memory_logging,
-            steps=steps,
-        ):
-            reasons = {
-                "time_per_output_token_s": "one new token has no time between tokens",
-                "peak_memory_bytes": timing.peak_memory_reason or "",
-            }
-            place = {"prompt": first, "repeat": timing.repeat}
-            rows.extend(
-                (timing.variant, _measurement(name, getattr(timing, name), reasons.get(name), **place))
-                for name in _timed_metrics(on_request=spec.memory_logging)
-            )
-    return rows
+
+
+def widest_half_width(timings: Sequence[Timing], metric: str) -> float:
+    """The widest 95 % interval of a ratio of two timed models, half of it, as a share: 0.01 is +-1 %.
+
+    Every model is held against the first and the last on the same prompts and repeat; an interval is that of the mean
+    logarithm over such pairs (t distribution).
+    """
+    logs: dict[str, list[float]] = {}
+    for timing in timings:
+        logs.setdefault(timing.variant, []).append(math.log(getattr(timing, metric)))
+    names = list(logs)
+    widest = 0.0
+    for reference in dict.fromkeys((names[0], names[-1])):
+        for name in names:
+            if name != reference:
+                differences = np.subtract(logs[name], logs[reference])
+                n = len(differences)
+                half = float(stats.t.ppf(0.975, n - 1) * differences.std(ddof=1) / math.sqrt(n))
+                widest = max(widest, math.expm1(half))
+    return widest
+
+
+def _timing_measurements(timing: Timing, first: int, memory: bool, only_first: bool) -> list[Measurement]:
+    """What one timed generation tells, at the first prompt of its batch; first tokens alone tell their latency."""
+    reasons = {
+        "time_per_output_token_s": "one new token has no time between tokens",
+        "peak_memory_bytes": timing.peak_memory_reason or "",
+    }
+    place = {"prompt": first, "repeat": timing.repeat}
+    return [
+        _measurement(name, getattr(timing, name), reasons.get(name), **place)
+        for name in (["first_token_latency_s"] if only_first else _timed_metrics(on_request=memory))
+    ]
 
 
 def untimed(variants: Iterable[str], reason: str) -> list[tuple[str, Measurement]]:

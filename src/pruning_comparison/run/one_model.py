@@ -30,7 +30,7 @@ from pruning_comparison.run.saved_models import note_pruning
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.texts import Document, check_enough, load_documents, whole_windows
-from pruning_comparison.variants import variant_named
+from pruning_comparison.variants import DENSE, variant_named
 
 
 def prune(
@@ -160,13 +160,13 @@ def build_one(workspace: Workspace) -> PrunedModel:
 def measure_one(workspace: Workspace, pruned: PrunedModel) -> list[BeforeAndAfter]:
     """Perplexity, speed and bytes of the dense model and of the pruned one, measured as a comparison measures them."""
     spec = workspace.spec
-    models = {"dense": workspace.dense, "pruned": pruned.model}
+    models = {DENSE: workspace.dense, "pruned": pruned.model}
     perplexities = []
     for model in models.values():
         losses = measure_perplexity(model, workspace.inputs.windows, batch_size=spec.quality_batch_size)
         perplexity = perplexity_of(losses)
         perplexities.append(perplexity if math.isfinite(perplexity) else None)
-    timings = time_level(workspace, models, 0)
+    timings = time_level(workspace, models, 0).rows
 
     def mean(variant: str, metric: str) -> float | None:
         rows = [row for name, row in timings if name == variant and row.metric == metric]
@@ -179,7 +179,7 @@ def measure_one(workspace: Workspace, pruned: PrunedModel) -> list[BeforeAndAfte
         ("first-token latency", "s", "first_token_latency_s"),
         ("key-value cache", "bytes, after a timed prompt", "cache_bytes"),
     ):
-        figures.append(BeforeAndAfter(label, unit, mean("dense", metric), mean("pruned", metric)))
+        figures.append(BeforeAndAfter(label, unit, mean(DENSE, metric), mean("pruned", metric)))
     for label, count in (("parameters", parameter_bytes), ("parameters read per decoding step", decode_bytes)):
         figures.append(BeforeAndAfter(label, "bytes", *(count(model) for model in models.values())))
     machine = hardware(spec)

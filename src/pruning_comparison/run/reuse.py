@@ -31,8 +31,8 @@ from pruning_comparison.store.run_folder import (
 LOGGER = logging.getLogger(__name__)
 
 
-def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore) -> None:
-    """Takes over what earlier runs beside this one have measured and this one needs.
+def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, *, iterations: int) -> None:
+    """Takes over what earlier runs beside this one have measured and this one needs for so many ``iterations``.
 
     Whole cells come from runs whose spec differs in nothing but which cells there are (``REUSE_AXES``); heads and
     perplexity alone from those that differ in prompts and texts as well (``TEXT_AXES``). All must have been made on the same
@@ -60,7 +60,8 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore) -> None:
                 earlier = ComparisonSpec.from_dict(known, known_methods=spec.own_methods)
             except (TypeError, ValueError, KeyError, AttributeError):
                 continue
-            alike = {cell for cell in spec.cells() if _same_cell(cell, spec, earlier)}
+            wanted = [cell for cell in spec.cells() if cell.iteration < iterations]
+            alike = {cell for cell in wanted if _same_cell(cell, spec, earlier)}
             alike = {cell for cell in alike if revisions.same_for(cell, manifest.revisions)}
             with RunStore(folder) as other:
                 what = (_take_cells if texts_alike else _take_parts)(spec, store, earlier, other, alike)

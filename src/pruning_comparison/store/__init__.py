@@ -1,7 +1,15 @@
 """What a run leaves on the disk: records, the journal, the run folder, and reading them back."""
 
 from pruning_comparison.store.journal import RunStore
-from pruning_comparison.store.records import CellResult, GeneratedText, Manifest, Measurement, ModelFacts, Reused
+from pruning_comparison.store.records import (
+    CellResult,
+    GeneratedText,
+    LookRecord,
+    Manifest,
+    Measurement,
+    ModelFacts,
+    Reused,
+)
 from pruning_comparison.store.run_folder import (
     JOURNAL,
     MANIFEST,
@@ -24,6 +32,7 @@ __all__ = [
     "MANIFEST",
     "CellResult",
     "GeneratedText",
+    "LookRecord",
     "Manifest",
     "Measurement",
     "ModelFacts",

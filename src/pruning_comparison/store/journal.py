@@ -27,6 +27,7 @@ from pruning_comparison.store.records import (
     Row,
     SignalRow,
     TextRow,
+    TimingEffort,
     TimingRow,
     refuse_newer,
 )
@@ -39,8 +40,11 @@ if TYPE_CHECKING:
 
 LOCK = "run.lock"
 
-JOURNAL_SCHEMA = 1
-"""Version of the journal's schema, its ``user_version``. Journals of 0.1.0 have none, and count as 0."""
+JOURNAL_SCHEMA = 2
+"""Version of the journal's schema, its ``user_version``. Journals of 0.1.0 have none, and count as 0.
+
+2: ``timings`` says what they took, and ``measurements`` has timings of the dense model at every level.
+"""
 
 _KEY = ("variant", "method", "iteration", "level")
 _KEYS = {"cells": _KEY, "timings": ("method", "iteration", "level")}
@@ -58,6 +62,7 @@ _ORDER = {
     "signals": ("method", "iteration", "level", "variant", "round_level", "layer", "head"),
     "replies": ("method", "iteration", "level", "variant", "round_level", "asked_rank"),
     "texts": ("method", "iteration", "level", "variant", "temperature", "prompt"),
+    "timings": ("method", "iteration", "level"),
 }  # fmt: skip
 """The tables that are read as a whole, and what their rows are sorted by."""
 _OF_CELL = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
@@ -105,12 +110,16 @@ def _selected(table: str) -> str:
     return _listed(columns_of(table))
 
 
-def _selected_of_0(table: str) -> str:
-    """Journals of 0.1.0 lack the number of their schema; their tables are those of version 1."""
-    return _selected(table)
+_ADDED_IN_2 = {"timings": {one.name for one in fields(TimingEffort)}}
 
 
-_READERS: dict[int, Callable[[str], str]] = {0: _selected_of_0, 1: _selected}
+def _selected_of_1(table: str) -> str:
+    """Version 1 did not say what timings took. Journals of 0.1.0 are like it, but for the number of their schema."""
+    added = _ADDED_IN_2.get(table, set())
+    return ", ".join(f"NULL AS [{name}]" if name in added else f"[{name}]" for name in columns_of(table))
+
+
+_READERS: dict[int, Callable[[str], str]] = {0: _selected_of_1, 1: _selected_of_1, 2: _selected}
 """What is selected of a table, by the version of the journal's schema."""
 
 
@@ -175,7 +184,7 @@ class RunStore:
 
     def finished_timings(self) -> set[tuple[str, int, float]]:
         """(method, iteration, level) whose timings are stored."""
-        return {(m, i, level) for m, i, level in self._rows("timings")}
+        return {(row[0], row[1], row[2]) for row in self._rows("timings")}
 
     def known(self, cell: Cell) -> tuple[list[list[bool]], str] | None:
         """Heads [n_layers, n_heads] that a measured cell has kept, and its model's fingerprint; None if not measured."""
@@ -218,8 +227,9 @@ class RunStore:
         rows: Iterable[tuple[str, Measurement]],
         *,
         complete: bool = True,
+        effort: TimingEffort | None = None,
     ) -> None:
-        """Stores the timings of all variants at one level: (variant, measurement) pairs.
+        """Stores the timings of all variants at one level: (variant, measurement) pairs, and what they took.
 
         Timings that are not ``complete`` are shown, and taken again when the run is continued.
         """
@@ -233,7 +243,8 @@ class RunStore:
                     "measurements", _measurement_rows(Cell(variant, method, iteration, level), "timing", [row])
                 )
             if complete:
-                self._insert("timings", [TimingRow(method, iteration, level)])
+                took = {} if effort is None else vars(effort)
+                self._insert("timings", [TimingRow(method, iteration, level, **took)])
 
     def copy_from(self, other: RunStore, cells: Collection[Cell], timings: Collection[tuple[str, int, float]]) -> None:
         """Takes over finished cells and timings of another run, all or none of them, with the commit that measured them."""
@@ -245,7 +256,7 @@ class RunStore:
             for timing in timings:
                 where_timed = "WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'"
                 self._take_over(other, "measurements", where_timed, timing)
-                self._insert("timings", [TimingRow(*timing)])
+                self._take_over(other, "timings", "WHERE method = ? AND iteration = ? AND level = ?", timing)
 
     def copy_parts_from(self, other: RunStore, cells: Collection[Cell]) -> None:
         """Takes over heads, negotiation and perplexity of cells that another run has measured with other prompts."""
@@ -258,11 +269,12 @@ class RunStore:
                 self._take_over(other, "measurements", f"{_OF_CELL} AND phase = 'quality'", tuple(cell), keep)
 
     def table(self, name: str) -> pd.DataFrame:
-        """A journal table (cells, measurements, heads, signals, replies, texts) in a stable order, without parts."""
+        """One of the journal's tables, of those in ``_ORDER``, in a stable order and without parts."""
         if name not in _ORDER:
             raise ValueError(unknown_name("table of the journal", name, _ORDER))
-        whole = f"({_listed(_KEY)}) NOT IN (SELECT {_listed(_KEY)} FROM cells WHERE status = 'part')"
-        rows = self._rows(name, f"WHERE {whole} ORDER BY {_listed(_ORDER[name])}")
+        whole = f"WHERE ({_listed(_KEY)}) NOT IN (SELECT {_listed(_KEY)} FROM cells WHERE status = 'part')"
+        where = "" if name == "timings" else whole
+        rows = self._rows(name, f"{where} ORDER BY {_listed(_ORDER[name])}")
         return pd.DataFrame.from_records(rows, columns=columns_of(name))
 
     def _rows(self, table: str, where: str = "", values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

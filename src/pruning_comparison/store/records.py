@@ -50,6 +50,23 @@ class GeneratedText:
 
 
 @dataclass(frozen=True)
+class TimingEffort:
+    """What the timings of a level took: pairs of each two models, of whole generations and of first tokens, and seconds.
+
+    The half widths are those of the widest 95 % interval among the ratios of two models, of end-to-end time and of
+    first-token latency, as shares; None where there was nothing to compare. ``ended`` says why there are no more pairs:
+    "precise", "time limit", or "all alike" where all variants have the same model.
+    """
+
+    pairs: int
+    first_token_pairs: int
+    seconds: float
+    speed_half_width: float | None
+    latency_half_width: float | None
+    ended: str
+
+
+@dataclass(frozen=True)
 class CellResult:
     """All that is known of a cell, apart from its timings. ``status`` is "done" or, with a reason, "failed".
 
@@ -105,7 +122,10 @@ class CellRow(_RowOfCell):
 
 @dataclass(frozen=True)
 class MeasurementRow(_RowOfCell):
-    """One ``Measurement``; ``phase`` is "quality" or "timing"."""
+    """One ``Measurement``; ``phase`` is "quality" or "timing".
+
+    Timings of the dense model in a level's turns have the variant ``variants.DENSE``, which has no cell of its own.
+    """
 
     phase: str
     temperature: float | None
@@ -173,11 +193,20 @@ class TextRow(_RowOfCell):
 
 @dataclass(frozen=True)
 class TimingRow:
-    """A level whose timings are complete: all variants are timed at it together."""
+    """A level whose timings are complete: all variants, and the dense model, are timed at it together.
+
+    The rest is as in ``TimingEffort``; None in runs that took none down.
+    """
 
     method: str
     iteration: int
     level: float
+    pairs: int | None = None
+    first_token_pairs: int | None = None
+    seconds: float | None = None
+    speed_half_width: float | None = None
+    latency_half_width: float | None = None
+    ended: str | None = None
 
 
 Row = CellRow | MeasurementRow | HeadRow | SignalRow | ReplyRow | TextRow | TimingRow
@@ -254,13 +283,49 @@ class Reused:
 
 
 @dataclass(frozen=True)
+class LookRecord:
+    """What a look at a run has found after so many iterations: the verdict of each method's primary answer.
+
+    ``decided``: all of them are, so that the run ended. ``measured_s`` is how long the run had been measured by then.
+    """
+
+    iterations: int
+    decided: bool
+    verdicts: Mapping[str, str]
+    measured_s: float
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> LookRecord:
+        """The inverse of ``as_dict``. ValueError for what is no look."""
+        verdicts: Mapping[str, str] = _checked("looks.verdicts", raw.get("verdicts"), Mapping)
+        for method, verdict in verdicts.items():
+            _checked(f"looks.verdicts.{method}", verdict, str)
+        if not isinstance(raw.get("decided"), bool):
+            raise ValueError(f"looks.decided is {raw.get('decided')!r}")
+        return cls(
+            _checked("looks.iterations", raw.get("iterations"), int),
+            raw["decided"],
+            dict(verdicts),
+            float(_checked("looks.measured_s", raw.get("measured_s"), int, float)),
+        )
+
+    def as_dict(self) -> dict[str, Any]:
+        """As plain values."""
+        return {**vars(self), "verdicts": dict(self.verdicts)}
+
+
+@dataclass(frozen=True)
 class Manifest:
     """What a run is and how it was made; its ``manifest.json``.
 
     ``spec`` are the settings as they were stored, so that a run can be reported whose settings, methods or variants this
     version no longer has. ``spec_hash`` is the run's identity. ``revisions`` is None for a run of 0.1.0, which stored none.
     ``inputs`` are hashes of the contents that were read. ``started`` and ``finished`` are times in UTC; ``finished`` is None
-    until every cell is measured. ``margins`` are those of the last report. ``others`` are keys that this version does not
+    until every cell is measured. ``margins`` are those of the last report.
+
+    Of a run that goes on until it has decided, ``looks`` are those that were taken, ``measured_s`` is how long it has been
+    measured, in all sessions together, and ``ended`` says why it measures no more: "decided", "looks" where the last of
+    them decided nothing either, or "budget"; None while it goes on. ``others`` are keys that this version does not
     know, kept as they are.
     """
 
@@ -277,6 +342,9 @@ class Manifest:
     warnings: tuple[str, ...] = ()
     margins: Mapping[str, float] | None = None
     reused: tuple[Reused, ...] = ()
+    looks: tuple[LookRecord, ...] = ()
+    measured_s: float = 0.0
+    ended: str | None = None
     schema_version: int = MANIFEST_SCHEMA
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -307,7 +375,8 @@ class Manifest:
         plain["model"] = None if self.model is None else self.model.as_dict()
         plain["revisions"] = None if self.revisions is None else self.revisions.as_dict()
         plain["reused"] = [one.as_dict() for one in self.reused]
-        absent = [name for name in ("margins", "reused") if not plain[name]]
+        plain["looks"] = [one.as_dict() for one in self.looks]
+        absent = [name for name in ("margins", "reused", "looks", "measured_s", "ended") if not plain[name]]
         if self.schema_version == 0:
             absent += ["schema_version", "revisions"]
         return {name: value for name, value in plain.items() if name not in absent}
@@ -333,6 +402,9 @@ def _read_manifest_1(raw: Mapping[str, Any]) -> Manifest:
     for one in known.get("reused", ()):
         _checked("reused", one, Mapping)
     known["reused"] = tuple(Reused.from_dict(one) for one in known.get("reused", ()))
+    for one in known.get("looks", ()):
+        _checked("looks", one, Mapping)
+    known["looks"] = tuple(LookRecord.from_dict(one) for one in known.get("looks", ()))
     return Manifest(**known, others=others)
 
 
@@ -357,6 +429,9 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "warnings": (list,),
     "margins": (Mapping, _NONE),
     "reused": (list,),
+    "looks": (list,),
+    "measured_s": (int, float),
+    "ended": (str, _NONE),
 }
 
 

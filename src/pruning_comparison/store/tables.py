@@ -32,6 +32,7 @@ class Run:
     signals: pd.DataFrame = field(default_factory=lambda: _empty("signals"))
     replies: pd.DataFrame = field(default_factory=lambda: _empty("replies"))
     texts: pd.DataFrame = field(default_factory=lambda: _empty("texts"))
+    timings: pd.DataFrame = field(default_factory=lambda: _empty("timings"))
 
     @property
     def model(self) -> str:
@@ -56,7 +57,7 @@ def load_run(folder: Path) -> Run:
     written them.
     """
     manifest = read_manifest(folder)
-    names = ("cells", "measurements", "heads", "signals", "replies", "texts")
+    names = ("cells", "measurements", "heads", "signals", "replies", "texts", "timings")
     with RunStore(folder) as store:
         tables = {name: store.table(name) for name in names}
     if not (tables["cells"]["status"] == "done").any():

@@ -91,8 +91,8 @@ __all__ = [
 def speed_comparison(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figure:
     """Tokens per second and first-token latency against the level, and speed against perplexity.
 
-    A dotted line without markers is the bound: the speed that the bytes left allow, the latency that the FLOPs left
-    allow. The third panel shows where resilience turns into speed: who is faster at the same perplexity.
+    A dotted line without markers shows the speed if time went by the bytes left, the latency if it went by the FLOPs
+    left. The third panel shows where resilience turns into speed: who is faster at the same perplexity.
     """
     title = "Speed under head pruning"
     speed = summary[summary["metric"].isin(("tokens_per_second", "first_token_latency_s"))]
@@ -103,12 +103,12 @@ def speed_comparison(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figur
     caption = format_n(
         [(metric_label(metric), speed[speed["metric"] == metric]) for metric in speed["metric"].unique()]
     )
-    both = summary[summary["metric"].isin(("tokens_per_second", "tokens_per_second_ceiling"))]
-    bounds = {"tokens_per_second_ceiling": "bytes", "first_token_latency_floor_s": "FLOPs"}
-    bounded = [word for metric, word in bounds.items()
+    both = summary[summary["metric"].isin(("tokens_per_second", "tokens_per_second_in_proportion"))]
+    references = {"tokens_per_second_in_proportion": "bytes", "first_token_latency_in_proportion_s": "FLOPs"}
+    referred = [word for metric, word in references.items()
                if finite(summary.loc[summary["metric"] == metric, "estimate"]).any()]  # fmt: skip
-    words = f"what the {' or '.join(bounded)} left allow"
-    extra = [Line2D([], [], color=MUTED, linestyle=":", linewidth=1.1, label=words)] if bounded else []
+    words = f"in proportion to the {' or '.join(referred)} left"
+    extra = [Line2D([], [], color=MUTED, linestyle=":", linewidth=1.1, label=words)] if referred else []
     subtitle = f"{model} · {format_methods(methods)}"
     height_in = panels_height(2.6, len(methods), 3, size)
     figure = new_figure(title, subtitle, caption, height_in, looks_of(variants), extra, size=size)
@@ -116,20 +116,20 @@ def speed_comparison(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figur
     for row, method in zip(grid, methods, strict=True):
         measured = rows_at(summary, "tokens_per_second", method)
         draw_variants(row[0], measured, "tokens_per_second", variants)
-        _draw_bound(row[0], rows_at(summary, "tokens_per_second_ceiling", method), variants, 1.0)
+        _draw_reference(row[0], rows_at(summary, "tokens_per_second_in_proportion", method), variants, 1.0)
         row[0].set_title(panel_title(size, "tokens_per_second", name_if_several(methods, method)))
         label_values(row[0], "token/s (higher is better)", size)
         latency = rows_at(summary, "first_token_latency_s", method)
         row[1].set_title(panel_title(size, "first_token_latency_s", name_if_several(methods, method)))
         unit = draw_variants(row[1], latency, "first_token_latency_s", variants)
         factor, _ = unit_scale("first_token_latency_s", [float(value) for value in latency["estimate"].dropna()])
-        _draw_bound(row[1], rows_at(summary, "first_token_latency_floor_s", method), variants, factor)
+        _draw_reference(row[1], rows_at(summary, "first_token_latency_in_proportion_s", method), variants, factor)
         label_values(row[1], format_axis("first_token_latency_s", unit), size)
         _draw_speed_against_quality(row[2], measured, rows_at(summary, "perplexity", method), variants)
         row[2].set_title(wrapped_title(size.title_pt, name_if_several(methods, method), "Speed against perplexity"))
         label_values(row[2], "token/s (higher is better)", size)
     value_axis(grid[0, 0], both, None, 1.0)
-    latency = summary[summary["metric"].isin(("first_token_latency_s", "first_token_latency_floor_s"))]
+    latency = summary[summary["metric"].isin(("first_token_latency_s", "first_token_latency_in_proportion_s"))]
     factor, _ = unit_scale("first_token_latency_s", [float(value) for value in latency["estimate"].dropna()])
     value_axis(grid[0, 1], latency, "first_token_latency_s", factor)
     value_axis(grid[0, 2], speed[speed["metric"] == "tokens_per_second"], None, 1.0)
@@ -137,13 +137,13 @@ def speed_comparison(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figur
     return figure
 
 
-def _draw_bound(axes: Axes, bound: pd.DataFrame, variants: Sequence[str], factor: float) -> None:
-    """A dotted line without markers: what the bytes or FLOPs left allow."""
+def _draw_reference(axes: Axes, reference: pd.DataFrame, variants: Sequence[str], factor: float) -> None:
+    """A dotted line without markers: time in proportion to the bytes or FLOPs left."""
     for variant in variants:
-        line = bound[bound["variant"] == variant].sort_values("level")
+        line = reference[reference["variant"] == variant].sort_values("level")
         axes.plot(
             line["level"], line["estimate"] * factor, color=looks_of([variant])[variant].colour, linestyle=":",
-            linewidth=1.1, marker="_" if len(line) == 1 else "", markersize=12, label="_bound",
+            linewidth=1.1, marker="_" if len(line) == 1 else "", markersize=12, label="_reference",
         )  # fmt: skip
 
 

@@ -22,7 +22,16 @@ from pruning_comparison.errors import ClusterError, InputError
 from pruning_comparison.models import preview_model
 from pruning_comparison.run.attempts import Failure, attempt, attempt_rebuild, attempt_timing, failure_of, reason_of
 from pruning_comparison.run.inputs import Inputs
-from pruning_comparison.run.launchers.work import Begun, Event, Timed, TimingKey, Trouble, Work, format_timing
+from pruning_comparison.run.launchers.work import (
+    Begun,
+    Event,
+    Timed,
+    TimingKey,
+    Trouble,
+    Work,
+    format_timing,
+    timed_event,
+)
 from pruning_comparison.run.measure_cell import untimed
 from pruning_comparison.run.provenance import hardware, versions
 from pruning_comparison.run.pruned_model import KeptHeads, PrunedModel
@@ -109,9 +118,8 @@ class Worker:
                 trouble.append(_trouble(cell, failure))
         if not models:
             return Timed(level, (), complete=False), trouble
-        rows, failed = attempt_timing(self._loaded(), models, iteration, raise_failures=self._work["raise_failures"])
-        complete = failed is None and set(models) == set(self._spec.variants)
-        return Timed(level, rows, complete, *([] if failed is None else [failed.reason, failed.traceback])), trouble
+        timings, failed = attempt_timing(self._loaded(), models, iteration, raise_failures=self._work["raise_failures"])
+        return timed_event(level, timings, failed, all_there=set(models) == set(self._spec.variants)), trouble
 
     def _loaded(self) -> Workspace:
         if self._workspace is None:

@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from transformers import PreTrainedModel
 
 from pruning_comparison.run.attempts import attempt, attempt_rebuild, attempt_saving, attempt_timing
-from pruning_comparison.run.launchers.work import Begun, Event, Timed, Trouble, Work, format_timing
+from pruning_comparison.run.launchers.work import Begun, Event, Trouble, Work, format_timing, timed_event
 from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell
 
@@ -48,6 +48,5 @@ def launch_serially(work: Work) -> Iterator[Event]:
                     yield Trouble(f"saving {cell.describe()}", failure.reason, failure.traceback)
         if to_time and models:
             yield Begun(format_timing(place))
-            rows, failure = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
-            complete = failure is None and len(models) == len(spec.variants)
-            yield Timed(place, rows, complete, *([] if failure is None else [failure.reason, failure.traceback]))
+            timings, failure = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
+            yield timed_event(place, timings, failure, all_there=len(models) == len(spec.variants))

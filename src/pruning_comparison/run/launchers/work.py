@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
+from pruning_comparison.run.attempts import Failure
 from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.measure_cell import LevelTimings
 from pruning_comparison.run.pruned_model import KeptHeads
 from pruning_comparison.spec import Cell, ComparisonSpec
-from pruning_comparison.store.records import CellResult, Measurement
+from pruning_comparison.store.records import CellResult, Measurement, TimingEffort
 
 TimingKey = tuple[str, int, float]
 """(method, iteration, level): what all variants are timed at together."""
@@ -60,6 +62,7 @@ class Timed:
     complete: bool
     reason: str | None = None
     traceback: str = ""
+    effort: TimingEffort | None = None
 
 
 @dataclass(frozen=True)
@@ -69,6 +72,12 @@ class Trouble:
     what: str
     reason: str
     traceback: str = ""
+
+
+def timed_event(level: TimingKey, timings: LevelTimings, failure: Failure | None, *, all_there: bool) -> Timed:
+    """The timings of a level as an event; they are complete if nothing failed and all variants were ``all_there``."""
+    reasons = {} if failure is None else {"reason": failure.reason, "traceback": failure.traceback}
+    return Timed(level, timings.rows, failure is None and all_there, effort=timings.effort, **reasons)
 
 
 Event = Begun | CellResult | Timed | Trouble
