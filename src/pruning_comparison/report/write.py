@@ -52,6 +52,7 @@ from pruning_comparison.report.charts import (
 )
 from pruning_comparison.report.drawing import draw_charts
 from pruning_comparison.report.first_screen import model_name
+from pruning_comparison.report.layers import layer_findings
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
 from pruning_comparison.store import Manifest, Run, load_run, write_atomically, write_manifest, write_table
@@ -105,6 +106,7 @@ def write_results(
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
         *findings.plain_findings(tables.summary, tables.relative, tables.contrasts, run.cells, manifest),
+        *layer_findings(tables.contrasts, heads),
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
     ]
