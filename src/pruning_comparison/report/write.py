@@ -222,8 +222,11 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
     tables = observations(run.cells, run.measurements)
     return _Tables(
         summarize(run.model, tables),
-        relative_to_dense(run.model, tables),
-        _joined([rank(run.model, tables, margins=margins) for rank in (rank_methods, rank_variants)], RANKING_COLUMNS),
+        relative_to_dense(run.model, tables, looks=run.looks),
+        _joined(
+            [rank(run.model, tables, margins=margins, looks=run.looks) for rank in (rank_methods, rank_variants)],
+            RANKING_COLUMNS,
+        ),
         _contrasts(run.model, run.variants, tables),
         _answers(run, tables, run.variants, margins),
         optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
@@ -246,11 +249,11 @@ def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], m
     answers = [
         answer_hypotheses(
             run.model, run.cells, tables,
-            margins=margins, variant=variant, reference=reference,
+            margins=margins, variant=variant, reference=reference, looks=run.looks,
         )
         for variant, reference in contrasts
     ]  # fmt: skip
-    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins))
+    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins, looks=run.looks))
     return _joined(answers, HYPOTHESIS_COLUMNS)
 
 

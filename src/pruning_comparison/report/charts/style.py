@@ -247,7 +247,8 @@ def to_png(figure: Figure, *, dpi: float = 150) -> bytes:
     """The figure as the bytes of a PNG file; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with _style(), _at_resolution(figure, dpi):
-        FigureCanvasAgg(figure).print_png(buffer, metadata={"Software": None})
+        canvas: Any = FigureCanvasAgg(figure)  # whose methods have no types
+        canvas.print_png(buffer, metadata={"Software": None})
     return buffer.getvalue()
 
 
@@ -255,7 +256,8 @@ def to_svg(figure: Figure) -> bytes:
     """The figure as an SVG document; the same figure gives the same bytes."""
     buffer = io.BytesIO()
     with _style(), _at_resolution(figure, 72):
-        FigureCanvasSVG(figure).print_svg(buffer, metadata={"Date": None, "Creator": None})
+        canvas: Any = FigureCanvasSVG(figure)
+        canvas.print_svg(buffer, metadata={"Date": None, "Creator": None})
     return buffer.getvalue()
 
 
