@@ -424,11 +424,12 @@ def test_the_results_files_are_complete_and_agree(folder, tmp_path):
     manifest = read_manifest(run)
     assert manifest.spec["num_tokens"] == 6
     assert manifest.versions["transformers"]
-    wide, narrow = (
-        {path.name for path in folder.glob("*.*")} for folder in (run / "charts", run / "charts" / "narrow")
-    )
-    assert {Path(name).suffix for name in wide} == {".png", ".svg"}
-    assert narrow == {name for name in wide if name.endswith(".png")}
+    charts = {path.name for path in (run / "charts").iterdir()} - {"drawn.json"}
+    assert {Path(name).suffix for name in charts} == {".png", ".svg"}
+    assert {Path(name).stem for name in charts if name.endswith(".png")} == {
+        Path(name).stem for name in charts if name.endswith(".svg")
+    }
+    assert {"perplexity_over_levels.png", "radar.svg"} <= charts
 
 
 def test_timing_rows_add_up(folder, tmp_path):
