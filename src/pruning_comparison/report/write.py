@@ -23,6 +23,7 @@ from pruning_comparison.analysis import (
     answer_pruning,
     contrast,
     differences,
+    looks_of,
     map_heads,
     map_rounds,
     missing_figures,
@@ -184,19 +185,25 @@ def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins
 def _estimate(run: Run, margins: Margins) -> _Tables:
     """Observations and pairs are made here, once; every estimate is made from them."""
     tables = observations(run.cells, run.measurements)
+    looks = looks_of(run.manifest.spec)
     return _Tables(
         summarize(run.model, tables),
-        relative_to_dense(run.model, tables),
-        _joined([rank(run.model, tables, margins=margins) for rank in (rank_methods, rank_variants)], RANKING_COLUMNS),
+        relative_to_dense(run.model, tables, looks=looks),
+        _joined(
+            [rank(run.model, tables, margins=margins, looks=looks) for rank in (rank_methods, rank_variants)],
+            RANKING_COLUMNS,
+        ),
         _contrasts(run.model, run.variants, tables),
-        _answers(run, tables, run.variants, margins),
+        _answers(run, tables, run.variants, margins, looks),
         optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
         speed_at_equal_perplexity(run.model, run.cells, tables),
         missing_figures(run.measurements),
     )
 
 
-def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], margins: Margins) -> pd.DataFrame:
+def _answers(
+    run: Run, tables: Mapping[str, MetricTable], variants: list[str], margins: Margins, looks: int
+) -> pd.DataFrame:
     """Agency against the baseline, then against every other variant, as exploratory, and every variant against dense.
 
     In a run without agency it is every other variant against the baseline.
@@ -210,11 +217,11 @@ def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], m
     answers = [
         answer_hypotheses(
             run.model, run.cells, tables,
-            margins=margins, variant=variant, reference=reference,
+            margins=margins, variant=variant, reference=reference, looks=looks,
         )
         for variant, reference in contrasts
     ]  # fmt: skip
-    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins))
+    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins, looks=looks))
     return _joined(answers, HYPOTHESIS_COLUMNS)
 
 
