@@ -157,9 +157,9 @@ def _curves(
     table, dense = data[metric].table, data[metric].dense
     table = table[(table["method"] == method) & table["variant"].isin(variants)]
     if dense is not None:
-        keys = ["method", "level", "iteration", "cluster"]
-        beside = dense.groupby(keys, as_index=False)["x"].mean()
-        both = table.merge(beside, on=keys, suffixes=("", "_dense"))
+        place = ["method", "level", "iteration", "cluster"]
+        beside = dense.groupby(place, as_index=False)["x"].mean()
+        both = table.merge(beside, on=place, suffixes=("", "_dense"))
         table = both.assign(x=both["x"] - both["x_dense"])
     clusters = sorted(set(table["cluster"]))
     wide = table.pivot_table(index=["iteration", "variant", "level"], columns="cluster", values="x", aggfunc="mean")

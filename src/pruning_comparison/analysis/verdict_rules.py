@@ -47,7 +47,7 @@ ERROR_RATE = 0.05
 
 Part = Literal["answers", "relative to dense", "faster", "rankings"]
 
-SPENT = 0.03
+SPENT = 0.0225
 """What claims are tested at, all together. Less than ``ERROR_RATE``, because skewed data make very small p-values too small
 (``benchmarks/statistics_calibration.py --part=claims``)."""
 
@@ -157,9 +157,9 @@ def in_chains(p: Array, chains: Sequence[Sequence[int]], weights: Sequence[float
         # What is tested after the first claim that is not decided keeps the level that its chain had then.
         stopped = highest > level
         waiting = (smallest > level) & ~stopped
-        for chain in range(len(chains)):
-            rows = np.flatnonzero(waiting & remaining[:, chain])
-            levels[rows, claims[rows, chain]] = level * own[rows, chain]
+        for place in range(len(chains)):
+            rows = np.flatnonzero(waiting & remaining[:, place])
+            levels[rows, claims[rows, place]] = level * own[rows, place]
         decided = ~stopped & ~waiting
         levels[every[decided], claim[decided]] = level * own[decided, chosen[decided]]
         highest = np.maximum(highest, np.minimum(smallest, 1.0))
