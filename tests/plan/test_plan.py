@@ -218,7 +218,7 @@ def test_margins_are_shares_of_what_the_options_say_in_per_cent():
 
 def test_the_help_states_the_margins_that_hold():
     for margin, whole, meaning in cli.MARGIN_OPTIONS.values():
-        assert f"({getattr(Margins(), margin) * whole:g}, if not given)" in meaning
+        assert f"(default: {getattr(Margins(), margin) * whole:g})" in meaning
 
 
 def test_margins_do_not_change_what_a_run_is():

@@ -62,7 +62,6 @@ from pruning_comparison.analysis.relative import RELATIVE_COLUMNS, Change, relat
 from pruning_comparison.analysis.stopping import (
     LOOKS,
     PrimaryAnswers,
-    looks_of,
     next_look,
     primary_answers,
     primary_answers_at,
@@ -138,7 +137,6 @@ __all__ = [
     "first_levels",
     "level_of",
     "limits",
-    "looks_of",
     "manifest_part",
     "map_heads",
     "map_rounds",

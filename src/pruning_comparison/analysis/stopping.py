@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 
@@ -15,7 +14,7 @@ from pruning_comparison.analysis.verdict_rules import NOT_ENOUGH
 from pruning_comparison.spec import LOOKS
 from pruning_comparison.variants import PRIMARY
 
-__all__ = ["LOOKS", "PrimaryAnswers", "looks_of", "next_look", "primary_answers", "primary_answers_at"]
+__all__ = ["LOOKS", "PrimaryAnswers", "next_look", "primary_answers", "primary_answers_at"]
 
 PRIMARY_ID = "E2"
 
@@ -26,11 +25,6 @@ class PrimaryAnswers:
 
     rows: pd.DataFrame
     decided: bool
-
-
-def looks_of(spec: Mapping[str, Any]) -> int:
-    """How many looks share the error rate of a run with these settings, as its manifest has them."""
-    return len(LOOKS) if spec.get("until_decided") else 1
 
 
 def next_look(iterations: int) -> int | None:
