@@ -291,10 +291,6 @@ class Tested:
     beyond_gain: Array
     beyond_loss: Array
 
-    @property
-    def tails(self) -> int:
-        return 2 if self.row.bounds[0] < self.row.bounds[1] else 1
-
 
 def tested(row: Row, values: Array, truth: float) -> Tested:
     """The claim of a row whose data sets ``values`` [N, a, b] have the mean ``truth``."""
@@ -314,7 +310,7 @@ def false_claims(
     At an end of a margin more and less are false on either side of the truth, but never both: the truth just short of it
     makes "more" false, the truth just beyond it "less". They are counted apart.
     """
-    p = np.stack([claim.p_gain / claim.tails for claim in claims], 1)
+    p = np.stack([claim.p_gain for claim in claims], 1)
     adjusted, levels = in_chains(p, chains, weights, level)
     decided = adjusted <= level
     more = np.zeros(len(p), dtype=bool)
@@ -326,7 +322,7 @@ def false_claims(
         )
         supported = decided[:, place] & (claim.beyond_gain > 0)
         short = decided[:, place] & (claim.beyond_gain < 0)
-        same = short & (claim.beyond_loss > 0) & (claim.p_loss / claim.tails <= levels[:, place])
+        same = short & (claim.beyond_loss > 0) & (claim.p_loss <= levels[:, place])
         if sign * (claim.truth - gain) <= 0:
             more |= supported
         if sign * (claim.truth - gain) >= 0:

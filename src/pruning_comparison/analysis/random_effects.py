@@ -437,13 +437,13 @@ def draw_fits(components: Components, iterations: int, clusters: int, count: int
 
 
 def detectable_by_rules(draws: Draws, level: float, wanted: float = 0.8) -> float:
-    """The smallest distance from a boundary that is found with power ``wanted`` by the interval that errs in ``level``.
+    """The smallest distance from a boundary that is found with power ``wanted`` by the interval at 1 - ``level``.
 
     The intervals are those of the report, fiducial tails included; inf where no distance is enough.
     """
 
     def found(distance: float) -> float:
-        return float((draws.p_values(distance) <= 2 * level).mean()) - wanted
+        return float((draws.p_values(distance) <= level).mean()) - wanted
 
     scale = float(np.sqrt(np.mean(draws.means**2)))
     if scale == 0:
