@@ -31,22 +31,22 @@ NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
 .PHONY: help demo test lint format types docs coverage test-extras test-lowest test-slow wheel bench notebook clean
 
 help:
-	@echo "make demo                      the quick test on the bundled model, ending with a report (minutes)"
+	@echo "make demo                      the quick test on the bundled model: ends with the answer and its report (minutes)"
 	@echo "make demo MODEL=smollm2-135m   the same on another model"
 	@echo
 	@echo "make test                      lint, types and the tests: what has to pass before a change is merged (minutes)"
 	@echo "make lint                      ruff, and which module may import which"
-	@echo "make format                    let ruff mend what it can"
+	@echo "make format                    let ruff fix what it can"
 	@echo "make types                     mypy"
 	@echo "make docs                      links lead somewhere, examples run, options exist"
-	@echo "make coverage                  the tests again, and which lines and branches of src none of them takes"
+	@echo "make coverage                  the tests again, with the lines and branches of src that none of them covers"
 	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, lowest versions"
 	@echo "make test-lowest               tests with the lowest versions that pyproject.toml allows (part of test-extras)"
 	@echo "make test-slow                 the tests that take long: a hundred kills, thousands of bad inputs"
 	@echo
 	@echo "make wheel                     build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make bench                     benchmarks, one JSON line each (minutes; MODEL=smollm2-135m adds that model)"
-	@echo "make notebook                  write $(NOTEBOOK) anew from its script"
+	@echo "make notebook                  write $(NOTEBOOK) again from its script"
 	@echo "make clean                     remove the virtual environments, builds and caches (results stay)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python (3.11 or later) that .venv is made with."

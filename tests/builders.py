@@ -30,9 +30,12 @@ from pruning_comparison.analysis.estimates import (
 )
 from pruning_comparison.analysis.head_maps import SIGNALS
 from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS
+from pruning_comparison.analysis.rankings import RANKING_COLUMNS
+from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 from pruning_comparison.analysis.tradeoffs import EQUAL_COLUMNS, OPTIMUM_COLUMNS
 from pruning_comparison.metrics import METRICS
-from pruning_comparison.report.charts.style import to_png
+from pruning_comparison.report.answer import Answer, Chip
+from pruning_comparison.report.charts.style import to_svg
 from pruning_comparison.report.page import render_report
 from pruning_comparison.run import attempts
 from pruning_comparison.run.measure_cell import LevelTimings
@@ -277,6 +280,52 @@ def contrast_row(
     )
 
 
+def relative_row(
+    metric: str, variant: str, level: float, value: float, low: float = NAN, high: float = NAN,
+    *, t: float = NAN, n: int = 15, method: str = "entropy", certain: bool = True, unit: str = "1", model: str = "tiny",
+) -> tuple[Any, ...]:  # fmt: skip
+    """A row of the levels against the dense model: a ratio, or a difference in ``unit``."""
+    change = "unclear" if not certain else "higher" if value > 1 else "lower"
+    values = {
+        "model": model, "variant": variant, "method": method, "level": float(level), "temperature": t, "metric": metric,
+        "estimate": value, "ci_low": low, "ci_high": high, "n": n, "p": 0.001, "change": change, "unit": unit,
+        "p_holm": 0.001 if certain else 0.5, "certain": certain,
+    }  # fmt: skip
+    return tuple(values[column] for column in RELATIVE_COLUMNS)
+
+
+def ranking_row(
+    rank: int, name: str, value: float, following: str = "", ratio: float = NAN, low: float = NAN, high: float = NAN,
+    *, decided: bool = False, random: str = "no random control", within: str = "agency", compared: str = "method",
+) -> tuple[Any, ...]:  # fmt: skip
+    """A row of a ranking: the rank, its perplexity over dense, and the next rank's perplexity over its own."""
+    values = {
+        **dict.fromkeys(RANKING_COLUMNS, NAN),
+        "model": "tiny", "compared": compared, "within": within, "rank": rank, "name": name, "metric": "perplexity",
+        "levels": "40,80", "estimate": value, "ci_low": 0.9 * value, "ci_high": 1.1 * value, "n": 15,
+        "next_name": following, "next_estimate": ratio, "next_ci_low": low, "next_ci_high": high,
+        "decided": decided, "versus_random_verdict": random,
+    }  # fmt: skip
+    return tuple(values[column] for column in RANKING_COLUMNS)
+
+
+CHIPS = (
+    Chip(
+        "E1", "Speed", "no meaningful difference", "no meaningful difference", "+0.4 %", "Expected: faster. It is not."
+    ),
+    Chip("E2", "Quality", "refuted", "supported: 1 of 2 methods", "−3 %", "Details of quality."),
+    Chip("E3", "Diversity", "not enough data", "not enough data", "", "Details of diversity."),
+    Chip("E4", "Responsiveness", "supported", "supported", "−5 %", "Details of waiting."),
+    Chip("Q1", "Resilience", "supported", "supported", "−15 %", "Details of resilience."),
+    Chip("Q2", "Optimal level", "answered", "answered", "up to 40 %", "Details of levels."),
+    Chip("Q3", "Temperature", "not enough data", "not enough data", "+0.1", "Details of temperature."),
+    Chip("Q4", "Tight resources", "supported", "supported", "+2 %", "Details of resources."),
+    Chip("Q5", "Which metrics", "answered", "answered", "+6.7 SD", "Details of metrics."),
+)
+SAID = Answer("Pruning the attention heads of tiny", ("First <b>sentence</b>.", "Second, with 5 %."), (), CHIPS)
+"""An answer with a chip of every verdict."""
+
+
 NASTY = "<script>alert('x')</script> & \"$quoted$\" \x00 \ud800 \u202eabc שלום \x1b[31m"
 
 
@@ -294,7 +343,8 @@ def render_page(
     findings: Sequence[Any] = (), figures: Mapping[str, Figure] | None = None, manifest: Mapping[str, Any] | None = None,
     texts: Sequence[Any] | None = None, verdicts: Sequence[Any] = (), answers: Sequence[Any] = (),
     optimal: Sequence[Any] = (), equal: Sequence[Any] = (), heads: Sequence[Any] = (), agreed: pd.DataFrame | None = None,
-    narrow: Mapping[str, Figure] | None = None,
+    relative: Sequence[Any] = (), ranked: Sequence[Any] = (), said: Answer | None = None, hero: Figure | None = None,
+    lines: Sequence[str] = (),
 ) -> str:  # fmt: skip
     given = dict(manifest or {})
     if isinstance(given.get("model"), Mapping):
@@ -314,8 +364,12 @@ def render_page(
         optimal=pd.DataFrame(list(optimal), columns=list(OPTIMUM_COLUMNS)),
         equal=pd.DataFrame(list(equal), columns=list(EQUAL_COLUMNS)),
         findings=list(findings),
-        pictures={name: to_png(figure) for name, figure in (figures or {}).items()},
-        narrow_pictures={name: to_png(figure) for name, figure in (narrow or {}).items()},
+        answer=said or Answer("Pruning the attention heads of tiny", ("A sentence.",), (), ()),
+        relative=pd.DataFrame(list(relative), columns=list(RELATIVE_COLUMNS)),
+        ranked=pd.DataFrame(list(ranked), columns=list(RANKING_COLUMNS)),
+        hero=None if hero is None else to_svg(hero).decode("utf-8"),
+        drawings={name: to_svg(figure).decode("utf-8") for name, figure in (figures or {}).items()},
+        lines=lines,
         manifest=given,
         texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXT_COLUMNS),
         heads=heads,

@@ -161,7 +161,7 @@ def test_every_kind_of_model_is_pruned_and_saved_or_refused_in_words(tmp_path, c
         if made.exists():  # what could be saved before a form failed loads
             load_pruned(made)
         allowed = [
-            "the (plain|padded) form cannot be had",
+            "the (plain|padded) form is not possible",
             r"is none\. Give at least",
             "kv_group",
             "no beginning token",

@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
+import json
+import re
 import subprocess
 import sys
+from dataclasses import asdict, replace
+from types import SimpleNamespace
 from typing import get_args, get_type_hints
 
 import pytest
 import torch
-from builders import save_tiny_model
+from builders import no_model, save_tiny_model, stand_in, stopped, write_short_texts
 
 from pruning_comparison import cli
 from pruning_comparison import spec as spec_module
 from pruning_comparison.errors import InputError
+from pruning_comparison.presets import PRESETS
+from pruning_comparison.report import margins_of
+from pruning_comparison.report.answer import Answer, Chip
+from pruning_comparison.report.terminal import stored_form
 from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.store import CellResult, read_manifest, write_manifest
 
 
 def spec_of(*argv):
-    return cli._spec_of(cli.make_parser().parse_args(["run", *cli._with_underscores(argv)]))
+    return cli._spec_of(cli.parse(["run", *argv]))
 
 
 def test_defaults_are_the_documented_ones():
@@ -154,6 +163,229 @@ def test_an_output_folder_that_cannot_be_written(tmp_path, capsys):
     (tmp_path / "file").write_text("")
     assert cli.main(["run", "--model_name=bundled", f"--output_dir={tmp_path / 'file' / 'x'}"]) == 2
     assert "cannot be written" in capsys.readouterr().err
+
+
+def test_a_preset_is_a_set_of_defaults_that_file_and_command_line_replace(tmp_path):
+    quick = spec_of("--device=cpu", "--preset=quick")
+    assert (quick.num_tokens, quick.eval_tokens, quick.calibration_tokens, quick.score_tokens) == (32, 4096, 4096, 2048)
+    assert quick.iterations == 3
+    assert spec_of("--device=cpu", "--preset=standard") == spec_of("--device=cpu")
+    paper = spec_of("--device=cpu", "--preset", "paper")
+    assert paper.pruning_levels == (0, 10, 20, 30, 40, 50, 60, 70, 80)
+    assert "random" in paper.pruning_methods
+    assert (paper.iterations, paper.max_prompts) == (10, 20)
+    for words in (["--num_tokens=7", "--preset=quick"], ["--preset=quick", "--num-tokens", "7"]):
+        assert (spec := spec_of("--device=cpu", *words)).num_tokens == 7
+        assert spec.eval_tokens == 4096
+    (tmp_path / "o.yaml").write_text("num_tokens: 9\npreset: quick\n")
+    from_file = spec_of("--device=cpu", f"--config={tmp_path / 'o.yaml'}")
+    assert (from_file.num_tokens, from_file.eval_tokens) == (9, 4096)
+    assert spec_of("--device=cpu", f"--config={tmp_path / 'o.yaml'}", "--preset=standard").eval_tokens == 8192
+
+
+def test_until_decided_replaces_the_iterations_of_a_preset_and_of_a_file(tmp_path):
+    paper = spec_of("--device=cpu", "--preset=paper", "--until_decided")
+    assert (paper.until_decided, paper.looks, paper.max_prompts) == (True, (3, 6, 12), 20)
+    (tmp_path / "o.yaml").write_text("iterations: 5\nnum_tokens: 9\n")
+    both = spec_of("--device=cpu", f"--config={tmp_path / 'o.yaml'}", "--until-decided")
+    assert (both.until_decided, both.num_tokens) == (True, 9)
+    (tmp_path / "o.yaml").write_text("until_decided: true\n")
+    assert spec_of("--device=cpu", f"--config={tmp_path / 'o.yaml'}", "--preset=paper").looks == (3, 6, 12)
+
+
+def test_an_unknown_preset_names_the_nearest(capsys):
+    assert cli.main(["run", "--preset=papers"]) == 2
+    assert (
+        "--preset: 'papers' is unknown. Did you mean paper? Choose from quick, standard, paper."
+        in capsys.readouterr().err
+    )
+
+
+@pytest.mark.parametrize("preset", PRESETS)
+def test_presets_name_no_model_no_machine_and_no_folder(preset):
+    known = cli.make_parser().commands["run"].options()
+    assert PRESETS[preset].options.keys() <= known.keys()
+    assert not PRESETS[preset].options.keys() & {"model_name", "device", "precision", "threads", "output_dir", "seed"}
+
+
+def test_what_is_trusted_or_measured_again_is_not_for_a_file_to_say(tmp_path, capsys):
+    for name in ("fresh", "trust_methods", "config"):
+        (tmp_path / "o.yaml").write_text(f"{name}: true\n")
+        assert cli.main(["run", f"--config={tmp_path / 'o.yaml'}"]) == 2
+        assert f"says '{name}', which only the command line can" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", ["run", "plan", "prune", "report"])
+def test_help_groups_every_option_shows_examples_and_fits_80_columns(command, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    assert cli.main([command, "--help"]) == 0
+    shown = capsys.readouterr().out
+    assert max(map(len, shown.splitlines())) <= 80
+    examples = re.findall(rf"^  (pruning-comparison {command}\b.*)$", shown.partition("examples:")[2], re.MULTILINE)
+    assert len(examples) >= 2
+    for example in examples:
+        cli.make_parser().parse_args(example.split()[1:])
+    parser = cli.make_parser().commands[command]
+    grouped = [action for group in parser._action_groups[2:] for action in group._group_actions]
+    alone = {name for action in parser._actions if action not in grouped for name in action.option_strings}
+    assert alone <= {"-h", "--help", "--json", "--output_dir", "--save_outputs"}
+
+
+def test_help_shows_a_default_of_0_and_1(capsys):
+    cli.main(["run", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "seed of everything random (default: 0)" in shown
+    assert "prompts per timed batch (default: 1)" in shown
+    cli.main(["prune", "--help"])
+    assert "(default: )" not in capsys.readouterr().out
+
+
+@pytest.fixture
+def tiny(tmp_path, monkeypatch):
+    """Words of a command that a stand-in measures in no time, and without charts; the output folder is ``out``."""
+    stand_in(monkeypatch)
+    drawn = []
+
+    def draw(folder, *, save_outputs, margins=None):
+        drawn.append(dict(margins or {}))
+        manifest = read_manifest(folder)
+        write_manifest(folder, replace(manifest, margins=asdict(margins_of(manifest, margins))))
+        (folder / "report.html").write_text("")
+        if save_outputs:
+            (folder / "generated_texts.csv").write_text("")
+        return folder / "report.html"
+
+    monkeypatch.setattr("pruning_comparison.report.write.write_results", draw)
+    folder = save_tiny_model(tmp_path / "model")
+    texts = write_short_texts(tmp_path / "texts")
+    words = [
+        "run", f"--model_name={folder}", "--device=cpu", "--pruning_levels=0,50", "--num_tokens=3", "--max_prompts=1",
+        "--iterations=1", "--eval_tokens=150", "--calibration_tokens=128", "--calibration_window=64",
+        "--pruning_method=magnitude", *(f"--{name}={value}" for name, value in texts.items()),
+        f"--output_dir={tmp_path / 'out'}",
+    ]  # fmt: skip
+    return SimpleNamespace(words=words, out=tmp_path / "out", drawn=drawn)
+
+
+def runs_in(folder):
+    return sorted(path for path in folder.glob("run_*") if path.is_dir())
+
+
+def test_repeating_a_finished_command_says_so_and_measures_nothing(tiny, capsys, monkeypatch):
+    assert cli.main(tiny.words) == 0
+    (run,) = runs_in(tiny.out)
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr("pruning_comparison.run.attempts.run_cell", lambda *a: pytest.fail("a cell was measured"))
+        assert cli.main(tiny.words) == 0
+        shown = capsys.readouterr()
+        assert f"this is the answer of {run.resolve()}. --fresh measures again." in shown.err.replace(
+            str(run), str(run.resolve())
+        )
+        assert f"report: {run / 'report.html'}" in shown.out
+        assert tiny.drawn == [{}]  # once, when it was measured
+        assert cli.main([*tiny.words, f"--config={run / 'run.yaml'}"]) == 0
+        assert cli.main([*tiny.words, "--margin_quality=30"]) == 0
+        assert tiny.drawn == [{}, {"quality": 0.3}]
+        assert cli.main([*tiny.words, "--margin_quality=30", "--save_outputs"]) == 0
+        assert (run / "generated_texts.csv").is_file()
+        assert len(tiny.drawn) == 3
+    assert runs_in(tiny.out) == [run]
+
+
+def test_fresh_measures_everything_again(tiny):
+    assert cli.main(tiny.words) == 0
+    assert cli.main([*tiny.words, "--fresh"]) == 0
+    first, second = runs_in(tiny.out)
+    assert read_manifest(first).spec_hash == read_manifest(second).spec_hash
+    assert read_manifest(second).reused == ()
+    assert read_manifest(second).finished is not None
+
+
+def test_a_fresh_run_that_was_stopped_is_continued_without_fresh(tiny, capsys, monkeypatch):
+    assert cli.main(tiny.words) == 0
+    with monkeypatch.context() as patch:
+        patch.setattr("pruning_comparison.run.attempts.run_cell", stopped)
+        assert cli.main([*tiny.words, "--fresh"]) == 130
+    assert "The same command, without --fresh, continues." in capsys.readouterr().err
+    assert cli.would_resume(tiny.words[1:])
+    assert not cli.would_resume([*tiny.words[1:], "--fresh"])
+    assert cli.main(tiny.words) == 0
+    assert [read_manifest(run).finished is not None for run in runs_in(tiny.out)] == [True, True]
+
+
+def test_a_finished_run_of_another_spec_or_with_changed_texts_is_not_shown(tiny, tmp_path):
+    assert cli.main(tiny.words) == 0
+    assert cli.main([*tiny.words, "--seed=1"]) == 0
+    assert len(runs_in(tiny.out)) == 2
+    for text in (tmp_path / "texts" / "held_out").glob("*.txt"):
+        text.write_text(text.read_text() + " And more of it.")
+    assert cli.main(tiny.words) == 0
+    assert len(runs_in(tiny.out)) == 3
+
+
+def test_a_finished_run_that_kept_no_models_is_measured_again_where_they_are_asked_for(tiny, monkeypatch):
+    assert cli.main(tiny.words) == 0
+    monkeypatch.setattr("pruning_comparison.run.launchers.serial.attempt_saving", lambda *a: None)
+    assert cli.main([*tiny.words, "--save_models"]) == 0
+    assert len(runs_in(tiny.out)) == 2
+
+
+def test_options_that_only_the_report_depends_on_are_in_the_file_that_repeats_a_run(tiny):
+    assert cli.main([*tiny.words, "--margin_quality=30", "--save_outputs"]) == 0
+    (run,) = runs_in(tiny.out)
+    options = cli.parse(["run", f"--config={run / 'run.yaml'}"])
+    assert (options.margin_quality, options.save_outputs) == (30, True)
+    assert cli._spec_of(options).as_dict() == dict(read_manifest(run).spec)
+
+
+def test_ctrl_c_says_at_once_what_is_kept(tiny, capsys, monkeypatch):
+    """Before the partial report is drawn, which can take long."""
+    cells = []
+
+    def second_stops(workspace, cell):
+        cells.append(cell)
+        if len(cells) == 2:
+            raise KeyboardInterrupt
+        return no_model(), CellResult(cell, "done", fingerprint="x")
+
+    said = []
+    monkeypatch.setattr("pruning_comparison.run.attempts.run_cell", second_stops)
+    monkeypatch.setattr(
+        "pruning_comparison.report.write.write_results",
+        lambda folder, **settings: said.append(capsys.readouterr().err) or folder / "report.html",
+    )
+    assert cli.main(tiny.words) == 130
+    (run,) = runs_in(tiny.out)
+    # Two variants at two levels and their two timings: six steps, of which one cell is done.
+    assert f"stopped: 1 of 6 steps are kept in {run}. The same command continues." in said[0]
+    assert f"partial report: {run / 'report.html'}" in capsys.readouterr().err
+
+
+def test_another_ctrl_c_leaves_the_partial_report_out(tiny, capsys, monkeypatch):
+    monkeypatch.setattr("pruning_comparison.run.attempts.run_cell", stopped)
+    monkeypatch.setattr("pruning_comparison.report.write.write_results", lambda folder, **settings: stopped())
+    assert cli.main(tiny.words) == 130
+    (run,) = runs_in(tiny.out)
+    assert f"no partial report; pruning-comparison report {run} draws it" in capsys.readouterr().err
+
+
+def test_the_answer_is_shown_at_the_end_and_by_report_and_not_when_quiet(tiny, capsys):
+    chip = Chip("E2", "Quality", "supported", "supported", "−45 %", "")
+    answer = Answer("Pruning the heads of tiny", ("A sentence.",), (), (chip,))
+    assert cli.main(tiny.words) == 0
+    (run,) = runs_in(tiny.out)
+    (run / "results.json").write_text(json.dumps({"answer": stored_form(answer)}))
+    capsys.readouterr()
+    for words in (tiny.words, ["report", str(run)], [*tiny.words, "--visualize_only"]):
+        assert cli.main(words) == 0
+        lines = capsys.readouterr().out.splitlines()
+        assert lines[0] == "Pruning the heads of tiny"
+        assert "A sentence." in lines
+        assert re.fullmatch(r"E2 +Quality +supported +−45 %", lines[-3])
+        assert lines[-1] == f"report: {run / 'report.html'}"
+        assert cli.main([*words, "--quiet"]) == 0
+        assert capsys.readouterr().out == f"report: {run / 'report.html'}\n"
 
 
 def test_ctrl_c_while_the_report_is_drawn_says_that_all_is_measured(tmp_path, capsys, monkeypatch):

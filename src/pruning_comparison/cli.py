@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import math
+import os
 import re
 import signal
 import sys
 import traceback
-from collections.abc import Collection, Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, fields
 from difflib import get_close_matches
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruning_comparison import __version__
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
-from pruning_comparison.formatting import file_name_of, unknown_name
+from pruning_comparison.formatting import file_name_of
 from pruning_comparison.methods import METHODS, Method
+from pruning_comparison.options import parts_of, with_presets_and_files, with_underscores
+from pruning_comparison.presets import PRESETS
 from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
@@ -40,14 +45,13 @@ if TYPE_CHECKING:
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 LAUNCHERS = ("serial", "ray")
 _METHOD_NAMES = f"{', '.join(METHODS)}, or package.module:function for one of your own"
-_MOST_CONFIG_BYTES = 2**20
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
-    "margin_speed": ("speed", 100, "per cent of speed that matter (2, if not given)"),
-    "margin_quality": ("quality", 100, "per cent of perplexity that matter (5, if not given)"),
-    "margin_diversity": ("diversity", 1, "distance of distinct-2 that matters (0.02, if not given)"),
-    "margin_latency": ("latency", 100, "per cent of first-token latency that matter (2, if not given)"),
-    "tolerance": ("tolerance", 100, "per cent of perplexity that may be lost at the optimal level (5, if not given)"),
+    "margin_speed": ("speed", 100, "per cent of speed that matter (default: 2)"),
+    "margin_quality": ("quality", 100, "per cent of perplexity that matter (default: 5)"),
+    "margin_diversity": ("diversity", 1, "distance of distinct-2 that matters (default: 0.02)"),
+    "margin_latency": ("latency", 100, "per cent of first-token latency that matter (default: 2)"),
+    "tolerance": ("tolerance", 100, "per cent by which perplexity may rise at a safe level (default: 5)"),
 }
 """Options that say what matters: the margin that each sets, how many of its units make a whole, and what it means.
 
@@ -60,7 +64,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = list(sys.argv[1:] if argv is None else argv)
     search_path = list(sys.path)
     try:
-        options = make_parser().parse_args(_with_config(_with_underscores(arguments)))
+        options = parse(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return error.exit_code
@@ -75,7 +79,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"{'stopped' if isinstance(error, Interrupted) else 'error'}: {error}", file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
+        print("stopped; nothing was measured that could be kept", file=sys.stderr)
         return Interrupted.exit_code
     except OSError as error:
         if options.debug_traceback:
@@ -120,83 +124,127 @@ def make_parser() -> _Parser:
     parser = _Parser(
         prog="pruning-comparison",
         description="Compares baseline and agency-enabled language models under progressive pruning of attention heads.",
+        epilog="example:\n  pruning-comparison run --preset=quick --model_name=bundled",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--version", action="version", version=f"%(prog)s {__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
     parser.commands = commands.choices
-    run = commands.add_parser(
+
+    def command(
+        name: str, does: Callable[[argparse.Namespace], int], usage: str, *, in_short: str, says: str, shows: str
+    ) -> _Parser:
+        added: _Parser = commands.add_parser(
+            name,
+            usage=f"pruning-comparison {name} {usage}",
+            help=in_short,
+            description=says,
+            epilog=f"examples:\n{shows}",
+            formatter_class=_HelpFormatter,
+        )
+        added.set_defaults(command=does)
+        return added
+
+    run = command(
         "run",
-        help="measure, compare, and write the report",
-        description="Prunes both variants at several levels, measures and compares them. The same command continues a run "
-        "that was interrupted. Options may be written with underscores or dashes.",
-        formatter_class=_HelpFormatter,
+        _run,
+        "[OPTION ...]",
+        in_short="measure, compare, and write the report",
+        says="Prunes every variant at several levels, measures and compares them, and ends with the answer. The same "
+        "command continues a run that was interrupted, and shows the answer of one that is finished. Options may be "
+        "written with underscores or dashes.",
+        shows="""\
+  pruning-comparison run --preset=quick --model_name=bundled
+  pruning-comparison run --model_name=gpt2 --pruning_method=entropy,random
+  pruning-comparison run --config=results/latest/run.yaml --fresh
+  pruning-comparison run --eval_text=test.txt --calibration_text=train.txt""",
     )
     _add_run_options(run)
-    run.set_defaults(command=_run)
-    report = commands.add_parser(
+    report = command(
         "report",
-        help="draw tables, charts and report of a run again, or compare two runs",
-        description="Draws tables, charts and report of a finished or interrupted run again. With two runs, compares the "
-        "second with the first and writes a report of that.",
-        formatter_class=_HelpFormatter,
+        _report,
+        "[OPTION ...] [RUN ...]",
+        in_short="draw the report of a run again, or compare two or more runs",
+        says="Draws tables, charts and report of a finished or interrupted run again. With two or more runs, compares each "
+        "of them with the first and writes one report about all.",
+        shows="""\
+  pruning-comparison report
+  pruning-comparison report results/latest --margin_quality=10
+  pruning-comparison report RUN_A RUN_B RUN_C""",
     )
     report.add_argument(
         "folders",
         nargs="*",
         metavar="RUN",
         default=DEFAULT_OUTPUT_DIR,
-        help="run folder, or one that holds runs (then its latest); two of them are compared",
+        help="run folder, or one that holds runs (then its latest); of several, each is compared with the first",
     )
-    report.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="where the comparison of two runs goes")
+    report.add_argument("--output_dir", default=DEFAULT_OUTPUT_DIR, help="where a comparison of runs is written")
     report.add_argument("--save_outputs", action="store_true", help="also write all generated texts as a table")
     _add_margin_options(report)
     _add_common_options(report)
-    report.set_defaults(command=_report)
-    plan = commands.add_parser(
+    plan = command(
         "plan",
-        help="say what a run would measure and what it could find out, without measuring",
-        description="Says what a run with the same options would measure and what it could find out. Reads config, "
-        "tokenizer and texts only.",
-        formatter_class=_HelpFormatter,
+        _plan,
+        "[OPTION ...]",
+        in_short="say what a run would measure and what it could find out, without measuring",
+        says="Says what a run with the same options would measure and what it could find out. Reads config, tokenizer and "
+        "texts only.",
+        shows="""\
+  pruning-comparison plan --model_name=gpt2 --iterations=5
+  pruning-comparison plan --preset=paper --model_name=gpt2 --json""",
     )
     _add_run_options(plan)
     plan.add_argument("--json", action="store_true", help="print the plan as JSON")
-    plan.set_defaults(command=_plan)
-    prune = commands.add_parser(
+    prune = command(
         "prune",
-        help="prune one model and save it, with a card that says what that cost",
-        description="Prunes a model to one level, by one method, as a comparison would, and saves it with a model card: "
-        "what was cut, perplexity, speed and bytes before and after, how it was made, and how it loads again.",
-        formatter_class=_HelpFormatter,
+        _prune,
+        "--level=PER_CENT [OPTION ...]",
+        in_short="prune one model and save it, with a card that says what it costs",
+        says="Prunes a model to one level, by one method, as a comparison would, and saves it with a model card: what was "
+        "cut, perplexity, speed and bytes before and after, how it was made, and how it loads again.",
+        shows="""\
+  pruning-comparison prune --model_name=gpt2 --level=30
+  pruning-comparison prune --model_name=gpt2 --level=50 --also=plain""",
     )
-    prune.add_argument(
+    model = prune.add_argument_group("the pruned model")
+    model.add_argument(
         "--level", "--pruning_level", type=_number, required=True, help="per cent of the heads, above 0 and below 100"
     )
-    prune.add_argument("--method", "--pruning_method", default="fisher", help=f"one of {_METHOD_NAMES}")
-    prune.add_argument("--variant", default="agency", help=f"one of {', '.join(VARIANTS)}")
-    prune.add_argument(
+    model.add_argument("--method", "--pruning_method", default="fisher", help=f"one of {_METHOD_NAMES}")
+    model.add_argument("--variant", default="agency", help=f"one of {', '.join(VARIANTS)}")
+    model.add_argument(
         "--output_dir",
         default=None,
-        help="the new folder of the model; pruned_models/<model>_<variant>_<method>_<level>, if not given",
+        help="the new folder of the model; by default pruned_models/<model>_<variant>_<method>_<level>",
     )
-    prune.add_argument(
+    model.add_argument(
         "--also",
         default="",
-        help="comma-separated, plain or padded: also save it in these forms, which need no code, in folders inside",
+        help="comma-separated, plain or padded: also save it in these forms, which need no custom code, in subfolders",
     )
-    prune.add_argument("--no_measure", action="store_true", help="leave perplexity and speed out of the card")
+    model.add_argument("--no_measure", action="store_true", help="do not measure perplexity and speed for the card")
     _add_run_options(prune, without=_NOT_FOR_ONE_MODEL)
     _add_common_options(prune)
-    prune.set_defaults(command=_prune)
     return parser
+
+
+def parse(argv: Sequence[str]) -> argparse.Namespace:
+    """The options of one command, with those of its preset and of its file. InputError for what cannot work."""
+    parser, words = make_parser(), with_underscores(argv)
+    if words and words[0] in parser.commands:
+        words = with_presets_and_files(words, parser.commands[words[0]].options())
+    return parser.parse_args(words)
 
 
 def would_resume(argv: Sequence[str]) -> bool:
     """Whether ``run`` with these options would continue an unfinished run; False where the options cannot work."""
     search_path = list(sys.path)
     try:
-        options = make_parser().parse_args(_with_config(["run", *_with_underscores(argv)]))
+        options = parse(["run", *argv])
         if not any(Path(options.output_dir).glob("run_*/manifest.json")):
+            return False
+        if options.fresh:
             return False
         from pruning_comparison.run.comparison import would_resume as comparison_would_resume
 
@@ -230,75 +278,114 @@ class _Parser(argparse.ArgumentParser):
         return f" Did you mean --{near[0]}?" if near else ""
 
 
-class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter):
-    """Shows a default where it says something: what happens without an option that has none is in its own words."""
+class _HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows a default where it says something: what happens without an option that has none is in its own words.
+
+    Descriptions are filled as elsewhere; examples, which begin with spaces, keep their lines.
+    """
 
     def _get_help_string(self, action: argparse.Action) -> str | None:
-        return action.help if action.default in (None, True, False) else super()._get_help_string(action)
+        says_nothing = action.default is None or isinstance(action.default, bool) or action.default == ""
+        return action.help if says_nothing else super()._get_help_string(action)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        fill = super()._fill_text if "\n" in text else argparse.HelpFormatter._fill_text.__get__(self)
+        return str(fill(text, width, indent))
 
 
 _NOT_FOR_ONE_MODEL = frozenset(
     {
-        "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
-        "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "no_update",
+        "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
+        "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
         "margins", "launcher", "ray_address", "workers",
     }
 )  # fmt: skip
 
 
 def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str] = frozenset()) -> None:
+    """The options of a comparison, in groups, but for those named in ``without``."""
     default = {field.name: field.default for field in fields(ComparisonSpec)}
+    group: argparse._ArgumentGroup = parser.add_argument_group("sets of options")
 
     def add(name: str, **kwargs: Any) -> None:
         if name not in without:
-            parser.add_argument(f"--{name}", **{"default": default.get(name), **kwargs})
+            group.add_argument(f"--{name}", **{"default": default.get(name), **kwargs})
 
-    def flag(name: str, meaning: str) -> None:
+    def flag(name: str, meaning: str, **kwargs: Any) -> None:
         if name not in without:
-            parser.add_argument(f"--{name}", action="store_true", help=meaning)
+            group.add_argument(f"--{name}", **{"action": "store_true", "help": meaning, **kwargs})
 
-    parser.add_argument(
-        "--config",
-        metavar="FILE.yaml",
-        help="take options from a file too, such as the run.yaml of a run: a mapping of their names to values; what the "
-        "command line says wins",
-    )
-    flag("trust_methods", "let --config name methods of your own, package.module:function, whose code runs then")
-    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
-    add("device", default=None, help="cpu, cuda or cuda:N; the best one there is, if not given")
+    add("preset", metavar="NAME", help="; ".join(f"{preset.name}: {preset.summary}" for preset in PRESETS.values()))
     add(
-        "precision", default=None, help=f"{', '.join(PRECISIONS)}; float16 on a GPU and float32 elsewhere, if not given"
+        "config",
+        metavar="FILE.yaml",
+        help="also take options from a file, such as the run.yaml of a run: a mapping of names to values. It replaces what "
+        "a preset sets, and the command line replaces both",
     )
+    flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
+
+    group = parser.add_argument_group("what is pruned, and how")
+    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
     add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
     add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
-    add("temperatures", default="0.7,1.0", help="comma-separated; 0 is greedy decoding")
-    add("num_tokens", type=_whole_number, help="new tokens per prompt")
+    add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
+    add("execution", help=f"{' or '.join(EXECUTIONS)}: heads are physically removed, or their gates are closed")
+    add("scope", help=f"{' or '.join(SCOPES)}: heads are ranked over the whole model, or within each layer")
+    add(
+        "unit",
+        default=default["prune_unit"],
+        help=f"{' or '.join(PRUNE_UNITS)}: heads are pruned one by one, or with all others that read the same keys and "
+        "values",
+    )
+    add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads are pruned first under entropy")
+    add(
+        "adaptation",
+        help=f"{', '.join(ADAPTATIONS)}: how far the surviving heads adapt, each step including those before it",
+    )
+    add("ridge", type=float, help="ridge of the adaptation of attention, relative to the mean diagonal")
+    add("mlp_ridge", type=float, help="ridge of the adaptation of the MLP, relative to the mean diagonal")
+    flag(
+        "no_new_bias",
+        "adaptation adds no bias where the family has none, so that a plain checkpoint can hold the model",
+        dest="new_bias",
+        action="store_false",
+    )
+    add(
+        "recovery_steps",
+        type=_whole_number,
+        help="steps of distillation from the dense model, the same for every variant",
+    )
+    add("recovery_rate", type=float, help="learning rate of the recovery steps")
+
+    group = parser.add_argument_group("how much is measured")
     add(
         "iterations",
         default=None,
         type=_whole_number,
-        help=f"replicates with their own seed; {default['iterations']}, if not given",
+        help=f"replicates, each with its own seed (default: {default['iterations']})",
     )
     flag(
         "until_decided",
-        f"in place of --iterations: go on until the primary answers are decided, looking after "
+        "instead of --iterations: go on until the primary answers are decided, which is looked at after "
         f"{', '.join(map(str, LOOKS))} iterations",
     )
-    add("budget", type=_duration_s, default=None, help="with --until_decided: at most so long, such as 90s, 30m or 2h")
-    add("max_prompts", type=_whole_number, help="at most so many prompts")
+    add("budget", type=_duration_s, default=None, help="with --until_decided: maximum time, such as 90s, 30m or 2h")
+    add("temperatures", default="0.7,1.0", help="comma-separated; 0 is greedy decoding")
+    add("num_tokens", type=_whole_number, help="new tokens per prompt")
+    add("max_prompts", type=_whole_number, help="maximum number of prompts")
     add("batch_size", type=_whole_number, help="prompts per timed batch")
-    add("timing_pairs", type=_whole_number, help="timed generations of each model at a level, at least")
+    add("timing_pairs", type=_whole_number, help="minimum number of timed generations of each model at a level")
     add(
         "timing_precision_percent",
         type=_number,
-        help="timing goes on until every ratio is known to +- so many per cent",
+        help="timing goes on until every ratio is known to within this percentage",
     )
-    add("timing_limit_s", type=_number, help="and at most for so many seconds at a level")
-    add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
-    flag("save_outputs", "also write all generated texts as a table")
-    flag("save_models", "also save every pruned model, in the run folder under models")
+    add("timing_limit_s", type=_number, help="maximum time for timing one level, in seconds")
     flag("memory_logging", "measure and log peak memory")
-    add("prompt_file", help="text file with one prompt per line; bundled prompts, if not given")
+    add("seed", type=_whole_number, help="seed of everything random")
+
+    group = parser.add_argument_group("texts")
+    add("prompt_file", help="text file with one prompt per line; by default the bundled prompts")
     add("eval_text", help="what perplexity is measured on: bundled:held_out, a text file, or a folder of .txt files")
     add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
     add("eval_window", type=_whole_number, help="perplexity window in tokens (at most the model's context)")
@@ -307,44 +394,29 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         "bos",
         help=f"{', '.join(BOS_RULES)}: whether texts begin with the begin-of-sequence token; auto: as the tokenizer does",
     )
-    add("calibration_text", help="what scores and adaptation may see; other documents than the evaluation text")
+    add("calibration_text", help="what scores and adaptation may read; must share no document with the evaluation text")
     add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")
     add("calibration_window", type=_whole_number, help="tokens per calibration window")
     add(
         "score_tokens",
         type=_whole_number,
-        help="of these, how many heads are scored on; all, if not given (slow methods such as ablation need few)",
+        help="number of these that heads are scored on; by default all (slow methods such as ablation need few)",
     )
-    add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
-    add("execution", help=f"{' or '.join(EXECUTIONS)}: heads physically removed, or their gates closed")
-    add("scope", help=f"{' or '.join(SCOPES)}: heads ranked over the whole model or within each layer")
-    add(
-        "unit",
-        default=default["prune_unit"],
-        help=f"{' or '.join(PRUNE_UNITS)}: heads leave one by one, or with all others that read the same keys and values",
-    )
-    add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads leave first under entropy")
-    add("adaptation", help=f"{', '.join(ADAPTATIONS)}: how far survivors adapt, each step including those before it")
-    add("ridge", type=float, help="ridge of the adaptation of attention, relative to the mean diagonal")
-    add("mlp_ridge", type=float, help="ridge of the adaptation of the MLP, relative to the mean diagonal")
-    parser.add_argument(
-        "--no_new_bias",
-        dest="new_bias",
-        action="store_false",
-        help="adaptation adds no bias where the family has none, so that a plain checkpoint can hold the model",
-    )
-    add(
-        "recovery_steps",
-        type=_whole_number,
-        help="steps of distillation from the dense model, the same for every variant",
-    )
-    add("recovery_rate", type=float, help="learning rate of these steps")
-    add("seed", type=_whole_number, help="seed of everything random")
-    add("threads", type=_whole_number, default=None, help="CPU threads; all cores, if not given")
+
+    group = parser.add_argument_group("where it is measured")
+    add("device", default=None, help="cpu, cuda or cuda:N; by default the best available")
+    add("precision", default=None, help=f"{', '.join(PRECISIONS)}; by default float16 on a GPU and float32 elsewhere")
+    add("threads", type=_whole_number, default=None, help="CPU threads; by default all cores")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
     add("launcher", default="serial", help=f"{' or '.join(LAUNCHERS)}: one process, or workers on a Ray cluster")
-    add("ray_address", help="of an existing cluster: auto, or host:port; a local one is started, if not given")
-    add("workers", type=_whole_number, help="with ray: at most so many; as many as there is room for, if not given")
+    add("ray_address", help="address of an existing cluster: auto, or host:port; by default a local one is started")
+    add("workers", type=_whole_number, help="with ray: maximum number of workers; by default as many as fit")
+
+    group = parser.add_argument_group("what is kept")
+    add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
+    flag("save_outputs", "also write all generated texts as a table")
+    flag("save_models", "also save every pruned model, in the run folder under models")
+    flag("fresh", "measure everything again in a new run folder, even if such a run is finished or was interrupted")
     flag("visualize_only", "measure nothing; draw the latest run again")
     flag("no_update", "for the scripts: do not fetch the latest code first")
     if "margins" not in without:
@@ -353,107 +425,15 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
 
 
 def _add_margin_options(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("what counts as a difference (changes verdicts, and nothing that is measured)")
     for name, (_, _, meaning) in MARGIN_OPTIONS.items():
-        parser.add_argument(f"--{name}", type=_number, default=None, help=meaning)
+        group.add_argument(f"--{name}", type=_number, default=None, help=meaning)
 
 
 def _add_common_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="say nothing but errors and where the report is")
-    parser.add_argument("--debug_traceback", action="store_true", help="show where in the code an error arose")
-
-
-def _with_underscores(argv: Sequence[str]) -> list[str]:
-    """``--model-name=x`` as ``--model_name=x``: values are left alone."""
-    result = []
-    for argument in argv:
-        name, equals, value = argument.partition("=")
-        result.append(name[:2] + name[2:].replace("-", "_") + equals + value if name.startswith("--") else argument)
-    return result
-
-
-def _with_config(argv: Sequence[str]) -> list[str]:
-    """The options of the file that ``--config`` names, before those of the command line, which therefore win.
-
-    InputError for a file that is no flat mapping, for an option that the command does not have, and for a user's own method
-    in it without ``--trust_methods``: that would run code that whoever wrote the file has chosen.
-    """
-    command, given = argv[:1], list(argv[1:])
-    place = _config_in(given)
-    if place is None or not command:
-        return list(argv)
-    parsers = make_parser().commands
-    if command[0] not in parsers or "config" not in (known := parsers[command[0]].options()):
-        return list(argv)  # The parser refuses what it does not know.
-    said = {known[name] for word in given if (name := word.partition("=")[0].removeprefix("--")) in known}
-    added = []
-    for name, value in _read_config(place).items():
-        if name in ("config", "trust_methods", "help") or name not in known:
-            if name in ("config", "trust_methods"):
-                raise InputError(
-                    f"--config: {place!r} says {name!r}, which only the command line can. Leave it out there."
-                )
-            raise InputError(unknown_name(f"--config: {place!r}: option", name, known.keys() - {"help", "h", "-h"}))
-        action = known[name]
-        if action in said or value is None:
-            continue
-        if action.nargs == 0:
-            if not isinstance(value, bool):
-                raise InputError(f"--config: {place!r}: {name} is {value!r}. It is true or false.")
-            added += [f"--{name}"] if value else []
-            continue
-        text = ",".join(map(str, value)) if isinstance(value, list) else str(value)
-        own = [one for one in _names(text) if ":" in one] if action is known[_method_option(known)] else []
-        if own and "--trust_methods" not in given:
-            raise InputError(
-                f"--config: {place!r} names {own[0]}, a method that is Python code, and importing it runs that code. Give "
-                "--trust_methods if you trust it, or name it on the command line."
-            )
-        added.append(f"--{name}={text}")
-    return [*command, *added, *given]
-
-
-def _method_option(known: Mapping[str, argparse.Action]) -> str:
-    return "method" if "method" in known else "pruning_method"
-
-
-def _config_in(words: Sequence[str]) -> str | None:
-    """The file that ``--config`` names last, if any."""
-    found = None
-    for number, word in enumerate(words):
-        name, equals, value = word.partition("=")
-        if name == "--config":
-            following = words[number + 1] if number + 1 < len(words) else None
-            found = value if equals else following
-    return found
-
-
-def _read_config(place: str) -> dict[str, Any]:
-    """A file of options: names, and values that are text, numbers, true or false, or lists of these."""
-    import yaml
-
-    try:
-        with Path(place).open("rb") as file:
-            content = file.read(_MOST_CONFIG_BYTES + 1)
-        too_long = len(content) > _MOST_CONFIG_BYTES
-        values = None if too_long else yaml.safe_load(content.decode("utf-8"))
-    except OSError as error:
-        raise InputError(f"--config: {place!r} cannot be read: {error.strerror}. Give a YAML file.") from error
-    except (ValueError, RecursionError, yaml.YAMLError) as error:
-        raise InputError(
-            f"--config: {place!r} is no YAML file: {' '.join(str(error).split())}. Write lines such as seed: 1."
-        ) from error
-    if too_long:
-        raise InputError(f"--config: {place!r} has more than {_MOST_CONFIG_BYTES} bytes. Give a file of options.")
-    if not isinstance(values, dict):
-        raise InputError(f"--config: {place!r} holds no options by name. Write lines such as seed: 1.")
-    plain = (str, int, float, bool, type(None))
-    for name, value in values.items():
-        parts = value if isinstance(value, list) else [value]
-        if not isinstance(name, str) or not all(isinstance(part, plain) for part in parts):
-            raise InputError(
-                f"--config: {place!r}: {name!r} must be the name of an option, with one value or a list of values."
-            )
-    return values
+    group = parser.add_argument_group("messages")
+    group.add_argument("--quiet", action="store_true", help="print only errors and the path of the report")
+    group.add_argument("--debug_traceback", action="store_true", help="show where in the code an error arose")
 
 
 def _whole_number(text: str) -> int:
@@ -512,18 +492,11 @@ def _numbers(text: str, option: str) -> tuple[float, ...]:
 
 def _methods(text: str) -> tuple[str | Method, ...]:
     """Names of methods; one with a colon is a user's own, whose module may be in the working directory."""
-    names = _names(text, METHODS)
+    names = parts_of(text, METHODS)
     if any(":" in name for name in names) and (here := str(Path.cwd())) not in sys.path:
         # Behind all else: what lies here must not stand in for an installed package.
         sys.path.append(here)
     return tuple(Method(name, score=name) if ":" in name else name for name in names)
-
-
-def _names(text: str, known: Collection[str] = ()) -> tuple[str, ...]:
-    """The parts of a list; one that differs from a ``known`` name in capitals alone is that name."""
-    spelled = {name.lower(): name for name in known}
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    return tuple(part if part in known else spelled.get(part.lower(), part) for part in parts)
 
 
 def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
@@ -538,7 +511,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["pruning_levels"] = _numbers(options.pruning_levels, "pruning_levels")
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _methods(options.pruning_method)
-    values["variants"] = _names(options.variants, VARIANTS)
+    values["variants"] = parts_of(options.variants, VARIANTS)
     values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
     from pruning_comparison.models.devices import resolve_device, resolve_precision
@@ -572,10 +545,11 @@ def _run(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
     launcher = _launcher_of(options)
-    from pruning_comparison.store.journal import RunStore
     from pruning_comparison.store.run_folder import check_writable
 
     check_writable(output_dir)
+    if not options.fresh and (folder := _finished_run(spec, options)) is not None:
+        return _show_again(folder, options, margins)
     live = Live(quiet=options.quiet, steps=steps_of(spec))
     with live:
         live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
@@ -593,44 +567,115 @@ def _run(options: argparse.Namespace) -> int:
                 raise_failures=options.debug_traceback,
                 save_models=options.save_models,
                 launcher=launcher,
+                fresh=options.fresh,
+                more_options=_more_options(options),
                 budget_s=options.budget,
             )
         except Interrupted as stopped:
+            live.end_steps()
+            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
             if stopped.folder is not None:
-                _report_what_there_is(stopped.folder, options.save_outputs, margins)
-            raise
+                _report_what_there_is(stopped.folder, options, margins)
+            return stopped.exit_code
+        live.end_steps()
         try:
             report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
         except KeyboardInterrupt:
             raise Interrupted(
                 f"everything is measured and kept in {folder}; pruning-comparison report {folder} draws it.", folder
             ) from None
-    with RunStore(folder) as store:
-        failed = int((store.table("cells")["status"] == "failed").sum())
-    print(f"report: {report}")
+    failed = _failed_cells(folder)
+    _show(report, options)
     if failed:
         print(f"error: {failed} cells failed; the report names them. The same command tries again.", file=sys.stderr)
     return 1 if failed else 0
+
+
+def _failed_cells(folder: Path) -> int:
+    from pruning_comparison.store.journal import RunStore
+
+    with RunStore(folder) as store:
+        return int((store.table("cells")["status"] == "failed").sum())
+
+
+def _finished_run(spec: ComparisonSpec, options: argparse.Namespace) -> Path | None:
+    """A finished run that already has everything that this command asks to be measured."""
+    output_dir = Path(options.output_dir)
+    if not any(output_dir.glob("run_*/manifest.json")):
+        return None
+    from pruning_comparison.run.comparison import finished_run
+
+    with Live(quiet=options.quiet):
+        return finished_run(spec, output_dir, with_models=options.save_models)
+
+
+def _show_again(folder: Path, options: argparse.Namespace, margins: Mapping[str, float]) -> int:
+    """The answer of a finished run. It is drawn again only where the command asks for something that is not there."""
+    from pruning_comparison.report.write import REPORT, margins_of, write_results
+    from pruning_comparison.store.run_folder import read_manifest
+
+    manifest = read_manifest(folder)
+    print(
+        f"Measured before, on {(manifest.finished or '')[:10]}: this is the answer of {folder}. --fresh measures again.",
+        file=sys.stderr,
+    )
+    report = folder / REPORT
+    texts_missing = options.save_outputs and not (folder / "generated_texts.csv").is_file()
+    other_margins = asdict(margins_of(manifest, margins)) != dict(manifest.margins or {})
+    if not report.is_file() or texts_missing or other_margins:
+        with Live(quiet=options.quiet):
+            report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
+    _show(report, options)
+    return 0
+
+
+def _show(report: Path, options: argparse.Namespace) -> None:
+    """The answer of a run, as its report begins with it, and where that is."""
+    if not options.quiet:
+        from pruning_comparison.report.terminal import answer_text, stored_answer
+
+        answer = stored_answer(report.parent)
+        if answer is not None:
+            width, coloured = get_terminal_size((80, 24)).columns, sys.stdout.isatty() and "NO_COLOR" not in os.environ
+            _print_any(f"{answer_text(answer, width=width, coloured=coloured)}\n")
+    print(f"report: {report}")
+
+
+def _print_any(text: str) -> None:
+    """Prints text that may hold signs, such as a minus, that the terminal's encoding lacks: question marks then."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "replace").decode(encoding))
+
+
+def _more_options(options: argparse.Namespace) -> dict[str, Any]:
+    """What repeats a command beside its spec, by the names of the options: what was asked of the report, and a budget."""
+    given = {name: getattr(options, name) for name in MARGIN_OPTIONS if getattr(options, name) is not None}
+    if options.save_outputs:
+        given["save_outputs"] = True
+    if options.budget is not None:
+        given["budget"] = f"{options.budget:g}s"
+    return given
 
 
 def _report(options: argparse.Namespace) -> int:
     folders = [options.folders] if isinstance(options.folders, str) else options.folders
     if len(folders) == 1:
         return _visualize(Path(folders[0]), options)
-    if len(folders) > 2:
-        raise InputError(f"report takes one run, or two to compare; {len(folders)} were given.")
-    first, second = (_run_in(Path(name)) for name in folders)
-    if first == second:
-        raise InputError(f"both names lead to the same run, {first}. Give two different runs to compare.")
+    runs = [_run_in(Path(name)) for name in folders]
+    for number, run in enumerate(runs):
+        if run in runs[:number]:
+            raise InputError(f"two names lead to the same run, {run}. Name every run once.")
     if _margins_of(options):
-        raise InputError("margins are about the verdicts of one run, and comparing two gives none. Leave them out.")
+        raise InputError(
+            "margins belong to the verdicts of one run, and a comparison of runs has none. Leave them out."
+        )
     from pruning_comparison.report.write import write_between_runs
     from pruning_comparison.store.run_folder import check_writable
 
     output_dir = Path(options.output_dir)
     check_writable(output_dir)
     with Live(quiet=options.quiet):
-        report = write_between_runs(first, second, output_dir=output_dir)
+        report = write_between_runs(runs, output_dir=output_dir)
     print(f"report: {report}")
     return 0
 
@@ -648,29 +693,34 @@ def _plan(options: argparse.Namespace) -> int:
     return 0
 
 
+_NAMES_FOR_ONE_MODEL = {"--pruning_levels": "--level", "--variants": "--variant", "--pruning_method": "--method"}
+"""What options of a comparison are called where there is one model."""
+
+
 def _prune(options: argparse.Namespace) -> int:
-    """Prunes one model. What a comparison calls ``--pruning_levels`` and ``--variants`` has other names here."""
+    """Prunes one model, and names its own options in errors about the comparison that it stands for."""
     try:
         return _prune_to_one_level(options)
     except InputError as error:
-        text = str(error)
-        for name, ours in (("--pruning_levels:", "--level:"), ("--variants:", "--variant:")):
-            if text.startswith(name):
-                raise type(error)(text.replace(name, ours, 1)) from error
+        error.option = _NAMES_FOR_ONE_MODEL.get(error.option or "", error.option)
         raise
 
 
 def _prune_to_one_level(options: argparse.Namespace) -> int:
     if not (math.isfinite(options.level) and 0 < options.level < 100):
-        raise InputError(f"--level: {options.level} must be above 0 and below 100 per cent. Give a level such as 30.")
-    also = _names(options.also)
+        raise InputError(
+            f"{options.level} must be above 0 and below 100 per cent. Give a level such as 30.", option="--level"
+        )
+    also = parts_of(options.also)
     for form in also:
         if form not in ("plain", "padded"):
-            raise InputError(f"--also: {form!r} is unknown. Choose from plain, padded; compact is always saved.")
-    for name, values in (("method", _names(options.method)), ("variant", _names(options.variant))):
+            raise InputError(
+                f"{form!r} is unknown. Choose from plain, padded; compact is always saved.", option="--also"
+            )
+    for name, values in (("method", parts_of(options.method)), ("variant", parts_of(options.variant))):
         if len(values) != 1:
             raise InputError(
-                f"--{name}: {getattr(options, name)!r} must name exactly one. Run the command once for each."
+                f"{getattr(options, name)!r} must name exactly one. Run the command once for each.", option=f"--{name}"
             )
     options.pruning_levels, options.pruning_method = str(options.level), options.method
     options.variants, options.temperatures, options.iterations = options.variant, "1", 1
@@ -679,38 +729,54 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
     stem = "_".join([Path(spec.model_name).name or "model", options.variant, method, f"{options.level:g}"])
     folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise InputError(f"--output_dir: {str(folder)!r} exists and is not an empty folder. Give another.")
-    from pruning_comparison.run.one_model import check_forms
+        raise InputError(f"{str(folder)!r} exists and is not an empty folder. Give another.", option="--output_dir")
+    from pruning_comparison.run.inputs import prepare, prepare_pruning
+    from pruning_comparison.run.one_model import check_forms, steps_of_one
     from pruning_comparison.store.run_folder import check_writable
 
-    check_forms(spec, also)
+    inputs = prepare_pruning(spec) if options.no_measure else prepare(spec, identify=False)
+    check_forms(spec, also, inputs.preview)
     check_writable(folder.absolute().parent)
-    with Live(quiet=options.quiet) as live:
+    steps = steps_of_one(spec, measures=not options.no_measure, forms=1 + len(also))
+    total = sum(steps.values())
+    with Live(quiet=options.quiet, steps=steps) as live:
         live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
         from pruning_comparison.checkpoint.forms import save_pruned
-        from pruning_comparison.run.inputs import prepare
+        from pruning_comparison.report.terminal import before_and_after_text
         from pruning_comparison.run.one_model import build_one, measure_one
         from pruning_comparison.run.workspace import load_workspace
 
-        workspace = load_workspace(spec, prepare(spec, identify=False))
-        pruned = build_one(workspace)
-        if not options.no_measure:
-            live.say("measuring perplexity and speed, before and after")
-        measured = () if options.no_measure else measure_one(workspace, pruned)
+        begun = itertools.count()
+
+        def step(what: str) -> None:
+            live.progress(next(begun), total, what)
+
+        step("loading the model")
+        workspace = load_workspace(spec, inputs)
+        pruned = build_one(workspace, on_step=step)
+        measured = () if options.no_measure else measure_one(workspace, pruned, on_step=step)
         tokenizer = workspace.inputs.preview.tokenizer
-        save_pruned(pruned.model, tokenizer, folder, measured=measured)
-        print(f"model: {folder}")
-        code = 0
-        for form in also:
+        saved: list[tuple[str, Path]] = []
+        failed: dict[str, Exception] = {}
+        for form in ("", *also):
+            step(f"saving the {form or 'compact'} form")
             try:
-                save_pruned(pruned.model, tokenizer, folder / form, form=form, measured=measured)
-                print(f"{form}: {folder / form}")
-            except Exception as error:  # one form that fails takes none of the others along
+                save_pruned(pruned.model, tokenizer, folder / form, form=form or "compact", measured=measured)
+                saved.append((form or "model", folder / form))
+            except Exception as failure:  # one form that fails takes none of the others along
+                if not form:
+                    raise
                 if options.debug_traceback:
                     traceback.print_exc()
-                code = error.exit_code if isinstance(error, InputError) else 1
-                print(f"error: {form}: {error}", file=sys.stderr)
-    return code
+                failed[form] = failure
+        live.progress(total, total, "done")
+    if measured and not options.quiet:
+        _print_any(before_and_after_text(measured))
+    for name, place in saved:
+        print(f"{name}: {place}")
+    for form, error in failed.items():
+        print(f"error: {form}: {error}", file=sys.stderr)
+    return max((error.exit_code if isinstance(error, InputError) else 1 for error in failed.values()), default=0)
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
@@ -719,7 +785,7 @@ def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
     folder, margins = _run_in(output_dir), _margins_of(options)
     with Live(quiet=options.quiet):
         report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
-    print(f"report: {report}")
+    _show(report, options)
     return 0
 
 
@@ -738,15 +804,18 @@ def _run_in(folder: Path) -> Path:
     return run
 
 
-def _report_what_there_is(folder: Path, save_outputs: bool, margins: Mapping[str, float]) -> None:
-    """A partial report after Ctrl-C, if anything has been measured at all."""
+def _report_what_there_is(folder: Path, options: argparse.Namespace, margins: Mapping[str, float]) -> None:
+    """A partial report after Ctrl-C, if anything has been measured at all; another Ctrl-C leaves it out."""
     from pruning_comparison.report.write import write_results
 
     try:
-        report = write_results(folder, save_outputs=save_outputs, margins=margins)
+        print("drawing a partial report; another Ctrl-C leaves it out", file=sys.stderr, flush=True)
+        report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
         print(f"partial report: {report}", file=sys.stderr)
     except (PruningComparisonError, OSError) as error:
         print(f"no partial report: {error}", file=sys.stderr)
+    except KeyboardInterrupt:
+        print(f"no partial report; pruning-comparison report {folder} draws it", file=sys.stderr)
 
 
 def _terminate_like_ctrl_c() -> Any:

@@ -12,9 +12,21 @@ class PruningComparisonError(Exception):
 
 
 class InputError(PruningComparisonError, ValueError):
-    """An option, file or combination that cannot work. Command-line exit code 2."""
+    """An option, file or combination that cannot work. Command-line exit code 2.
+
+    ``option`` is the option that is to blame, such as "--variants", where it is known: the text then begins with it. It may
+    be set anew where a command has another name for the same setting.
+    """
 
     exit_code = 2
+
+    def __init__(self, message: str, *, option: str | None = None) -> None:
+        super().__init__(message)
+        self.option = option
+
+    def __str__(self) -> str:
+        message = super().__str__()
+        return f"{self.option}: {message}" if self.option else message
 
 
 class ModelLoadError(InputError):

@@ -105,12 +105,16 @@ def file_name_of(name: str) -> str:
 
 
 def unknown_name(option: str, name: str, known: Iterable[str]) -> str:
-    """What to say of a name that is not among the ``known`` ones: the nearest of them, and all."""
+    """What to say of a name that is not among the ``known`` ones: the nearest of them, and all.
+
+    ``option`` is what the name was given for; empty where the error carries that itself.
+    """
     names = list(known)
     lowered = {one.lower(): one for one in names}
     near = get_close_matches(name.lower(), lowered, n=1)
     hint = f"Did you mean {lowered[near[0]]}? " if near else ""
-    return f"{option}: {name!r} is unknown. {hint}Choose from {', '.join(names)}."
+    where = f"{option}: " if option else ""
+    return f"{where}{name!r} is unknown. {hint}Choose from {', '.join(names)}."
 
 
 def format_value(value: Any) -> str:

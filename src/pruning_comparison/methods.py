@@ -36,7 +36,7 @@ class Method:
     ``score`` is the function, or where it is found as "package.module:function". It names what it wants among ``model`` (the
     dense model, to be left as it is), ``windows`` (token ids, int64 [N, T]), ``generator`` (the only source of random
     numbers) and the other settings that ``scoring.ScoreSettings`` has, and returns float [L, H], higher = keep, or
-    ``scoring.HeadScores``. ``summary`` ends the sentence "a head leaves early that ...".
+    ``scoring.HeadScores``. ``summary`` ends the sentence "a head is pruned early if it ...".
 
     ``runs_on_pruned``: it can score a physically pruned model too, needing neither gates nor the weights of heads that have
     left. ``reads_text`` and ``draws`` say what makes its scores differ between iterations: the calibration text, and random
@@ -102,7 +102,7 @@ METHODS: dict[str, Method] = {
     "random": Method(
         "random",
         score="pruning_comparison.scoring.weights:score_random",
-        summary="is drawn; the control that every method has to beat",
+        summary="is drawn at random; the control that every method has to beat",
         reads_text=False,
         draws=True,
         passes=0.0,
@@ -122,12 +122,12 @@ METHODS: dict[str, Method] = {
     "fisher": Method(
         "fisher",
         score="pruning_comparison.scoring.gradients:score_fisher",
-        summary="the same with squares",
+        summary="has a small squared gradient of the loss with respect to its gate, summed over sequences",
     ),
     "ablation": Method(
         "ablation",
         score="pruning_comparison.scoring.ablation:score_ablation",
-        summary="costs little loss when it alone is cut: exact, and slow (one pass over the calibration text per head)",
+        summary="costs little loss when it alone is removed: exact, and slow (one pass over the calibration text per head)",
         passes=0.0,
         passes_per_head=1.0,
     ),
@@ -141,7 +141,7 @@ METHODS: dict[str, Method] = {
         "flap",
         score="pruning_comparison.scoring.activations:score_flap",
         summary=(
-            "strays little from its mean, weighed by its output weights and standardised by layer (An et al. 2024); "
+            "varies little around its mean, weighted by its output weights and standardised by layer (An et al. 2024); "
             "its compensation is `--adaptation=bias`"
         ),
         passes=1.0,
@@ -157,7 +157,7 @@ METHODS: dict[str, Method] = {
     "fisher-greedy": Method(
         "fisher-greedy",
         score="pruning_comparison.scoring.set_scores:score_fisher_greedy",
-        summary="has the smallest `fisher` score on what is left, taken anew in about fifty steps: as many times slower",
+        summary="has the smallest `fisher` score on what is left, computed again in about fifty steps: as many times slower",
         passes=100.0,
     ),
 }
@@ -165,7 +165,7 @@ METHODS: dict[str, Method] = {
 
 
 IMPORTANCE = "fisher"
-"""The method whose scores agency takes for how much the loss minds a head."""
+"""The method whose scores agency uses for how sensitive the loss is to a head."""
 
 
 def method_named(name: str, own: Iterable[Method] = ()) -> Method:
@@ -173,7 +173,7 @@ def method_named(name: str, own: Iterable[Method] = ()) -> Method:
     known = {**METHODS, **{method.name: method for method in own}}
     if name not in known:
         hint = f" One of your own is given as Method({name!r}, score={name!r})." if ":" in name else ""
-        raise InputError(unknown_name(_OPTION, name, known) + hint)
+        raise InputError(unknown_name("", name, known) + hint, option=_OPTION)
     return known[name]
 
 
@@ -186,7 +186,8 @@ def checked_own_method(method: Method) -> Method:
     name = method.name
     if not isinstance(name, str) or not re.fullmatch(r"[A-Za-z_][\w.:-]*", name, re.ASCII):
         raise MethodError(
-            f"{_OPTION}: {name!r} is no name of a method. Use letters, digits and any of _ . : - after the first letter."
+            f"{_OPTION}: {name!r} is not a valid name for a method. Use letters, digits and any of _ . : - after "
+            "the first letter."
         )
     if name in METHODS:
         raise MethodError(f"{_OPTION}: {name!r} is a method of this package. Give your own another name.")
@@ -221,7 +222,7 @@ def _imported(name: str, place: str) -> ScoreFunction:
         raise MethodError(f"{_OPTION}: {place}: its module needs {error.name!r}, which is not there.") from error
     except (Exception, SystemExit) as error:
         raise MethodError(
-            f"{_OPTION}: {place}: its module cannot be imported: {type(error).__name__}: {_one_line(error)}. Mend it."
+            f"{_OPTION}: {place}: its module cannot be imported: {type(error).__name__}: {_one_line(error)}. Fix it."
         ) from error
     for part in attribute.split("."):
         if not hasattr(found, part):

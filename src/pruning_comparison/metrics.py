@@ -348,7 +348,12 @@ METRICS: dict[str, Metric] = {
         compared=False,
     ),
     "prefill_flops": Metric(
-        "prefill_flops", kind="size", unit="FLOP", label="FLOPs of reading a prompt", direction="lower"
+        "prefill_flops",
+        kind="size",
+        unit="FLOP",
+        label="FLOPs of reading a prompt",
+        direction="lower",
+        alike=("tokenizer",),
     ),
     "decode_bytes": Metric(
         "decode_bytes", kind="size", unit="byte", label="Bytes read per decoding step", direction="lower"
@@ -368,6 +373,7 @@ METRICS: dict[str, Metric] = {
         label="Key-value cache in bytes",
         short_label="Key-value cache",
         direction="lower",
+        alike=("length", "tokenizer"),
     ),
     "peak_memory_bytes": Metric(
         "peak_memory_bytes",
@@ -378,6 +384,7 @@ METRICS: dict[str, Metric] = {
         spoke="Peak\nmemory",
         phrase="peak memory",
         direction="lower",
+        alike=("length", "tokenizer"),
         on_request=True,
         roles={"main table": 10, "improvement chart": 4, "radar": 4, "which metrics": 8},
     ),

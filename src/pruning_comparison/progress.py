@@ -1,6 +1,10 @@
-"""What is said while a comparison runs: progress with time left per phase, and a running table of what is known.
+"""What is said while a command works: how far it is and how long it takes, and what is known so far.
 
-A bar and a table on a terminal, plain lines elsewhere, nothing when quiet.
+On a terminal: a table, what is under way, and a bar with count and time left, all within 80 columns. Elsewhere: plain lines.
+Nothing when quiet. All of it goes to standard error, so that standard output holds the answer alone.
+
+The screen is rich's. The time left is our own: rich and tqdm take every step to be like the last ones, while an agency cell
+takes many times as long as one of the baseline, and the two alternate.
 """
 
 from __future__ import annotations
@@ -18,13 +22,17 @@ from pruning_comparison.losses import mean_loss
 from pruning_comparison.spec import Cell, ComparisonSpec
 
 if TYPE_CHECKING:
+    from rich.console import RenderableType
     from rich.live import Live as RichLive
-    from rich.progress import Progress, TaskID
+    from rich.progress import Progress
     from rich.table import Table
 
     from pruning_comparison.store.records import Measurement
 
 __all__ = ["Live", "Pace", "RunningMeans", "steps_of"]
+
+_LINES_BESIDE_THE_TABLE = 8
+"""Title, head and rules of the table, the step and the bar, and some lines of news above."""
 
 
 def steps_of(spec: ComparisonSpec) -> dict[str, int]:
@@ -84,16 +92,21 @@ class RunningMeans:
             self._logs.setdefault((cell.method, cell.level, cell.variant, metric), []).append(math.log(value))
         return found
 
-    def rows(self) -> list[tuple[str, float, dict[tuple[str, str], float]]]:
-        """(method, level, {(variant, metric): mean}), in the order in which they became known."""
-        table: dict[tuple[str, float], dict[tuple[str, str], float]] = {}
+    def rows(self) -> list[tuple[str, float, str, dict[str, float]]]:
+        """(method, level, variant, {metric: mean}), by method and level in the order in which they became known."""
+        means: dict[tuple[str, float], dict[str, dict[str, float]]] = {}
         for (method, level, variant, metric), logs in self._logs.items():
-            table.setdefault((method, level), {})[variant, metric] = math.exp(sum(logs) / len(logs))
-        return [(method, level, means) for (method, level), means in table.items()]
+            of_level = means.setdefault((method, level), {})
+            of_level.setdefault(variant, {})[metric] = math.exp(sum(logs) / len(logs))
+        return [
+            (method, level, variant, figures)
+            for (method, level), variants in means.items()
+            for variant, figures in variants.items()
+        ]
 
 
 class Live:
-    """Progress, news and the running table of one run, on standard error. Within it, what the package logs is news."""
+    """Progress, news and the running table of one command, on standard error. Within it, what the package logs is news."""
 
     def __init__(
         self, *, quiet: bool, steps: Mapping[str, int] | None = None, clock: Callable[[], float] | None = None
@@ -103,10 +116,8 @@ class Live:
         self._known = RunningMeans()
         self._clock = clock or time.monotonic
         self._step: tuple[str, int, float] | None = None
-        self._variants = [phase for phase in steps or {} if phase != "timing"]
         self._progress: Progress | None = None
         self._screen: RichLive | None = None
-        self._task: TaskID | None = None
         self._listening = ExitStack()
 
     def __enter__(self) -> Live:
@@ -115,24 +126,30 @@ class Live:
             from rich.live import Live as RichLive
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
+            # At most 20 + 11 + 8 + 24 characters and four spaces between them.
             columns = (
-                TextColumn("{task.description}", markup=False),
-                BarColumn(),
+                BarColumn(bar_width=20),
                 MofNCompleteColumn(),
                 TimeElapsedColumn(),
                 TextColumn("{task.fields[left]}", markup=False),
             )
             console = Console(stderr=True)
             self._progress = Progress(*columns, console=console)
-            self._screen = RichLive(self._progress, console=console, transient=True, refresh_per_second=4)
+            self._screen = RichLive(console=console, transient=True, refresh_per_second=4)
             self._screen.start()
         self._listening.enter_context(_heard(self.say))
         return self
 
     def __exit__(self, *exception: object) -> None:
+        self.end_steps()
         self._listening.close()
+
+    def end_steps(self) -> None:
+        """Takes bar and table off the screen; what is logged is still said."""
         if self._screen is not None:
             self._screen.stop()
+            self._screen = None
+        self._progress = None
 
     def say(self, message: str) -> None:
         """One line of news."""
@@ -151,54 +168,58 @@ class Live:
         now = self._clock()
         if self._step is not None and done > self._step[1]:
             self._pace.took(self._step[0], (now - self._step[2]) / (done - self._step[1]))
-        self._step = (what.partition(",")[0], done, now)
+        self._step = (what.replace(",", " ").split(" ")[0], done, now)
         left = self._format_left(total - done)
         if self._progress is None:
             print(f"[{done}/{total}] {what}{', ' if left else ''}{left}", file=sys.stderr, flush=True)
-        elif self._task is None:
-            self._task = self._progress.add_task(what, total=total, completed=done, left=left)
+            return
+        if not self._progress.tasks:
+            self._progress.add_task("", total=total, completed=done, left=left)
         else:
-            self._progress.update(self._task, description=what, completed=done, left=left)
+            self._progress.update(self._progress.tasks[0].id, total=total, completed=done, left=left)
+        self._draw(what)
 
     def measured(self, cell: Cell, measurements: Sequence[Measurement]) -> None:
         """A cell's quality, or its timings, are known: the running table, or a line, shows them."""
         if self._quiet:
             return
         found = self._known.add(cell, measurements)
-        if self._screen is not None and self._progress is not None:
-            from rich.console import Group
-
-            self._screen.update(Group(self._table(), self._progress))
-        elif found:
-            words = {"perplexity": "perplexity {:.4g}", "tokens_per_second": "{:.4g} token/s"}
+        if self._screen is None and found:
+            words = {"perplexity": "perplexity {:.4g}", "tokens_per_second": "{:.4g} tokens/s"}
             told = ", ".join(words[metric].format(value) for metric, value in found.items())
             print(f"  {cell.describe()}: {told}", file=sys.stderr, flush=True)
 
-    def _table(self) -> Table:
+    def _draw(self, what: str) -> None:
+        if self._screen is None or self._progress is None:
+            return
+        from rich.console import Group
+        from rich.text import Text
+
+        parts: list[RenderableType] = [Text(printable(what), no_wrap=True, overflow="ellipsis"), self._progress]
+        if self._known.rows():
+            parts.insert(0, self._table(self._screen.console.height))
+        self._screen.update(Group(*parts))
+
+    def _table(self, lines: int) -> Table:
+        """The last rows that leave room for the bar below them."""
         from rich.table import Table
 
         table = Table(title="Known so far: means over iterations", title_justify="left", header_style="")
-        several = len({method for method, _, _ in self._known.rows()}) > 1
-        for column in (*(["method"] if several else []), "level"):
-            table.add_column(column)
-        shown = [(v, metric) for metric in ("perplexity", "tokens_per_second") for v in self._variants]
-        for variant, metric in shown:
-            table.add_column(f"{variant}\n{'perplexity' if metric == 'perplexity' else 'token/s'}", justify="right")
-        for method, level, means in self._known.rows()[-20:]:
-            figures = [f"{means[key]:.4g}" if key in means else "" for key in shown]
-            table.add_row(*([method] if several else []), f"{level:g} %", *figures)
+        rows = self._known.rows()
+        several = len({method for method, *_ in rows}) > 1
+        for column in (*(["method"] if several else []), "level", "variant"):
+            table.add_column(column, no_wrap=True)
+        metrics = {"perplexity": "perplexity", "tokens_per_second": "tokens/s"}
+        for heading in metrics.values():
+            table.add_column(heading, justify="right")
+        for method, level, variant, means in rows[-max(2, lines - _LINES_BESIDE_THE_TABLE) :]:
+            figures = [f"{means[metric]:.4g}" if metric in means else "" for metric in metrics]
+            table.add_row(*([method] if several else []), f"{level:g} %", variant, *figures)
         return table
 
     def _format_left(self, steps_left: int) -> str:
         left = self._pace.left(steps_left)
-        if not left:
-            return ""
-        quality = sum(seconds for phase, seconds in left.items() if phase != "timing")
-        parts = [f"quality {format_duration(quality).removeprefix('about ')}"] if self._variants else []
-        if "timing" in left:
-            parts.append(f"timing {format_duration(left['timing']).removeprefix('about ')}")
-        detail = f" ({', '.join(parts)})" if len(parts) > 1 else ""
-        return f"{format_duration(sum(left.values()))} left{detail}"
+        return f"{format_duration(sum(left.values()))} left" if left else ""
 
 
 class _Hearing(logging.Handler):

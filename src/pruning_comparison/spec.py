@@ -325,7 +325,7 @@ TEXT_AXES = frozenset(
     }
 )  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
-_NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
 
 
 PROTOCOL_REVISION = 2
@@ -394,7 +394,7 @@ def revisions_of(spec: ComparisonSpec) -> Revisions:
 
 
 def _methods_of(methods: Collection[str], variants: Collection[str]) -> list[str]:
-    """The methods that are used: those that rank and, where heads are asked, the one that tells their importance."""
+    """The methods that are used: those that rank and, where heads are asked, the one that gives their importance."""
     asked = any(variant_named(name).negotiates for name in variants)
     return list(dict.fromkeys([*methods, IMPORTANCE] if asked else methods))
 
@@ -407,7 +407,7 @@ def identity(
     without: Collection[str] = (),
 ) -> str:
     """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
-    counted = {key: value for key, value in settings.items() if key not in _NAMES_OF_FILES and key not in without}
+    counted = {key: value for key, value in settings.items() if key not in NAMES_OF_FILES and key not in without}
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
@@ -424,13 +424,13 @@ def without_strange_methods(settings: Mapping[str, Any], known: Collection[Metho
 def _own_methods_of(stored: Any, trust: bool, known: Collection[Method]) -> tuple[Method, ...]:
     """A user's own methods from stored settings."""
     if not isinstance(stored, Mapping):
-        raise InputError(f"a stored spec has own_methods {stored!r}, which is no mapping. Run the comparison again.")
+        raise InputError(f"a stored spec has own_methods {stored!r}, which is not a mapping. Run the comparison again.")
     here = {method.name: method for method in known}
     found = []
     for name, values in stored.items():
         if not isinstance(values, Mapping):
             raise InputError(
-                f"the stored method {name!r} is {values!r}, which is no mapping. Run the comparison again."
+                f"the stored method {name!r} is {values!r}, which is not a mapping. Run the comparison again."
             )
         if name in here and here[name].identity() == values:
             found.append(here[name])
@@ -465,4 +465,4 @@ def option_of(field: str) -> str:
 
 def _require(condition: bool, field: str, value: object, problem: str, advice: str) -> None:
     if not condition:
-        raise InputError(f"{option_of(field)}: {value!r} {problem}. {advice}")
+        raise InputError(f"{value!r} {problem}. {advice}", option=option_of(field))

@@ -137,7 +137,7 @@ def _bundled_documents(name: str, option: str) -> list[Document]:
 def _read_text(path: Path, option: str) -> str:
     """A file's text, unpacked. InputError, naming ``option``, for what is no file, no UTF-8, or too much."""
     if kind_of(path, option) != "file":
-        raise InputError(f"{option}: {str(path)!r} is no file. Give a text file, or a folder of .txt files.")
+        raise InputError(f"{option}: {str(path)!r} is not a file. Give a text file, or a folder of .txt files.")
     try:
         with gzip.open(path) if path.suffix == ".gz" else path.open("rb") as file:
             raw = file.read(_MOST_TEXT_BYTES + 1)

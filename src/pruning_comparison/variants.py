@@ -81,7 +81,7 @@ VARIANTS: dict[str, Variant] = {
         "baseline-progressive",
         selection="progressive",
         adapts=False,
-        summary="cut in rounds of 10 % of the heads, ranked anew on what is left after each: the stronger baseline",
+        summary="pruned in rounds of 10 % of the heads, ranked again on what is left after each: the stronger baseline",
         look=Look("#E69F00", "^", "-.", hollow=True),
         lacks="Consent and adaptation together",
         instead="heads leave in the same rounds and nothing adapts",
@@ -145,11 +145,11 @@ def variant_named(name: str) -> Variant:
     """The variant of that name. InputError, with the nearest, for any other; one that is gone is said to be."""
     if name in RETIRED:
         raise InputError(
-            f"--variants: {name!r} is no longer measured: {RETIRED[name].summary}. Leave it out; its old runs "
-            "can still be reported."
+            f"{name!r} is no longer measured: {RETIRED[name].summary}. Leave it out; its old runs can still be reported.",
+            option="--variants",
         )
     if name not in VARIANTS:
-        raise InputError(unknown_name("--variants", name, VARIANTS))
+        raise InputError(unknown_name("", name, VARIANTS), option="--variants")
     return VARIANTS[name]
 
 

@@ -17,12 +17,18 @@ from pruning_comparison.analysis.between_runs import (
 from pruning_comparison.spec import ComparisonSpec
 
 
+def revisions(**changes):
+    base = {"protocol": 1, "methods": {"entropy": 1}, "variants": {"agency": 1}, "metrics": {"perplexity": 1}}
+    return {**base, **changes}
+
+
 def manifest(**changes):
     spec = ComparisonSpec(model_name="one", pruning_levels=(0, 50), temperatures=(1.0,)).as_dict()
     base = {
         "spec": {**spec, **changes.pop("spec", {})},
         "inputs": {"prompts": "p", "eval_text": "e", "calibration_text": "c", "model": "m"},
         "model": {"name": "one"},
+        "revisions": revisions(),
         "versions": {"torch": "2.11.0"},
         "hardware": {"processor": "slow", "threads": 1},
         "commit": "abc",
@@ -52,18 +58,27 @@ def test_everything_that_differs_is_named_and_nothing_else():
         manifest(),
         manifest(
             spec={"model_name": "two", "pruning_levels": [0.0, 30.0]}, inputs={"model": "n"}, versions={"torch": "2.12.0"},
-            hardware={"processor": "fast"}, commit=None,
+            hardware={"processor": "fast"}, commit=None, revisions=revisions(metrics={"perplexity": 2, "distinct_2": 1}),
         ),
     )  # fmt: skip
     assert found == [
         Difference("spec", "model_name", "one", "two"),
         Difference("spec", "pruning_levels", [0.0, 50.0], [0.0, 30.0]),
         Difference("inputs", "model", "m", "n"),
+        Difference("revisions", "metric perplexity", 1, 2),
         Difference("versions", "torch", "2.11.0", "2.12.0"),
         Difference("hardware", "processor", "slow", "fast"),
         Difference("commit", "commit", "abc", None),
     ]
     assert differences(manifest(), manifest()) == []
+
+
+def test_revisions_of_what_one_run_alone_has_are_no_difference_and_a_run_without_any_differs_once():
+    more = manifest(revisions=revisions(methods={"entropy": 1, "random": 3}))
+    assert differences(manifest(), more) == []
+    old = {name: value for name, value in manifest().items() if name != "revisions"}
+    assert differences(old, manifest()) == [Difference("revisions", "everything", None, "recorded")]
+    assert differences(old, old) == []
 
 
 # What cannot be compared
@@ -90,7 +105,8 @@ def test_another_tokenizer_leaves_bits_per_byte():
 def test_other_prompts_leave_neither_texts_nor_speed():
     found = left_out(stored(), stored(inputs={"prompts": "q"}))
     assert {"distinct_2_distance", "generation_perplexity_distance", "tokens_per_second", "end_to_end_s"} <= found
-    assert "perplexity" not in found
+    assert {"cache_bytes", "peak_memory_bytes", "prefill_flops"} <= found  # as long as the prompts are
+    assert not {"perplexity", "bits_per_byte", "parameter_bytes", "decode_bytes"} & found
 
 
 def test_texts_of_other_lengths_keep_the_times_that_do_not_depend_on_it():
@@ -116,7 +132,16 @@ def test_speed_of_other_machines_is_labelled_and_not_left_out(change):
 
 
 def test_other_batches_leave_no_speed():
-    assert "tokens_per_second" in left_out(stored(), stored(spec={"batch_size": 4}))
+    assert {"tokens_per_second", "cache_bytes"} <= left_out(stored(), stored(spec={"batch_size": 4}))
+
+
+def test_a_metric_whose_formula_has_changed_is_left_out_and_another_protocol_is_said():
+    found = limits(stored(), stored(revisions=revisions(metrics={"perplexity": 2})))
+    assert [(limit.reason, limit.left_out) for limit in found[1:]] == [("other formula", ("perplexity",))]
+    (_, protocol) = limits(stored(), stored(revisions=revisions(protocol=2)))
+    assert (protocol.reason, protocol.left_out) == ("other protocol", ())
+    assert {"perplexity", "tokens_per_second", "distinct_2_distance"} <= set(protocol.reserved)
+    assert "parameter_bytes" not in protocol.reserved
 
 
 def test_what_only_one_run_has_is_listed():

@@ -362,6 +362,6 @@ def test_the_card_says_what_was_cut_and_which_ways_hold(tmp_path):
     assert "| 0 | 0 | none | 0 |" in card
     assert "| 1 | 3 | 0, 3, 4 | 2 |" in card
     assert "a\\|b &lt;script>" in card
-    assert "no: the plain form cannot be had: layer 0 has lost all its heads" in card
+    assert "no: the plain form is not possible: layer 0 has lost all its heads" in card
     assert "Not measured." in card
     assert len(output_projections(load_pruned(tmp_path / "model")[0])) == 3

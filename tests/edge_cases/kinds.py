@@ -184,7 +184,7 @@ KINDS = {
              r"k_proj\.weight is stored as \(16, 48\), and the config makes it \(24, 48\).*num_key_value_heads is 3"),
         Kind("a generation config that is no JSON",
              broken_generation_config,
-             r"generation_config\.json of .* cannot be read.*Mend it, or delete it"),
+             r"generation_config\.json of .* cannot be read.*Fix it, or delete it"),
         Kind("a tokenizer without offsets", without_offsets, "does not say which characters a token stands for"),
     )
 }  # fmt: skip

@@ -13,17 +13,24 @@ from builders import (
     CELL_COLUMNS,
     MISSING_COLUMNS,
     NASTY,
+    SAID,
     TEXT_COLUMNS,
     estimate_row,
     failed_cell,
+    ranking_row,
+    relative_row,
     render_page,
     text_row,
 )
 from matplotlib.figure import Figure
 
 from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS
+from pruning_comparison.analysis.rankings import RANKING_COLUMNS
+from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 from pruning_comparison.analysis.tradeoffs import EQUAL_COLUMNS, OPTIMUM_COLUMNS
+from pruning_comparison.errors import InputError
 from pruning_comparison.metrics import METRICS
+from pruning_comparison.report.answer import Answer
 from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
 from pruning_comparison.report.findings import Finding
 from pruning_comparison.report.page import render_between_runs, render_report
@@ -69,6 +76,8 @@ class Document(HTMLParser):
         assert self.open.pop() == tag
 
     def handle_data(self, data):
+        if self.open and self.open[-1] in ("script", "style"):
+            return
         self.text.append(data)
         if self.headings and self.open and set(self.open) & {"h1", "h2", "h3", "h4"}:
             level, words = self.headings[-1]
@@ -125,53 +134,53 @@ def test_nothing_is_fetched_from_anywhere():
             if value is not None:
                 assert value.startswith(("data:", "#")), (tag, name, value)
     assert "@import" not in html
-    assert not re.search(r"url\(", html)
+    assert not re.search(r"url\((?!#)", re.sub(r"<script.*?</script>", "", html, flags=re.DOTALL))
     (policy,) = [meta["content"] for meta in document.having("meta") if "http-equiv" in meta]
     assert policy is not None
     assert policy.startswith("default-src 'none';")
 
 
 def test_inner_links_lead_somewhere():
-    document = Document(render_page(texts=[]))
+    missing = [("agency", "entropy", 80.0, "perplexity", "why", 3)]
+    document = Document(render_page(texts=[], missing=missing))
     targets = {attributes["id"] for _, attributes in document.tags if "id" in attributes}
     links = [attributes["href"] for attributes in document.having("a")]
     assert links
     assert all(link is not None and link[1:] in targets for link in links)
 
 
-def test_charts_are_inline_pictures_with_words_for_those_who_cannot_see_them():
-    document = Document(render_page(figures={"radar": small_figure(), "comprehensive_summary_fisher": small_figure()}))
-    pictures = document.having("img")
-    assert len(pictures) == 2
-    for picture in pictures:
-        assert str(picture["src"]).startswith("data:image/png;base64,iVBORw0KGgo")
-        assert "tiny" in str(picture["alt"])
-    assert "Everything on one page: fisher" in [words for _, words in document.headings]
+def test_charts_are_drawings_inside_the_page_with_words_for_those_who_cannot_see_them():
+    figures = {"radar": small_figure(), "temperature": small_figure(), "comprehensive_summary_fisher": small_figure()}
+    html = render_page(figures=figures)
+    document = Document(html)
+    drawings = document.having("svg")
+    assert len(drawings) == 2, "the page with every measurement stays a file: the interactive chart shows it"
+    for drawing in drawings:
+        assert drawing["role"] == "img"
+        assert "tiny" in str(drawing["aria-label"])
+    ids = [attributes["id"] for _, attributes in document.tags if "id" in attributes]
+    assert len(ids) == len(set(ids)), "two drawings share an id"
+    used = set(re.findall(r'(?:href="#|url\(#)([^")]+)', html))
+    assert used <= set(ids)
 
 
-def test_phones_get_the_narrow_picture_and_paper_the_wide_one():
-    figures = {"radar": small_figure(), "temperature": small_figure()}
-    document = Document(render_page(figures=figures, narrow={"radar": Figure(figsize=(4, 5))}))
-    (source,) = document.having("source")
-    assert source["media"] == "screen and (max-width: 600px)"
-    assert str(source["srcset"]).startswith("data:image/png;base64,iVBORw0KGgo")
-    assert (source["width"], source["height"]) == ("400", "500")
-    assert [tag for tag, _ in document.tags].count("picture") == 2
-    shown = [
-        str(attributes["class"]) for attributes in document.having("div") if "picture" in str(attributes.get("class"))
-    ]
-    assert shown == ["picture", "picture scrolls"], "only a chart without a narrow picture scrolls"
+def test_drawings_take_the_colours_of_the_page():
+    html = render_page(figures={"radar": small_figure()})
+    drawing = html[html.index("<svg") : html.index("</svg>")]
+    assert "var(--ink)" in drawing or "var(--card)" in drawing
+    assert "#ffffff" not in drawing
+    assert "<style" not in drawing, "its rules would hold for the whole page"
 
 
 def test_many_large_charts_and_long_tables_stay_under_three_megabytes():
     def noise(width: float) -> Figure:
         figure = Figure(figsize=(width, 11))
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.imshow(np.random.default_rng(0).random((900, 700)), aspect="auto")
+        axes.pcolormesh(np.random.default_rng(0).random((100, 120)))
         return figure
 
     rows = [
-        estimate_row(metric, variant, level, 1.0, 0.9, 1.1, method=f"method{number}")
+        estimate_row(metric, variant, level, 0.001234, 0.001111, 0.001345, method=f"method{number}")
         for metric in METRICS
         for variant in ("baseline", "agency", "agency-adaptation")
         for level in range(0, 100, 5)
@@ -184,10 +193,11 @@ def test_many_large_charts_and_long_tables_stay_under_three_megabytes():
         for prompt in range(9)
         for number in range(4)
     ]
-    wide, narrow = ({f"radar_{index}": noise(width) for index in range(2)} for width in (8.5, 4.0))
-    html = render_page(summary=rows, figures=wide, narrow=narrow, texts=texts)
+    html = render_page(summary=rows, figures={f"radar_{index}": noise(8.5) for index in range(2)}, texts=texts)
     assert len(html.encode("utf-8")) < 3_000_000
     words = Document(html).words
+    assert "Left out to keep this file small, and in charts/:" in words
+    assert "measurements are left out to keep this file small" in words
     assert "rows are left out to keep this file small" in words
     assert "prompts are left out to keep this file small" in words
 
@@ -225,7 +235,7 @@ def test_markup_in_any_text_is_escaped_and_survives():
     )
     html.encode("utf-8")
     document = Document(html)
-    assert len(document.having("script")) == 1
+    assert len(document.having("script")) == 4, "three scripts and the numbers of the charts"
     assert not re.search("[\x00\x1b\ud800-\udfff]", html)
     survived = "<script>alert('x')</script> & \"$quoted$\" \ufffd \ufffd \u202eabc שלום \ufffd[31m"
     assert document.words.count(survived) >= 15
@@ -256,13 +266,14 @@ def test_a_line_of_ten_thousand_characters_survives():
 
 def test_sections_come_in_reading_order():
     document = Document(render_page(texts=[], findings=[Finding("a", "b.", "c")]))
-    assert [words for level, words in document.headings if level == "h1"] == [
-        "Head pruning, agency beside baseline: tiny"
-    ]
+    assert [words for level, words in document.headings if level == "h1"] == ["Pruning the attention heads of tiny"]
     assert [words for level, words in document.headings if level == "h2"] == [
+        "Perplexity relative to the dense model",
+        "Expected and asked",
+        "Every measurement in one chart",
         "Verdicts",
         "Findings",
-        "Charts",
+        "Charts as pictures",
         "Measurements",
         "Settings",
         "Versions and hardware",
@@ -274,9 +285,73 @@ def test_sections_come_in_reading_order():
 
 def test_the_opening_tells_what_was_measured():
     words = Document(render_page(manifest={"model": ModelFacts("tiny", "gpt2", 6, 8, 32, 256, 4096).as_dict()})).words
-    assert "tiny (6 layers of 8 heads) was measured" in words
-    words = words.replace("\xa0", " ")
-    assert "perplexity is 90 for the baseline model at 50 % and 42 for the agency model at 50 % (unpruned: 30)" in words
+    assert "tiny, 6 layers of 8 heads; baseline and agency; heads ranked by entropy; 0 iterations." in words
+
+
+def test_the_first_screen_holds_sentences_hero_and_chips_before_anything_is_folded_away():
+    html = render_page(
+        said=SAID,
+        hero=small_figure(),
+        lines=("a line", "another"),
+        relative=[relative_row("perplexity", "agency", 50, 1.2)],
+    )
+    document = Document(html)
+    assert "First <b>sentence</b>." in document.words
+    first = html[: html.index('class="folds"')]
+    assert first.count("<svg") == 1
+    chips = [
+        str(attributes["class"]) for attributes in document.having("details") if "chip" in str(attributes["class"])
+    ]
+    assert chips == [
+        "chip no-difference", "chip refuted", "chip not-enough", "chip supported", "chip supported",
+        "chip answered", "chip not-enough", "chip supported", "chip answered",
+    ]  # fmt: skip
+    for words in ("supported: 1 of 2 methods", "Details of quality.", "up to 40\xa0%", "a line", "another"):
+        assert words in first
+
+
+def test_everything_else_is_folded_and_closed():
+    html = render_page(texts=[], findings=[Finding("a", "b.", "c")])
+    document = Document(html)
+    assert not [attributes for attributes in document.having("details") if "open" in attributes]
+    folds = [attributes for attributes in document.having("details") if attributes.get("class") == "fold"]
+    assert len(folds) == len([level for level, _ in document.headings if level == "h2"]) - 2
+
+
+def test_there_is_room_for_two_lines_under_the_chips_and_no_more():
+    with pytest.raises(InputError, match=r"room for 2 lines under the chips, not 3: \['a', 'b', 'c'\]"):
+        render_page(lines=("a", "b", "c"))
+
+
+def test_a_run_without_pruned_levels_has_no_hero():
+    assert "No pruned level was compared with the dense model." in Document(render_page()).words
+
+
+def test_methods_are_listed_in_order_with_what_is_decided():
+    rows = [
+        ranking_row(1, "fisher", 1.2, "entropy", 1.3, 1.1, 1.5, decided=True, random="better"),
+        ranking_row(2, "entropy", 1.56, "random", 1.01, 0.9, 1.2, random="not enough data"),
+        ranking_row(3, "random", 1.58, random=""),
+    ]
+    cells = Document(render_page(ranked=rows)).cells
+    assert [
+        "agency",
+        "1",
+        "fisher",
+        "×1.2 [1.08 to 1.32]",
+        "entropy: ×1.3, beats it [1.1 to 1.5]",
+        "better",
+        "15",
+    ] in cells
+    assert [
+        "agency", "2", "entropy", "×1.56 [1.4 to 1.72]", "random: ×1.01, cannot be told apart [0.9 to 1.2]",
+        "not enough data", "15",
+    ] in cells  # fmt: skip
+    assert ["agency", "3", "random", "×1.58 [1.42 to 1.74]", "last", "is the control", "15"] in cells
+
+
+def test_one_method_is_not_ranked():
+    assert "Method against method" not in Document(render_page(ranked=[ranking_row(1, "entropy", 1.2)])).words
 
 
 def verdict(name, word, sentence="A sentence.", about=""):
@@ -288,14 +363,14 @@ def test_verdicts_come_first_with_colour_and_word():
         verdicts=[
             verdict("E1", "supported", "It is 5 % faster.", "temperature 0.7"),
             verdict("E1", "refuted", about="temperature 1"),
-            verdict("E2", "inconclusive"),
-            verdict("Q2", "reported"),
+            verdict("E2", "not enough data"),
+            verdict("Q2", "answered"),
         ],
-        answers=[answer("E2", "inconclusive", -0.1, -0.2, 0.1)],
+        answers=[answer("E2", "not enough data", -0.1, -0.2, 0.1)],
     )
     document = Document(html)
-    badges = [attributes["class"] for attributes in document.having("span")]
-    assert badges == ["badge supported", "badge refuted", "badge inconclusive", "badge reported"]
+    badges = [str(a["class"]) for a in document.having("span") if str(a.get("class")).startswith("badge")]
+    assert badges == ["badge supported", "badge refuted", "badge not-enough", "badge answered"]
     rows = [cells for cells in document.cells if any("title" in cell for cell in cells)]
     assert rows[0] == ["title E1 [asked E1]", "supported [temperature 0.7]", "It is 5\xa0% faster."]
     assert ["refuted [temperature 1]", "A sentence."] in document.cells
@@ -318,7 +393,7 @@ def test_the_expert_table_has_every_figure():
     )
     row = [
         "Quality: Perplexity", "−35 % [−40 % to −30 %]", "mean over levels >= 40", "±5 %", "15 [3 × 5 documents]",
-        "0.012 [uncorrected < 0.001]", "0.0625 [crossed random effects]", "−2.5 [−3 to −2]", "supported [better]",
+        "0.012 [of no difference, uncorrected: < 0.001]", "−2.5 [−3 to −2]", "supported [better]",
     ]  # fmt: skip
     assert row in Document(html).cells
 
@@ -333,23 +408,25 @@ def test_method_temperature_and_contrast_get_columns_only_where_they_differ():
 def test_exploratory_contrasts_are_kept_apart_and_get_no_verdict_word():
     other = {"kind": "exploratory", "contrast": "agency vs agency-adaptation"}
     html = render_page(
-        verdicts=[verdict("E2", "inconclusive")],
+        verdicts=[verdict("E2", "not enough data")],
         answers=[
-            answer("E2", "inconclusive", -0.1, -0.2, 0.1),
+            answer("E2", "not enough data", -0.1, -0.2, 0.1),
             answer("E2", "supported", -0.1, -0.2, -0.06, **other),
             answer("E1", "refuted", -0.1, -0.2, -0.06, **{**other, "reason": "worse"}),
-            answer("E4", "inconclusive", -0.1, -0.2, 0.1, **other),
+            answer("E4", "not enough data", -0.1, -0.2, 0.1, **other),
         ],
     )
     document = Document(html)
-    words = [cells[-1] for cells in document.cells if cells and cells[-1].split(" [")[0] in ("better", "worse", "open")]
-    assert words == ["better", "worse", "open"]
+    words = [
+        cells[-1] for cells in document.cells if cells and cells[-1].split(" [")[0] in ("better", "worse", "unclear")
+    ]
+    assert words == ["better", "worse", "unclear"]
     assert "supported" not in " ".join(cell for cells in document.cells for cell in cells)
 
 
 def test_optimal_levels_and_equal_perplexity_are_shown_with_their_reasons():
     html = render_page(
-        verdicts=[verdict("Q2", "reported")],
+        verdicts=[verdict("Q2", "answered")],
         answers=[answer("E2", "supported", -0.1, -0.2, -0.06)],
         optimal=[
             ("tiny", "entropy", "agency", 20.0, 0.05, 0.75, 60.0, "0,20", 15, 3, 5, ""),
@@ -385,13 +462,14 @@ def between_runs(**changes):
     compared = pd.DataFrame(
         [
             {**answer("X:perplexity", "supported", -0.1, -0.2, -0.06, kind="exploratory", contrast=NASTY),
-             "variant": NASTY, "level": level, "note": NASTY}
+             "run": "run 2", "variant": NASTY, "level": level, "note": NASTY}
             for level in (20.0, 40.0)
         ]
     )  # fmt: skip
     values = {
         "names": (NASTY, NASTY), "compared": compared, "findings": [Finding(NASTY, NASTY, NASTY)],
-        "differences": [DifferenceInWords(NASTY, NASTY, NASTY)], "limits": [LimitInWords(NASTY, NASTY)], **changes,
+        "differences": [DifferenceInWords(NASTY, (NASTY, NASTY))], "limits": [LimitInWords(NASTY, NASTY)], "charts": {},
+        **changes,
     }  # fmt: skip
     return render_between_runs(**values)
 
@@ -412,9 +490,9 @@ def test_a_comparison_of_two_runs_is_one_offline_escaped_document():
 
 
 def test_a_comparison_in_which_nothing_can_be_compared_says_so():
-    empty = pd.DataFrame(columns=[*HYPOTHESIS_COLUMNS, "variant", "level", "note"])
+    empty = pd.DataFrame(columns=["run", *HYPOTHESIS_COLUMNS, "variant", "level", "note"])
     words = Document(between_runs(compared=empty, findings=[], differences=[], limits=[])).words
-    assert "Nothing in these two runs can be compared." in words
+    assert "Nothing in these runs can be compared." in words
     assert "Nothing that is recorded." in words
 
 
@@ -437,7 +515,7 @@ def test_the_main_table_sets_the_variants_side_by_side_with_intervals():
         ("perplexity", 2.0, 6.0, "worse"),
         ("tokens_per_second", 2.0, 6.0, "better"),
         ("tokens_per_second", -6.0, -2.0, "worse"),
-        ("tokens_per_second", -6.0, 0.0, "not told"),
+        ("tokens_per_second", -6.0, 0.0, "unclear"),
         ("distinct_2", 2.0, 6.0, "higher"),
     ],
 )
@@ -537,7 +615,11 @@ def test_empty_tables_and_an_empty_manifest_still_make_a_report():
         optimal=pd.DataFrame(columns=list(OPTIMUM_COLUMNS)),
         equal=pd.DataFrame(columns=list(EQUAL_COLUMNS)),
         findings=[],
-        pictures={},
+        answer=Answer("Pruning the attention heads of nothing", (), (), ()),
+        relative=pd.DataFrame(columns=list(RELATIVE_COLUMNS)),
+        ranked=pd.DataFrame(columns=list(RANKING_COLUMNS)),
+        hero=None,
+        drawings={},
         manifest={},
         texts=pd.DataFrame(columns=TEXT_COLUMNS),
     )

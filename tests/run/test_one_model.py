@@ -126,7 +126,7 @@ def test_the_command_writes_models_and_a_card_with_figures(tmp_path, capsys):
     argv = ["prune", *options, "--level", "50", "--method=magnitude", "--variant=agency-adaptation", "--quiet"]
     assert cli.main([*argv, f"--output-dir={target}", "--also=padded,plain"]) == 2
     shown = capsys.readouterr()
-    assert shown.err.startswith("error: --also: the plain form cannot be had: ")
+    assert shown.err.startswith("error: --also: the plain form is not possible: ")
     assert shown.out == ""  # which is known before anything is pruned
     assert not target.exists()
     assert cli.main([*argv, f"--output-dir={target}", "--also=padded"]) == 0

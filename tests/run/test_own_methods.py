@@ -132,7 +132,7 @@ def test_from_python_with_agency_report_and_plan(folder, tmp_path, write_module,
         assert set(store.table("replies")["method"]) == {"mine", "magnitude"}  # agency asks in its order
     assert write_results(run, save_outputs=False).is_file()
     notes = plan_run(spec, Margins(), prepare(spec, identify=False))["notes"]
-    assert "what mine costs is not known: 2 passes over the calibration text are reckoned." in notes
+    assert "what mine costs is not known: 2 passes over the calibration text are assumed." in notes
 
 
 def test_named_by_place_or_passed_as_a_function_it_is_the_same_source(folder, tmp_path, write_module, monkeypatch):
@@ -293,7 +293,7 @@ def test_names_that_cannot_be_or_are_taken():
         return model
 
     for name in ("", "../up", "a b", "a,b", "<b>", "1st", "naïve"):
-        with pytest.raises(MethodError, match="is no name of a method"):
+        with pytest.raises(MethodError, match="is not a valid name for a method"):
             ComparisonSpec(pruning_methods=(Method(name, score),))
     with pytest.raises(MethodError, match="'entropy' is a method of this package"):
         ComparisonSpec(pruning_methods=(Method("entropy", score),))
@@ -351,7 +351,7 @@ def test_stored_settings_are_imported_only_where_that_is_trusted(folder, tmp_pat
 
 
 def spec_of(*argv):
-    return cli._spec_of(cli.make_parser().parse_args(cli._with_config(cli._with_underscores(["run", *argv]))))
+    return cli._spec_of(cli.parse(["run", *argv]))
 
 
 def test_what_the_command_line_says_wins_over_the_file(tmp_path):
@@ -370,8 +370,8 @@ def test_what_the_command_line_says_wins_over_the_file(tmp_path):
         ("sed: 3\n", "option: 'sed' is unknown. Did you mean seed?"),
         ("- seed\n", "holds no options by name"),
         ("seed: {a: 1}\n", "'seed' must be the name of an option, with one value or a list of values"),
-        ("seed: [\n", "is no YAML file"),
-        ("seed: !!python/object/apply:os.getcwd []\n", "is no YAML file"),
+        ("seed: [\n", "is not a YAML file"),
+        ("seed: !!python/object/apply:os.getcwd []\n", "is not a YAML file"),
         ("new_bias: true\n", "option: 'new_bias' is unknown. Did you mean no_new_bias?"),
         ("save_models: 3\n", "save_models is 3. It is true or false"),
         ("trust_methods: true\n", "says 'trust_methods', which only the command line can"),

@@ -1,7 +1,8 @@
 """Two runs side by side: what differs between them, what cannot be compared, and the rest with the statistics of one run.
 
-A comparison of two runs is made after the fact, so all of it is exploratory; and two runs differ in whatever their
-manifests say they differ in, so no difference is put down to one cause. Sentences are made in ``report.between_runs``.
+Several runs are compared one by one with the first of them. A comparison of runs is made after the fact, so all of it is
+exploratory; and two runs differ in whatever their manifests say they differ in, so no difference is put down to one cause.
+Sentences are made in ``report.between_runs``.
 """
 
 from __future__ import annotations
@@ -20,11 +21,12 @@ from pruning_comparison.analysis.pairs import Source, complete_matrix, differenc
 from pruning_comparison.analysis.random_effects import Array, Components, Fit, PValue, difference_test, fit_crossed
 from pruning_comparison.analysis.verdict_rules import level_of
 from pruning_comparison.metrics import METRICS, Alike, Kind, of_kind
+from pruning_comparison.spec import Revisions
 
 RUN_COLUMNS = (*HYPOTHESIS_COLUMNS, "variant", "level")
-Part = Literal["spec", "inputs", "model", "versions", "hardware", "commit"]
+Part = Literal["spec", "inputs", "model", "revisions", "versions", "hardware", "commit"]
 """Parts of a manifest in which two runs may differ."""
-_PARTS: tuple[Part, ...] = ("spec", "inputs", "model", "versions", "hardware")
+_PARTS: tuple[Part, ...] = ("spec", "inputs", "model", "revisions", "versions", "hardware")
 
 LimitReason = Literal[
     "no method in common",
@@ -36,6 +38,8 @@ LimitReason = Literal[
     "other judge",
     "other tokenizer",
     "other batch size",
+    "other formula",
+    "other protocol",
     "another machine",
     "timed at another time",
 ]
@@ -99,16 +103,35 @@ def manifest_part(manifest: Mapping[str, Any], name: str) -> Mapping[str, Any]:
 
 
 def differences(first: Mapping[str, Any], second: Mapping[str, Any]) -> list[Difference]:
-    """What the manifests of two runs say differently: settings, contents, model, versions, machine, commit."""
+    """What the manifests of two runs say differently: settings, contents, model, revisions, versions, machine, commit."""
     found: list[Difference] = []
     for part in _PARTS:
         one, other = manifest_part(first, part), manifest_part(second, part)
+        if part == "revisions":
+            found += _changed_revisions(revisions_in(first), revisions_in(second))
+            continue
         for name in dict.fromkeys([*one, *other]):
             if one.get(name) != other.get(name):
                 found.append(Difference(part, name, one.get(name), other.get(name)))
     if first.get("commit") != second.get("commit"):
         found.append(Difference("commit", "commit", first.get("commit"), second.get("commit")))
     return found
+
+
+def _changed_revisions(one: Mapping[str, int], other: Mapping[str, int]) -> list[Difference]:
+    """Revisions of what both runs have; a run that stored none differs from one that did in that alone."""
+    if bool(one) != bool(other):
+        return [Difference("revisions", "everything", *("recorded" if known else None for known in (one, other)))]
+    both = [name for name in one if name in other]
+    return [Difference("revisions", name, one[name], other[name]) for name in both if one[name] != other[name]]
+
+
+def revisions_in(manifest: Mapping[str, Any]) -> dict[str, int]:
+    """The revisions that a run's results rest on, by what each is of, such as "metric perplexity"; empty if not stored."""
+    try:
+        return Revisions.from_dict(manifest_part(manifest, "revisions")).named()
+    except ValueError:
+        return {}
 
 
 def limits(first: RunTables, second: RunTables) -> list[Limit]:
@@ -118,6 +141,7 @@ def limits(first: RunTables, second: RunTables) -> list[Limit]:
         *_evaluation_limits(first, second),
         *_generation_limits(first.manifest, second.manifest),
         _speed_limit(first.manifest, second.manifest),
+        *_revision_limits(first.manifest, second.manifest),
     ]
 
 
@@ -170,7 +194,7 @@ def _that_need(what: Alike, metrics: Sequence[str]) -> tuple[str, ...]:
 
 
 def _generation_limits(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Limit]:
-    of_generation = compared_metrics("text", "distance", "timing")
+    of_generation = (*compared_metrics("text", "distance", "timing", "memory"), "prefill_flops")
     if manifest_part(one, "inputs").get("prompts") != manifest_part(other, "inputs").get("prompts"):
         return [Limit("other prompts", of_generation)]
     found = []
@@ -186,8 +210,20 @@ def _speed_limit(one: Mapping[str, Any], other: Mapping[str, Any]) -> Limit:
     """Timings are what a clock measured, and so what another machine measures differently."""
     timings = compared_metrics("timing")
     if one["spec"]["batch_size"] != other["spec"]["batch_size"]:
-        return Limit("other batch size", timings)
+        return Limit("other batch size", (*timings, *compared_metrics("memory")))
     return Limit("another machine" if other_machine(one, other) else "timed at another time", reserved=timings)
+
+
+def _revision_limits(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Limit]:
+    """Figures of two formulas are not compared; those measured in two ways are, with that reservation."""
+    revisions = [revisions_in(manifest) for manifest in (one, other)]
+    changed = {name for name in set(revisions[0]) & set(revisions[1]) if revisions[0][name] != revisions[1][name]}
+    metrics = tuple(name for name in METRICS if f"metric {name}" in changed)
+    found = [Limit("other formula", metrics)] if metrics else []
+    if "the protocol" in changed or bool(revisions[0]) != bool(revisions[1]):
+        measured = compared_metrics("loss", "text", "distance", "timing", "memory")
+        found.append(Limit("other protocol", reserved=tuple(name for name in measured if name not in metrics)))
+    return found
 
 
 def _window_sizes(measurements: pd.DataFrame) -> dict[tuple[Any, ...], float]:

@@ -282,8 +282,8 @@ def _stock_parts(model: PreTrainedModel, form: str) -> tuple[Any, dict[str, Tens
         except Exception as error:
             # A config may take sizes that its model's constructor refuses, so both are asked.
             raise InputError(
-                f"the {form} form cannot be had: the config of {family} does not allow these sizes ({_first_line(error)}). "
-                "Choose another level, or the padded form."
+                f"the {form} form is not possible: the config of {family} does not allow these sizes "
+                f"({_first_line(error)}). Choose another level, or the padded form."
             ) from error
         expected = stock.state_dict()
         weights = model.state_dict() if form == "plain" else _padded_weights(model, stock)
@@ -292,8 +292,8 @@ def _stock_parts(model: PreTrainedModel, form: str) -> tuple[Any, dict[str, Tens
             break
     else:
         raise InputError(
-            f"the {form} form cannot be had: adaptation has given the model biases that the config of {family} cannot name, "
-            f"{len(extra)} in all, first {extra[0]}. {_NO_NEW_BIAS}."
+            f"the {form} form is not possible: adaptation has given the model biases that the config of {family} cannot "
+            f"name, {len(extra)} in all, first {extra[0]}. {_NO_NEW_BIAS}."
         )
     for name, parameter in expected.items():
         if name not in weights and name.endswith(".bias"):
@@ -301,8 +301,8 @@ def _stock_parts(model: PreTrainedModel, form: str) -> tuple[Any, dict[str, Tens
         if name not in weights or weights[name].shape != parameter.shape:
             found = tuple(weights[name].shape) if name in weights else None
             raise InputError(
-                f"the {form} form cannot be had: the config of {family} takes the size of a head from the number of heads, "
-                f"so {name} would be {tuple(parameter.shape)} and not {found}. Use the compact or the padded form."
+                f"the {form} form is not possible: the config of {family} takes the size of a head from the number of "
+                f"heads, so {name} would be {tuple(parameter.shape)} and not {found}. Use the compact or the padded form."
             )
     return stock_config, weights
 
@@ -313,15 +313,15 @@ def _uniform_sizes(config: Any) -> dict[str, int]:
     counts = keep.sum(1).tolist()
     advice = "Prune with --scope=layer, which takes as many heads from every layer, or use the compact or padded form."
     if min(counts) == 0:
-        raise InputError(f"the plain form cannot be had: layer {counts.index(0)} has lost all its heads. {advice}")
+        raise InputError(f"the plain form is not possible: layer {counts.index(0)} has lost all its heads. {advice}")
     if len(set(counts)) > 1:
         raise InputError(
-            f"the plain form cannot be had: layers have from {min(counts)} to {max(counts)} heads left. {advice}"
+            f"the plain form is not possible: layers have from {min(counts)} to {max(counts)} heads left. {advice}"
         )
     groups = [live_groups(grid, row) for row in keep]
     if len({size for layer in groups for size in layer}) > 1 or len({len(layer) for layer in groups}) > 1:
         raise InputError(
-            "the plain form cannot be had: key-value heads are read by different numbers of query heads, or layers have "
+            "the plain form is not possible: key-value heads are read by different numbers of query heads, or layers have "
             "different numbers of them. Use the compact or the padded form."
         )
     sizes = {"num_attention_heads": counts[0], "head_dim": grid.head_size}

@@ -44,7 +44,7 @@ def model_card(
     """The README.md of a pruned model saved in ``form``: Markdown with the header that the hub reads.
 
     ``holds`` gives, for each form, None or the reason why the model cannot have it. What ``prune`` has noted in the model's
-    config is told; what nobody has measured is said not to have been.
+    config is shown; what was not measured is said to be missing.
     """
     made: Mapping[str, Any] = getattr(model.config, "pruning", None) or {}
     keep, grid = kept_heads(model.config), head_grid(model.config)

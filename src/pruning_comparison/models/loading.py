@@ -283,7 +283,7 @@ def _generation_config(source: str, model_name: str) -> GenerationConfig | None:
     except Exception as error:
         if Path(source).is_dir() and (Path(source) / "generation_config.json").exists():
             raise ModelLoadError(
-                f"the generation_config.json of {model_name!r} cannot be read: {_first_line(error)}. Mend it, or delete it."
+                f"the generation_config.json of {model_name!r} cannot be read: {_first_line(error)}. Fix it, or delete it."
             ) from error
         return None
 

@@ -136,8 +136,8 @@ def _expectations(
         if levels and spec.iterations * clusters > 1:
             draws = draw_fits(assumed_components(name, spec), spec.iterations, clusters)
             distance = detectable_by_rules(draws, claim_level, POWER)
-            short = replace(draws, means=-draws.means).p_values(abs(gain)) <= 2 * claim_level
-            no_difference = float((short & (draws.p_values(abs(loss)) <= 2 * claim_level)).mean())
+            short = replace(draws, means=-draws.means).p_values(abs(gain)) <= claim_level
+            no_difference = float((short & (draws.p_values(abs(loss)) <= claim_level)).mean())
         effect = gain + sign * distance
         found.append(
             {
@@ -187,7 +187,7 @@ def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
         notes.append("at temperature 0 nothing is drawn: iterations whose models are the same count once.")
     for method in spec.own_methods:
         notes.append(
-            f"what {method.name} costs is not known: {method.passes:g} passes over the calibration text are reckoned."
+            f"what {method.name} costs is not known: {method.passes:g} passes over the calibration text are assumed."
         )
     if len(inputs.prompts) < spec.max_prompts:
         notes.append(f"there are only {len(inputs.prompts)} prompts; --max_prompts asks for {spec.max_prompts}.")

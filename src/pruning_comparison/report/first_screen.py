@@ -2,16 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.formatting import counted, listed, plain_number
+from pruning_comparison.formatting import counted, listed
 from pruning_comparison.report.tables import variants_in
-from pruning_comparison.variants import PRIMARY
 
-__all__ = ["effective_settings", "format_margins", "model_name", "notices", "opening"]
+__all__ = ["effective_settings", "format_margins", "model_name", "notices", "opening", "tolerance_of"]
 
 
 def model_name(summary: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
@@ -35,37 +35,25 @@ def effective_settings(manifest: Mapping[str, Any]) -> Mapping[str, Any] | None:
     return {**settings, **cut}
 
 
+def tolerance_of(manifest: Mapping[str, Any]) -> float:
+    """The share of perplexity that a safe level may lose; NaN where the manifest has no margins."""
+    margins = manifest.get("margins")
+    return float(margins["tolerance"]) if isinstance(margins, Mapping) and "tolerance" in margins else math.nan
+
+
 def opening(name: str, summary: pd.DataFrame, cells: pd.DataFrame, manifest: Mapping[str, Any]) -> str:
-    """What was compared, in one paragraph, with the perplexities at the highest level and no claim beyond them."""
+    """What was compared, in one line."""
     methods = [str(method) for method in summary["method"].dropna().unique()]
-    levels = sorted(float(level) for level in summary["level"].dropna().unique())
     model = manifest.get("model")
-    size = ""
+    size = name
     if isinstance(model, Mapping):
-        size = f" ({counted(model['layers'], 'layer')} of {counted(model['heads_per_layer'], 'head')})"
+        size += f", {counted(model['layers'], 'layer')} of {counted(model['heads_per_layer'], 'head')}"
     if not methods:
-        return f"{name}{size}: nothing was measured."
-    iterations = cells["iteration"].nunique()
-    text = (
-        f"{name}{size} was measured with {listed([f'{level:g}' for level in levels])} % of its attention heads "
-        f"pruned, ranked by {listed(methods)}, as {listed([str(v) for v in variants_in(summary)])}, in "
-        f"{counted(iterations, 'iteration')}."
+        return f"{size}: nothing was measured."
+    variants = listed([str(v) for v in variants_in(summary)])
+    return (
+        f"{size}; {variants}; heads ranked by {listed(methods)}; {counted(cells['iteration'].nunique(), 'iteration')}."
     )
-    quality = summary[summary["metric"] == "perplexity"]
-    for method in methods if len(methods) <= 2 else ():
-        told = []
-        for variant in PRIMARY[::-1]:
-            rows = quality[(quality["method"] == method) & (quality["variant"] == variant)].dropna(subset=["estimate"])
-            if not rows.empty:
-                row = rows.sort_values("level").iloc[-1]
-                told.append(f"{plain_number(float(row['estimate']))} for the {variant} model at {row['level']:g} %")
-        dense = quality[(quality["method"] == method) & (quality["variant"] == "baseline") & (quality["level"] == 0)][
-            "estimate"
-        ].dropna()
-        if told:
-            before = f" (unpruned: {plain_number(float(dense.iloc[0]))})" if len(dense) else ""
-            text += f" With {method}, perplexity is {listed(told)}{before}."
-    return text
 
 
 def notices(warnings: Sequence[str], missing: pd.DataFrame, cells: pd.DataFrame) -> list[str]:

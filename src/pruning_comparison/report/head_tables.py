@@ -57,7 +57,7 @@ def head_tables(maps: Sequence[HeadMap]) -> tuple[list[HeadTable], Markup, int]:
             )
             for parts in zip(one.gone_at, one.refused, one.overridden, strict=True)
         )
-        caption = f"{one.variant}, {one.method}: goes at, %"
+        caption = f"{one.variant}, {one.method}: level at which each head is pruned, %"
         tables.append(HeadTable(caption, one.gone_at.shape[1], rows, tuple(name for name, _ in views)))
         data.append(text)
     safe = f"[{','.join(data)}]".replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026")

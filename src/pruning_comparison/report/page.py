@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import hashlib
+import math
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
@@ -16,13 +17,24 @@ import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from pruning_comparison.analysis import HeadMap
+from pruning_comparison.analysis import NO_DIFFERENCE, NOT_ENOUGH, HeadMap
+from pruning_comparison.errors import InputError
+from pruning_comparison.formatting import capitalised
 from pruning_comparison.metrics import METRICS
+from pruning_comparison.report.answer import Answer
 from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
+from pruning_comparison.report.explorer import explorer_data
 from pruning_comparison.report.findings import Finding
-from pruning_comparison.report.first_screen import effective_settings, format_margins, model_name, notices, opening
+from pruning_comparison.report.first_screen import (
+    effective_settings,
+    format_margins,
+    model_name,
+    notices,
+    opening,
+    tolerance_of,
+)
 from pruning_comparison.report.head_tables import head_tables
-from pruning_comparison.report.pictures import report_charts
+from pruning_comparison.report.pictures import Chart, inline_svg, report_charts
 from pruning_comparison.report.sample_texts import clean, sample_groups
 from pruning_comparison.report.tables import (
     agreement_table,
@@ -32,6 +44,7 @@ from pruning_comparison.report.tables import (
     optimum_table,
     pairs,
     plain_table,
+    ranking_table,
 )
 from pruning_comparison.report.verdicts import Verdict
 
@@ -39,6 +52,11 @@ __all__ = ["render_between_runs", "render_report"]
 
 
 _COMPARED_ROWS = 2_000
+_COMPARED_CHART_BYTES = 1_200_000
+_MOST_LINES = 2
+_PAGE_BYTES = 2_950_000
+_CHART_BYTES = 1_600_000
+"""Charts may have what the rest of the page leaves of its size; each other part has a limit of its own."""
 
 
 def render_report(
@@ -52,9 +70,13 @@ def render_report(
     optimal: pd.DataFrame,
     equal: pd.DataFrame,
     findings: Sequence[Finding],
-    pictures: Mapping[str, bytes],
+    answer: Answer,
+    relative: pd.DataFrame,
+    ranked: pd.DataFrame,
+    hero: str | None,
+    drawings: Mapping[str, str],
     manifest: Mapping[str, Any],
-    narrow_pictures: Mapping[str, bytes] | None = None,
+    lines: Sequence[str] = (),
     texts: pd.DataFrame | None = None,
     heads: Sequence[HeadMap] = (),
     agreed: pd.DataFrame | None = None,
@@ -62,89 +84,133 @@ def render_report(
     """The whole report as one HTML document under 3 MB that opens offline.
 
     ``answers``, ``optimal`` and ``equal`` are the tables behind the verdicts (``HYPOTHESIS_COLUMNS``, ``OPTIMUM_COLUMNS``,
-    ``EQUAL_COLUMNS``); rows of ``answers`` of kind "exploratory" are shown apart. ``pictures`` are the charts as PNG, 150
-    dots per inch, by name; screens up to 600 pixels wide show those of ``narrow_pictures`` instead.
+    ``EQUAL_COLUMNS``); rows of ``answers`` of kind "exploratory" are shown apart. ``answer`` makes the first screen, with
+    ``hero``, its chart, and ``lines``, at most two, under the chips: the only place where anything may be added to it.
+    ``relative`` (``RELATIVE_COLUMNS``) and ``ranked`` (``RANKING_COLUMNS``) are drawn and listed. ``hero`` and ``drawings``
+    (by name) are SVG files as text.
 
     ``texts`` holds the generated texts, where they were kept; of these the report shows, per
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
     that tell about a head when it is pointed at, and ``agreed`` (``AGREEMENT_COLUMNS``) says how far they agree.
     """
+    if len(lines) > _MOST_LINES:
+        raise InputError(
+            f"the first screen has room for {_MOST_LINES} lines under the chips, not {len(lines)}: {list(lines)}"
+        )
     name = model_name(summary, manifest)
     tables, rows_left_out = method_tables(summary, contrasts)
     samples, samples_left_out = sample_groups(texts)
     drawn, head_data, maps_left_out = head_tables(heads)
-    charts = report_charts(pictures, narrow_pictures or {}, name)
+    known = relative[(relative["metric"] == "perplexity") & (relative["level"] > 0)]["estimate"].notna().any()
+    tolerance = tolerance_of(manifest)
+    explorer, explorer_left_out = explorer_data(summary, relative, contrasts, tolerance=tolerance)
+    hero_alt = f"Perplexity of {name} relative to the dense model at every level; the numbers are under Measurements."
     warnings = [str(warning) for warning in _sequence(manifest.get("warnings"))]
     exploratory = answers["kind"] == "exploratory"
-    return _rendered(
-        "report.html",
-        name=name,
-        started=str(manifest.get("started") or ""),
-        opening=opening(name, summary, cells, manifest),
-        verdicts=[[v for v in verdicts if v.id == key] for key in dict.fromkeys(v.id for v in verdicts)],
-        expert=answers_table(answers[~exploratory], "Estimates, intervals and tests"),
-        exploratory=answers_table(answers[exploratory], "Exploratory contrasts"),
-        optimum=optimum_table(optimal),
-        equal=equal_table(equal),
-        margin_words=format_margins(manifest.get("margins")),
-        findings=findings,
-        charts=[chart for key, chart in charts.items() if not key.startswith("head_")],
-        head_charts=[chart for key, chart in charts.items() if key.startswith("head_")],
-        head_maps=drawn,
-        head_data=head_data,
-        asked=any(one.asked for one in heads),
-        maps_left_out=maps_left_out,
-        agreement=agreement_table(agreed),
-        tables=tables,
-        rows_left_out=rows_left_out,
-        settings=pairs(effective_settings(manifest)),
-        model=pairs(manifest.get("model")),
-        versions=[*pairs(manifest.get("versions")), ("commit", str(manifest.get("commit") or "not recorded"))],
-        hardware=pairs(manifest.get("hardware")),
-        missing=plain_table(missing, "Figures that could not be computed, and why"),
-        failed=plain_table(
+    values: dict[str, Any] = {
+        "scripts": ("vega/vega.js", "templates/script.js", "templates/charts.js"),
+        "name": name,
+        "answer": answer,
+        "lines": lines,
+        "hero": inline_svg(hero, "hero-", hero_alt) if hero is not None and known else None,
+        "hero_alt": hero_alt,
+        "tolerance": None if math.isnan(tolerance) else tolerance,
+        "explorer_data": explorer,
+        "explorer_left_out": explorer_left_out,
+        "ranking": ranking_table(ranked, "method"),
+        "ranked_variants": ranking_table(ranked, "variant"),
+        "started": str(manifest.get("started") or ""),
+        "opening": opening(name, summary, cells, manifest),
+        "verdicts": [[v for v in verdicts if v.id == key] for key in dict.fromkeys(v.id for v in verdicts)],
+        "expert": answers_table(answers[~exploratory], "Estimates, intervals and tests"),
+        "exploratory": answers_table(answers[exploratory], "Exploratory contrasts"),
+        "optimum": optimum_table(optimal),
+        "equal": equal_table(equal),
+        "margin_words": format_margins(manifest.get("margins")),
+        "findings": findings,
+        "head_maps": drawn,
+        "head_data": head_data,
+        "asked": any(one.asked for one in heads),
+        "maps_left_out": maps_left_out,
+        "agreement": agreement_table(agreed),
+        "tables": tables,
+        "rows_left_out": rows_left_out,
+        "settings": pairs(effective_settings(manifest)),
+        "model": pairs(manifest.get("model")),
+        "versions": [*pairs(manifest.get("versions")), ("commit", str(manifest.get("commit") or "not recorded"))],
+        "hardware": pairs(manifest.get("hardware")),
+        "missing": plain_table(missing, "Figures that could not be computed, and why"),
+        "failed": plain_table(
             cells.loc[cells["status"] == "failed", ["variant", "method", "iteration", "level", "reason"]],
             "Cells that failed",
         ),
-        warnings=warnings,
-        notices=notices(warnings, missing, cells),
-        samples=samples,
-        samples_left_out=samples_left_out,
-        with_texts=texts is not None,
-        glossary=[
+        "warnings": warnings,
+        "notices": notices(warnings, missing, cells),
+        "samples": samples,
+        "samples_left_out": samples_left_out,
+        "with_texts": texts is not None,
+        "glossary": [
             (metric.label, metric.unit, metric.direction)
             for metric in METRICS.values()
             if (summary["metric"] == metric.name).any()
         ],
-    )
+    }
+    rest = _rendered("report.html", **values, **_chart_values({}, []))
+    charts = report_charts(drawings, name, most_bytes=min(_CHART_BYTES, _PAGE_BYTES - len(rest.encode())))
+    return _rendered("report.html", **values, **_chart_values(*charts))
+
+
+def _chart_values(charts: Mapping[str, Chart], left_out: Sequence[str]) -> dict[str, Any]:
+    """The charts where the template wants them: the ranking beside its table, those of heads beside the maps."""
+    return {
+        "ranking_chart": charts.get("rankings"),
+        "charts": [chart for key, chart in charts.items() if key != "rankings" and not key.startswith("head_")],
+        "head_charts": [chart for key, chart in charts.items() if key.startswith("head_")],
+        "charts_left_out": left_out,
+    }
 
 
 def render_between_runs(
     *,
-    names: tuple[str, str],
+    names: Sequence[str],
     compared: pd.DataFrame,
     findings: Sequence[Finding],
     differences: Sequence[DifferenceInWords],
     limits: Sequence[LimitInWords],
+    charts: Mapping[str, tuple[bytes, bytes]],
 ) -> str:
-    """The comparison of two runs as one HTML document under 3 MB that opens offline.
+    """The comparison of several runs as one HTML document under 3 MB that opens offline.
 
-    ``names`` are the folders of the first and the second run. ``compared`` has the columns of ``answers`` and "level".
+    ``names`` are the folders of the runs. ``compared`` has the columns of ``answers``, "level" and "run". ``charts`` are SVG
+    documents by method, for wide screens and for those up to 600 pixels; those that would make the page too large are left
+    out, and named.
     """
     kept = compared.head(_COMPARED_ROWS)
+    drawn: dict[str, tuple[str, str]] = {}
+    used = 0
+    for method, pair in charts.items():
+        used += sum(map(len, pair)) * 4 // 3
+        if used <= _COMPARED_CHART_BYTES:
+            drawn[method] = (base64.b64encode(pair[0]).decode(), base64.b64encode(pair[1]).decode())
+    tables = [
+        answers_table(rows.drop(columns="run"), f"{capitalised(str(run))} against run 1")
+        for run, rows in kept.groupby("run", sort=False)
+    ]
     return _rendered(
         "between_runs.html",
-        first=names[0],
-        second=names[1],
+        scripts=("templates/script.js",),
+        names=list(names),
         findings=findings,
         differences=differences,
         limits=limits,
-        compared=answers_table(kept, "The second run against the first"),
+        charts=drawn,
+        charts_left_out=[method for method in charts if method not in drawn],
+        tables=tables,
         rows_left_out=len(compared) - len(kept),
     )
 
 
-def _rendered(template: str, **values: Any) -> str:
+def _rendered(template: str, *, scripts: Sequence[str], **values: Any) -> str:
     environment = Environment(
         loader=PackageLoader("pruning_comparison.report"),
         autoescape=True,
@@ -153,10 +219,21 @@ def _rendered(template: str, **values: Any) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters["tied"] = _tied
-    script = files("pruning_comparison.report").joinpath("templates/script.js").read_text("utf-8")
-    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    return environment.get_template(template).render(script=Markup(script), script_hash=digest, **values)
+    environment.filters.update(tied=_tied, css=_css_text, verdict_class=_verdict_class)
+    sources = [files("pruning_comparison.report").joinpath(name).read_text("utf-8") for name in scripts]
+    hashes = [base64.b64encode(hashlib.sha256(source.encode()).digest()).decode() for source in sources]
+    page = environment.get_template(template)
+    return page.render(scripts=[Markup(source) for source in sources], script_hashes=hashes, **values)
+
+
+def _css_text(text: str) -> str:
+    """A text as it may stand between quotation marks in a style sheet."""
+    return "".join(character for character in text if character.isprintable() and character not in "\\'\"<>&;")
+
+
+def _verdict_class(verdict: str) -> str:
+    classes = {NO_DIFFERENCE: "no-difference", NOT_ENOUGH: "not-enough"}
+    return classes.get(verdict, verdict)
 
 
 def _tied(text: str) -> str:

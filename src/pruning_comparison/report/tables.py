@@ -12,11 +12,12 @@ import pandas as pd
 from pruning_comparison.analysis import NOT_ENOUGH, QUESTIONS
 from pruning_comparison.formatting import format_value, interval_with_unit, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import METRICS, in_role, metric_named
+from pruning_comparison.report.answer import format_times
 from pruning_comparison.report.rows import rows_of
 from pruning_comparison.report.verdicts import interval_shown, shown
 from pruning_comparison.variants import AGENCY_VS_BASELINE, variant_order
 
-_TABLE_BYTES = 600_000
+_TABLE_BYTES = 450_000
 
 
 @dataclass(frozen=True)
@@ -132,7 +133,7 @@ def _verdict_cell(row: Mapping[str, Any]) -> TableCell:
     if row["kind"] == "exploratory":
         word = "unclear" if verdict == NOT_ENOUGH else reason
         return TableCell(word, str(row.get("note") or ""), tone=word if word in ("better", "worse") else "muted")
-    return TableCell(verdict, reason, tone=verdict)
+    return TableCell(verdict, reason, tone=verdict.replace(" ", "-"))
 
 
 def _place_cell(row: Mapping[str, Any], column: str) -> TableCell:
@@ -185,6 +186,67 @@ def optimum_table(optimal: pd.DataFrame) -> Table | None:
         ),
         tuple(rows),
     )
+
+
+def ranking_table(ranked: pd.DataFrame, compared: str) -> Table | None:
+    """Methods (or variants) in order, each against the next and against random; None where there are not two of them."""
+    rows = rows_of(ranked[ranked["compared"] == compared])
+    if len({(row["within"], row["name"]) for row in rows}) < 2 or not any(_has_text(row["next_name"]) for row in rows):
+        return None
+    control = compared == "method"
+    table = []
+    for row in rows:
+        decided, following = bool(row["decided"]), row["next_name"]
+        if not _has_text(following):
+            against = TableCell("last", tone="muted")
+        else:
+            word = "beats it" if decided else "cannot be told apart"
+            against = TableCell(
+                f"{following}: {_times(row['next_estimate'])}, {word}",
+                _ratio_interval(row, "next"),
+                _sort_key(row["next_estimate"]),
+                "better" if decided else "",
+            )
+        cells = [
+            TableCell(f"{int(row['rank'])}"),
+            TableCell(str(row["name"])),
+            TableCell(_times(row["estimate"]), _ratio_interval(row, ""), _sort_key(row["estimate"])),
+            against,
+        ]
+        if control:
+            verdict = str(row["versus_random_verdict"] or "")
+            cells.append(
+                TableCell(verdict or "is the control", _ratio_interval(row, "versus_random"), tone=verdict)
+                if verdict != "no random control"
+                else TableCell(verdict, tone="muted")
+            )
+        table.append(
+            TableRow(TableCell(str(row["within"])), (*cells, TableCell("" if pd.isna(row["n"]) else f"{row['n']:g}")))
+        )
+    what, within = ("Method", "Variant") if control else ("Variant", "Method")
+    columns = (
+        within,
+        "Rank",
+        what,
+        "Perplexity, times dense",
+        "Next rank over this one",
+        *(["Against random"] if control else []),
+        "n",
+    )
+    return Table(f"{what}s in order within each {within.lower()}", columns, tuple(table))
+
+
+def _has_text(value: Any) -> bool:
+    return isinstance(value, str) and bool(value)
+
+
+def _times(value: Any) -> str:
+    return "missing" if pd.isna(value) else f"×{format_times(float(value))}"
+
+
+def _ratio_interval(row: Mapping[str, Any], stem: str) -> str:
+    low, high = (row[f"{stem}_{end}" if stem else end] for end in ("ci_low", "ci_high"))
+    return "" if pd.isna(low) or pd.isna(high) else f"{format_times(float(low))} to {format_times(float(high))}"
 
 
 def equal_table(equal: pd.DataFrame) -> Table | None:
@@ -315,7 +377,7 @@ def _format_interval(row: Mapping[str, Any], unit: str) -> str:
 
 
 def _difference_cell(row: Mapping[str, Any] | None) -> TableCell:
-    """The difference, its interval, and in a word whether it is better, worse, or not told by the data."""
+    """The difference, its interval, and in a word whether it is better, worse, or unclear."""
     if row is None or math.isnan(float(row["estimate"])):
         return TableCell("")
     estimate, unit = float(row["estimate"]), str(row["unit"])
@@ -329,7 +391,7 @@ def _difference_cell(row: Mapping[str, Any] | None) -> TableCell:
             tone = "better" if row["better"] == direction else "worse"
         verdict = tone or direction
     elif not (math.isnan(low) or math.isnan(high)):
-        verdict = "not told"
+        verdict = "unclear"
     text = f"{sign}{with_unit(estimate, unit)}"
     return TableCell(f"{text}, {verdict}" if verdict else text, small, f"{estimate:.10g}", tone)
 

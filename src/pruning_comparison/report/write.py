@@ -5,12 +5,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
+from matplotlib.figure import Figure
 
 from pruning_comparison.analysis import (
     CONTRAST_COLUMNS,
@@ -22,7 +24,6 @@ from pruning_comparison.analysis import (
     answer_hypotheses,
     answer_pruning,
     contrast,
-    differences,
     map_heads,
     map_rounds,
     missing_figures,
@@ -34,10 +35,23 @@ from pruning_comparison.analysis import (
     speed_at_equal_perplexity,
     summarize,
 )
-from pruning_comparison.errors import StoreError
+from pruning_comparison.errors import InputError, StoreError
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report import between_runs, findings, verdicts
-from pruning_comparison.report.charts import NARROW, WIDE, draw_all, draw_head_charts, save_charts
+from pruning_comparison.report.answer import answer_of
+from pruning_comparison.report.charts import (
+    NARROW,
+    WIDE,
+    chart_jobs,
+    draw_between_runs,
+    head_chart_jobs,
+    perplexity_over_levels,
+    rankings,
+    save_charts,
+    to_svg,
+)
+from pruning_comparison.report.drawing import draw_charts
+from pruning_comparison.report.first_screen import model_name
 from pruning_comparison.report.layers import layer_findings
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
@@ -46,7 +60,7 @@ from pruning_comparison.variants import PRIMARY
 
 REPORT = "report.html"
 CHARTS = "charts"
-NARROW_CHARTS = "narrow"
+HERO = "perplexity_over_levels"
 BETWEEN_RUNS = "between_runs.csv"
 
 LOGGER = logging.getLogger(__name__)
@@ -71,12 +85,14 @@ def write_results(
     *,
     save_outputs: bool,
     margins: Mapping[str, float] | None = None,
+    on_progress: Callable[[int, int, str], None] | None = None,
 ) -> Path:
     """Writes every table, chart and the report of a run folder anew from its journal; returns the report's path.
 
     ``results.json`` and every table of ``_Tables`` and of the journal as CSV; ``generated_texts.csv`` only where
     ``save_outputs``. ``margins`` (fields of ``Margins``) replace those that the manifest keeps from the last time, and are
-    kept there. StoreError where nothing has been measured yet.
+    kept there. Charts that show what they showed the last time are not drawn again; ``on_progress`` is told how many of how
+    many are done, and which comes next. StoreError where nothing has been measured yet.
     """
     run = load_run(folder)
     used = margins_of(run.manifest, margins)
@@ -94,18 +110,16 @@ def write_results(
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
     ]
-    LOGGER.info("drawing the charts")
+    answer = answer_of(
+        model_name(tables.summary, manifest),
+        relative=tables.relative,
+        optimal=tables.optimal_levels,
+        ranked=tables.rankings,
+        answers=tables.answers,
+    )
     maps = map_heads(heads, asked["signals"], asked["replies"])
     rounds = map_rounds(asked["signals"], asked["replies"])
     agreed = agreement(heads)
-    figures, narrow = (
-        {
-            **draw_all(tables.summary, tables.contrasts, size=size),
-            **draw_head_charts(run.model, maps, rounds, agreed, size=size),
-        }
-        for size in (WIDE, NARROW)
-    )
-
     for name, table in {
         **vars(tables),
         "cells": run.cells,
@@ -116,12 +130,25 @@ def write_results(
         write_table(folder / f"{name}.csv", table)
     if save_outputs:
         write_table(folder / "generated_texts.csv", texts)
-    words = {"verdicts": [vars(verdict) for verdict in told], "findings": [vars(finding) for finding in plain]}
+    words = {
+        "answer": asdict(answer),
+        "verdicts": [vars(verdict) for verdict in told],
+        "findings": [vars(finding) for finding in plain],
+    }
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
-    pictures = save_charts(figures, folder / CHARTS)
-    narrow_pictures = save_charts(narrow, folder / CHARTS / NARROW_CHARTS, svg=False)
+    jobs: dict[str, Callable[[], Figure]] = {
+        HERO: partial(perplexity_over_levels, tables.relative, tolerance=used.tolerance),
+        "rankings": partial(rankings, tables.rankings),
+        **chart_jobs(tables.summary, tables.contrasts),
+        **head_chart_jobs(run.model, maps, rounds, agreed),
+    }
+    drawings = draw_charts(jobs, folder / CHARTS, on_progress=on_progress)
+    _remove_narrow_charts(folder / CHARTS / "narrow")
     LOGGER.info("writing the report")
     html = render_report(
+        answer=answer,
+        relative=tables.relative,
+        ranked=tables.rankings,
         summary=tables.summary,
         contrasts=tables.contrasts,
         cells=run.cells,
@@ -131,8 +158,8 @@ def write_results(
         optimal=tables.optimal_levels,
         equal=tables.equal_perplexity,
         findings=plain,
-        pictures=pictures,
-        narrow_pictures=narrow_pictures,
+        hero=drawings.pop(HERO),
+        drawings=drawings,
         heads=maps,
         agreed=agreed,
         manifest=manifest,
@@ -142,32 +169,41 @@ def write_results(
     return folder / REPORT
 
 
-def write_between_runs(
-    first: Path,
-    second: Path,
-    *,
-    output_dir: Path,
-) -> Path:
-    """Compares the second run with the first and writes ``between_runs_<timestamp>/``: report and ``between_runs.csv``.
+def write_between_runs(folders: Sequence[Path], *, output_dir: Path) -> Path:
+    """Compares every run with the first of them and writes ``between_runs_<timestamp>/``: report, table and charts.
 
-    Returns the report's path.
+    Returns the report's path. InputError for fewer than two runs.
     """
-    runs = load_run(first), load_run(second)
+    if len(folders) < 2:
+        raise InputError(f"{len(folders)} run cannot be compared with another. Name at least two.")
+    runs = [load_run(folder) for folder in folders]
     LOGGER.info("estimating")
-    compared, limits = between_runs.compare(*runs)
-    found = differences(runs[0].manifest.as_dict(), runs[1].manifest.as_dict())
+    compared = between_runs.compare_all(runs)
+    table = between_runs.joined(compared)
+    LOGGER.info("drawing the charts")
+    wide, narrow = (draw_between_runs(table, size=size) for size in (WIDE, NARROW))
     folder = _new_folder(output_dir)
-    write_table(folder / BETWEEN_RUNS, compared)
+    write_table(folder / BETWEEN_RUNS, table)
+    save_charts(wide, folder / CHARTS)
     LOGGER.info("writing the report")
     html = render_between_runs(
-        names=(str(first), str(second)),
-        compared=compared,
-        findings=between_runs.between_runs_findings(compared),
-        differences=[between_runs.difference_in_words(difference) for difference in found],
-        limits=[between_runs.limit_in_words(limit) for limit in limits],
+        names=[str(name) for name in folders],
+        compared=table,
+        findings=[finding for one in compared for finding in between_runs.between_runs_findings(one.table, one.name)],
+        differences=between_runs.differences_in_words(compared),
+        limits=between_runs.limits_in_words(compared),
+        charts={name: (to_svg(wide[name]), to_svg(narrow[name])) for name in wide},
     )
     write_atomically(folder / REPORT, html)
     return folder / REPORT
+
+
+def _remove_narrow_charts(folder: Path) -> None:
+    """What releases up to 0.1.0 drew for phones would go on showing an old state beside the new charts."""
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
 
 
 def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins:
@@ -251,9 +287,7 @@ def _new_folder(output_dir: Path) -> Path:
     raise StoreError(f"{output_dir} already holds 1000 comparisons of this second; wait a moment.")
 
 
-def _results_json(
-    manifest: Mapping[str, Any], tables: _Tables, cells: pd.DataFrame, words: Mapping[str, list[dict[str, Any]]]
-) -> str:
+def _results_json(manifest: Mapping[str, Any], tables: _Tables, cells: pd.DataFrame, words: Mapping[str, Any]) -> str:
     document = {
         "manifest": manifest,
         "metrics": {

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -21,11 +23,12 @@ from pruning_comparison.run.reuse import reuse
 from pruning_comparison.run.run_log import RunLog, log_failure
 from pruning_comparison.run.run_options import keep_options
 from pruning_comparison.run.saved_models import model_folder
-from pruning_comparison.spec import Cell, ComparisonSpec, revisions_of
+from pruning_comparison.spec import NAMES_OF_FILES, Cell, ComparisonSpec, revisions_of
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import CellResult, Manifest, Measurement, ModelFacts
 from pruning_comparison.store.run_folder import (
     create_run,
+    journal_damage,
     read_manifest,
     stored_runs,
     unfinished_run,
@@ -46,9 +49,14 @@ def run_comparison(
     raise_failures: bool = False,
     save_models: bool = False,
     launcher: Launcher = launch_serially,
+    fresh: bool = False,
+    more_options: Mapping[str, Any] = {},
     budget_s: float | None = None,
 ) -> Path:
     """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
+
+    With ``fresh`` everything is measured again in a new folder: nothing is continued, and nothing is reused from earlier
+    runs. ``more_options`` are not part of the spec; they are only kept with the options that repeat the run.
 
     A spec that goes on ``until_decided`` ends at the first look that finds all primary answers decided, or at the last one.
     ``budget_s`` ends it earlier: when so much time has been used, in all sessions together, or at a look from which the next
@@ -67,12 +75,14 @@ def run_comparison(
         )
     check_budget(spec, budget_s)
     inputs = prepare(spec)
-    with RunLog() as log, RunStore(log.kept_in(open_run(spec, inputs, output_dir, code_commit)), lock=True) as store:
+    opened = partial(open_run, spec, inputs, output_dir, code_commit, fresh=fresh, more_options=more_options)
+    with RunLog() as log, RunStore(log.kept_in(opened()), lock=True) as store:
         folder = store.folder
         stopwatch = Stopwatch(store, budget_s)
         ended, failed = "", 0
         for iterations in spec.looks:
-            reuse(spec, inputs, store, iterations=iterations)
+            if not fresh:
+                reuse(spec, inputs, store, iterations=iterations)
             work = missing_work(
                 spec, inputs, store, iterations=iterations, save_models=save_models, raise_failures=raise_failures
             )
@@ -96,7 +106,9 @@ def run_comparison(
                 if spec.until_decided:
                     stopwatch.keep(now=True)
                 raise Interrupted(
-                    f"{steps.done} of {steps.total} steps are kept in {folder}. The same command continues.", folder
+                    f"{steps.done} of {steps.total} steps are kept in {folder}. The same command"
+                    f"{', without --fresh,' if fresh else ''} continues.",
+                    folder,
                 ) from None
             if steps.done == steps.total:
                 ended = ""  # the budget is used, and so is all that there was to do before this look
@@ -176,10 +188,18 @@ def missing_work(
     return Work(spec, inputs, store.folder, cells, parts, timings, models, known, raise_failures)
 
 
-def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit: str | None) -> Path:
-    """The run folder to write to: an unfinished one of the same spec, else a new one."""
+def open_run(
+    spec: ComparisonSpec,
+    inputs: Inputs,
+    output_dir: Path,
+    code_commit: str | None,
+    *,
+    fresh: bool = False,
+    more_options: Mapping[str, Any] = {},
+) -> Path:
+    """The run folder to write to: an unfinished one of the same spec, unless ``fresh``, else a new one."""
     spec_hash = spec.content_hash(dict(inputs.digests))
-    folder = unfinished_run(output_dir, spec_hash)
+    folder = None if fresh else unfinished_run(output_dir, spec_hash)
     if folder is not None:
         manifest = read_manifest(folder)
         LOGGER.info("continuing %s", folder)
@@ -198,7 +218,7 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         if set(warnings) - set(known):
             write_manifest(folder, replace(manifest, warnings=(*known, *(w for w in warnings if w not in known))))
         return folder
-    for other, manifest in stored_runs(output_dir):
+    for other, manifest in stored_runs(output_dir) if not fresh else ():
         if manifest.finished is None and (manifest.spec_hash != spec_hash or manifest.revisions is None):
             LOGGER.info(
                 "%s is unfinished and %s. This starts a new run", other, _why_not_continued(manifest, spec, inputs)
@@ -216,7 +236,7 @@ def open_run(spec: ComparisonSpec, inputs: Inputs, output_dir: Path, code_commit
         started=_now(),
         warnings=_warnings(spec),
     )
-    folder = keep_options(create_run(output_dir, manifest), spec)
+    folder = keep_options(create_run(output_dir, manifest), spec, more_options)
     for warning in manifest.warnings:
         LOGGER.warning(warning)
     return folder
@@ -243,13 +263,53 @@ def _why_not_continued(manifest: Manifest, spec: ComparisonSpec, inputs: Inputs)
 
 def would_resume(spec: ComparisonSpec, output_dir: Path) -> bool:
     """Whether ``run_comparison`` would continue an unfinished run."""
-    digests = content_hashes(
+    return unfinished_run(output_dir, spec.content_hash(_digests(spec))) is not None
+
+
+def finished_run(spec: ComparisonSpec, output_dir: Path, *, with_models: bool = False) -> Path | None:
+    """The newest run of the same spec, if it is finished and its journal sound; None where it is to be continued, or none.
+
+    ``with_models``: only one that has kept its pruned models. What has changed since it was measured, of versions and
+    machine, is logged as a warning.
+    """
+    here = _settings_without_files(spec.as_dict())
+    if not any(
+        manifest.finished is not None and _settings_without_files(manifest.spec) == here
+        for _, manifest in stored_runs(output_dir)
+    ):
+        return None  # Contents are hashed only where it can matter: that reads all weights of a local model.
+    spec_hash = spec.content_hash(_digests(spec))
+    for folder, manifest in stored_runs(output_dir):
+        if manifest.spec_hash != spec_hash or manifest.revisions is None or journal_damage(folder) is not None:
+            continue
+        if manifest.finished is None:
+            return None  # begun after any that is finished, and to be continued
+        pruned = [cell for cell in spec.cells() if cell.level > 0]
+        if with_models and not all(model_folder(folder, cell).is_dir() for cell in pruned):
+            continue
+        for part, stored, now in (
+            ("versions", manifest.versions, versions()),
+            ("hardware", manifest.hardware, hardware(spec)),
+        ):
+            if stored != now:
+                changed = [name for name in {**stored, **now} if stored.get(name) != now.get(name)]
+                LOGGER.warning("it was measured with other %s: %s", part, ", ".join(changed))
+        return folder
+    return None
+
+
+def _settings_without_files(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings as the identity of a run counts them: what files are called is not part of it."""
+    return {name: value for name, value in settings.items() if name not in NAMES_OF_FILES}
+
+
+def _digests(spec: ComparisonSpec) -> dict[str, str]:
+    return content_hashes(
         preview_model(spec.model_name),
         load_prompts(spec.prompt_file, spec.max_prompts),
         load_documents(spec.eval_text, option="--eval_text"),
         load_documents(spec.calibration_text, option="--calibration_text"),
     )
-    return unfinished_run(output_dir, spec.content_hash(digests)) is not None
 
 
 def _warnings(spec: ComparisonSpec) -> tuple[str, ...]:

@@ -47,8 +47,8 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
     """
     preview = preview_model(spec.model_name)
     _check_levels(spec, preview.grid)
-    prompts = load_prompts(spec.prompt_file, spec.max_prompts)
     bos = preview.bos(spec.bos)
+    prompts = load_prompts(spec.prompt_file, spec.max_prompts)
     before = [] if bos is None else [bos]
     prompt_ids = [[*before, *tokenize(preview.tokenizer, prompt)[0]] for prompt in prompts]
     for ids in prompt_ids:
@@ -82,14 +82,29 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
         tokens=spec.eval_tokens,
         bos=bos,
     )
-    calibration_windows = whole_windows(
-        calibration, preview.tokenizer, min(spec.calibration_window, preview.context), bos=bos
-    )
-    check_enough(calibration_windows, spec.calibration_tokens)
+    calibration_windows = _calibration_windows(spec, preview, calibration, bos)
     _check_ids([int(window.ids.max()) for window in windows], preview, "--eval_text")
-    _check_ids([int(calibration_windows.max())], preview, "--calibration_text")
     digests = content_hashes(preview, prompts, evaluation, calibration) if identify else {}
     return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests, bos)
+
+
+def prepare_pruning(spec: ComparisonSpec) -> Inputs:
+    """The part of ``prepare`` that pruning itself needs. Prompts and evaluation text are neither read nor checked."""
+    preview = preview_model(spec.model_name)
+    _check_levels(spec, preview.grid)
+    bos = preview.bos(spec.bos)
+    calibration = load_documents(spec.calibration_text, option="--calibration_text")
+    return Inputs(preview, (), (), (), _calibration_windows(spec, preview, calibration, bos), {}, bos)
+
+
+def _calibration_windows(
+    spec: ComparisonSpec, preview: ModelPreview, documents: list[Document], bos: int | None
+) -> Tensor:
+    """All windows of calibration text [M, T]; InputError where there are too few, or a token has no embedding."""
+    windows = whole_windows(documents, preview.tokenizer, min(spec.calibration_window, preview.context), bos=bos)
+    check_enough(windows, spec.calibration_tokens)
+    _check_ids([int(windows.max())], preview, "--calibration_text")
+    return windows
 
 
 def heads_leaving_together(grid: HeadGrid, unit: PruneUnit) -> int:
@@ -106,7 +121,7 @@ def _check_levels(spec: ComparisonSpec, grid: HeadGrid) -> None:
         if level > 0
     ]
     if counts and not any(counts):
-        raise InputError(f"--pruning_levels: {nothing_pruned(spec, grid)}")
+        raise InputError(nothing_pruned(spec, grid), option="--pruning_levels")
 
 
 def nothing_pruned(spec: ComparisonSpec, grid: HeadGrid) -> str:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -13,12 +13,13 @@ from typing import Any
 import torch
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.trajectory import ROUND_LEVEL
 from pruning_comparison.checkpoint.forms import forms_ruled_out
 from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
-from pruning_comparison.models import ModelPreview, preview_model
+from pruning_comparison.models import ModelPreview
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
 from pruning_comparison.pruning.surgery import converted_copy
 from pruning_comparison.run.cell import build
@@ -127,11 +128,10 @@ def spec_of_one(level: float, method: str, variant: str, **settings: Any) -> Com
     return spec
 
 
-def check_forms(spec: ComparisonSpec, forms: Sequence[str]) -> None:
+def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPreview) -> None:
     """InputError, before any weight is read, where no pruned model of this spec can be saved in one of ``forms``."""
     if not forms:
         return
-    preview = preview_model(spec.model_name)
     adapts = variant_named(spec.variants[0]).adapts and spec.adaptation != "none" and spec.new_bias
     biases = ("attention", "mlp") if adapts and spec.adaptation == "refit-mlp" else ("attention",) if adapts else ()
     reasons = forms_ruled_out(
@@ -146,26 +146,50 @@ def check_forms(spec: ComparisonSpec, forms: Sequence[str]) -> None:
             raise InputError(f"--also: {reasons[form]} Nothing has been pruned yet.")
 
 
-def build_one(workspace: Workspace) -> PrunedModel:
-    """The pruned model of a spec of one, with what was done noted in its config."""
+def steps_of_one(spec: ComparisonSpec, *, measures: bool, forms: int) -> dict[str, int]:
+    """How many steps one pruned model takes, by the first word of what ``on_step`` is told."""
+    return {"loading": 1, "pruning": len(_rounds(spec)) + 1, "measuring": 3 if measures else 0, "saving": forms}
+
+
+def _rounds(spec: ComparisonSpec) -> list[float]:
+    """Levels of the rounds in which the heads leave, below the level that is asked for; none where they leave at once."""
+    if variant_named(spec.variants[0]).selection == "once":
+        return []
+    return [ROUND_LEVEL * number for number in range(1, math.ceil(spec.pruning_levels[-1] / ROUND_LEVEL))]
+
+
+def build_one(workspace: Workspace, on_step: Callable[[str], None] = lambda what: None) -> PrunedModel:
+    """The pruned model of a spec of one, with what was done noted in its config. ``on_step`` is told what begins."""
     spec = workspace.spec
     cell = Cell(spec.variants[0], spec.pruning_methods[0], 0, spec.pruning_levels[-1])
+    for level in _rounds(spec):
+        on_step(f"pruning to {level:g} %")
+        # The path stays where it is, so that the next round goes on from here: the same rounds as without this loop.
+        workspace.trajectory(variant_named(cell.variant), cell.method, cell.iteration).at(level)
+    on_step(f"pruning to {cell.level:g} %")
     pruned = build(workspace, cell)
     if bool(pruned.keep.all()):
-        raise InputError(f"--level: {nothing_pruned(spec, workspace.grid)}")
+        raise InputError(nothing_pruned(spec, workspace.grid), option="--level")
     note_pruning(workspace, pruned, cell)
     return pruned
 
 
-def measure_one(workspace: Workspace, pruned: PrunedModel) -> list[BeforeAndAfter]:
-    """Perplexity, speed and bytes of the dense model and of the pruned one, measured as a comparison measures them."""
+def measure_one(
+    workspace: Workspace, pruned: PrunedModel, on_step: Callable[[str], None] = lambda what: None
+) -> list[BeforeAndAfter]:
+    """Perplexity, speed and bytes of the dense model and of the pruned one, measured as a comparison measures them.
+
+    ``on_step`` is told what begins.
+    """
     spec = workspace.spec
     models = {DENSE: workspace.dense, "pruned": pruned.model}
     perplexities = []
-    for model in models.values():
+    for name, model in models.items():
+        on_step(f"measuring the perplexity of the {name} model")
         losses = measure_perplexity(model, workspace.inputs.windows, batch_size=spec.quality_batch_size)
         perplexity = perplexity_of(losses)
         perplexities.append(perplexity if math.isfinite(perplexity) else None)
+    on_step("measuring speed, both models in turns")
     timings = time_level(workspace, models, 0).rows
 
     def mean(variant: str, metric: str) -> float | None:

@@ -86,14 +86,14 @@ def _as_scores(result: Any) -> HeadScores:
 def _scores_of_own(
     method: Method, model: PreTrainedModel, windows: Tensor | None, settings: ScoreSettings
 ) -> HeadScores:
-    """What a user's function returns, checked: an error in it is the user's to mend, and costs nothing measured."""
+    """What a user's function returns, checked: an error in it is the user's to fix, and costs nothing measured."""
     grid = head_grid(model.config)
     where = f"--pruning_method: {method.name}"
     try:
         found = _as_scores(_call(method, model, windows, settings))
     except Exception as error:
         raise MethodError(
-            f"{where} raised {type(error).__name__}: {error}. Mend it; --debug_traceback shows where."
+            f"{where} raised {type(error).__name__}: {error}. Fix it; --debug_traceback shows where."
         ) from error
     scores = found.scores
     if not isinstance(scores, Tensor) or not scores.is_floating_point():

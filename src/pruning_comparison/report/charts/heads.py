@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import matplotlib
@@ -25,6 +26,8 @@ __all__ = ["draw_head_charts", "head_agreement", "head_departures", "head_negoti
 
 _STAYS = "#f2f2f2"
 _MOST_PANELS = 24
+_SHADES = 48
+_WHITE_INK = "#fefefe"  # Not the white of the paper, which turns dark where the page does.
 _HEADS_OF_HALF_A_COLUMN = 12
 _LABELS = {
     "score": "Score (high = stays)",
@@ -47,6 +50,28 @@ _ROUND_WORDS = {
 }
 
 
+def head_chart_jobs(
+    model: str,
+    maps: Sequence[HeadMap],
+    rounds: Sequence[RoundMap],
+    agreed: pd.DataFrame,
+    *,
+    size: FigureSize = WIDE,
+) -> dict[str, Callable[[], Figure]]:
+    """What draws each map, by its name, in reading order; nothing where no head was recorded."""
+    if not maps:
+        return {}
+    jobs: dict[str, Callable[[], Figure]] = {
+        "head_departures": partial(head_departures, model, maps, size=size),
+        "head_values": partial(head_values, model, maps, size=size),
+    }
+    if rounds:
+        jobs["head_negotiation"] = partial(head_negotiation, model, rounds, size=size)
+    if len(agreed):
+        jobs["head_agreement"] = partial(head_agreement, model, agreed, size=size)
+    return jobs
+
+
 def draw_head_charts(
     model: str,
     maps: Sequence[HeadMap],
@@ -56,14 +81,7 @@ def draw_head_charts(
     size: FigureSize = WIDE,
 ) -> dict[str, Figure]:
     """Every map by its name, in reading order; none where no head was recorded."""
-    if not maps:
-        return {}
-    return {
-        "head_departures": head_departures(model, maps, size=size),
-        "head_values": head_values(model, maps, size=size),
-        **({"head_negotiation": head_negotiation(model, rounds, size=size)} if rounds else {}),
-        **({"head_agreement": head_agreement(model, agreed, size=size)} if len(agreed) else {}),
-    }
+    return {name: draw() for name, draw in head_chart_jobs(model, maps, rounds, agreed, size=size).items()}
 
 
 @in_style
@@ -130,7 +148,7 @@ def head_values(model: str, maps: Sequence[HeadMap], *, size: FigureSize = WIDE)
     grid, figure, _ = _map_grid(title, drawable(model), caption, panels[0][2].shape, len(panels), columns, [], size)
     for axes, (method, name, values) in zip(grid, panels, strict=False):
         norm, colours = _value_scale(name, values)
-        picture = _draw_map(axes, values, matplotlib.colormaps[colours], norm)
+        picture = _draw_map(axes, values, matplotlib.colormaps[colours].resampled(_SHADES), norm)
         axes.set_title(_map_title(size, columns, method or None, _LABELS.get(name, drawable(name))))
         bar = figure.colorbar(picture, ax=axes, fraction=0.05, pad=0.02, aspect=18)
         bar.outline.set_visible(False)
@@ -197,11 +215,10 @@ def head_agreement(model: str, agreed: pd.DataFrame, *, size: FigureSize = WIDE)
         correlation[one, two] = correlation[two, one] = row["score_correlation"]
     chance = float(rows["chance"].mean())
     beside = size.columns > 1
-    first, second = ("Left", "Right") if beside else ("Above", "Below")
     caption = (
-        f"{first}: share of the heads gone at {level:g} % in one choice that are gone in the other too; two random choices "
-        f"would have {100 * chance:.0f} % in common. {second}: rank correlation of the two scores of the dense model. On "
-        "the diagonal: between iterations of one choice. Off it: the same iteration. Empty: not comparable."
+        f"In common: share of the heads gone at {level:g} % in one choice that are gone in the other too; two random "
+        f"choices would have {100 * chance:.0f} % in common. Correlation: rank correlation of the two scores of the dense "
+        "model. On the diagonal: between iterations of one choice. Off it: the same iteration. Empty: not comparable."
     )
     labels = [f"{drawable(variant)}, {drawable(method)}" for variant, method in names]
     points = max(size.smallest_pt, 5.5, 8.5 - 0.12 * len(names))
@@ -225,7 +242,10 @@ def head_agreement(model: str, agreed: pd.DataFrame, *, size: FigureSize = WIDE)
         )
     ):
         shades = matplotlib.colormaps[colours]
-        axes.imshow(values, cmap=shades, norm=norm, aspect="equal" if beside or high == wide else "auto")
+        edges = np.arange(len(names) + 1) - 0.5
+        axes.pcolormesh(edges, edges, np.ma.masked_invalid(values), cmap=shades, norm=norm)
+        axes.set_ylim(len(names) - 0.5, -0.5)
+        axes.set_aspect("equal" if beside or high == wide else "auto")
         axes.set_title(heading)
         axes.grid(visible=False)
         axes.set_yticks(range(len(names)), labels if index == 0 or not beside else [""] * len(names))
@@ -283,12 +303,12 @@ def _map_grid(
 def _draw_map(axes: Axes, values: Array, colours: Any, norm: Normalize) -> Any:
     layers, heads = values.shape
     axes.set_facecolor(_STAYS)
-    picture = axes.imshow(values, cmap=colours, norm=norm, aspect="auto", interpolation="nearest")
+    # Squares of its own rather than a picture: they stay sharp in an SVG at any size.
+    across, down = np.arange(heads + 1) - 0.5, np.arange(layers + 1) - 0.5
+    lines: dict[str, Any] = {"edgecolors": "white", "linewidth": 0.7} if heads * layers <= 2_500 else {}
+    picture = axes.pcolormesh(across, down, np.ma.masked_invalid(values), cmap=colours, norm=norm, **lines)
+    axes.set_ylim(layers - 0.5, -0.5)
     axes.grid(visible=False)
-    axes.set_xticks(np.arange(heads + 1) - 0.5, minor=True)
-    axes.set_yticks(np.arange(layers + 1) - 0.5, minor=True)
-    if heads * layers <= 2_500:
-        axes.grid(which="minor", color="white", linewidth=0.7, visible=True)
     axes.tick_params(which="both", length=0)
     for axis, count in ((axes.xaxis, heads), (axes.yaxis, layers)):
         axis.set_major_locator(FixedLocator(list(range(0, count, max(1, math.ceil(count / 9))))))
@@ -316,4 +336,4 @@ def _mark_size(height_in: float, shape: tuple[int, ...]) -> float:
 def _contrast(colour: Sequence[float]) -> str:
     """Black or white ink, whichever is read better on a colour."""
     red, green, blue = (float(part) for part in colour[:3])
-    return "white" if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.3 else "#111111"
+    return _WHITE_INK if 0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2 < 0.3 else "#111111"

@@ -9,7 +9,8 @@ picture is shown 800 pixels wide. ``size=NARROW`` stacks all panels in one colum
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -75,6 +76,7 @@ __all__ = [
     "NARROW",
     "WIDE",
     "FigureSize",
+    "chart_jobs",
     "comprehensive_summary",
     "draw_all",
     "quality_metrics",
@@ -273,7 +275,7 @@ def relative_improvement(contrasts: pd.DataFrame, *, size: FigureSize = WIDE) ->
         return placeholder(title, model, "There is no comparison of agency with the baseline to draw.", size)
     caption = (
         f"{format_n([(metric_label(metric), rows[rows['metric'] == metric]) for metric in metrics])} Above the zero line "
-        "agency is better, below it worse; a bar that crosses the line does not tell."
+        "agency is better, below it worse; where a bar crosses the line, the difference is unclear."
     )
     columns = min(size.columns, len(metrics))
     count = math.ceil(len(metrics) / columns)
@@ -377,22 +379,29 @@ def comprehensive_summary(summary: pd.DataFrame, *, method: str | None = None, s
     return figure
 
 
-def draw_all(summary: pd.DataFrame, contrasts: pd.DataFrame, *, size: FigureSize = WIDE) -> dict[str, Figure]:
-    """Every chart by its name, in reading order; several methods give a ``comprehensive_summary_<method>`` each."""
+def chart_jobs(
+    summary: pd.DataFrame, contrasts: pd.DataFrame, *, size: FigureSize = WIDE
+) -> dict[str, Callable[[], Figure]]:
+    """What draws each chart, by name, in reading order; several methods have a ``comprehensive_summary_<method>`` each."""
     methods = methods_in(summary)
-    pages = (
+    pages: dict[str, Callable[[], Figure]] = (
         {
-            f"comprehensive_summary_{method}": comprehensive_summary(summary, method=method, size=size)
+            f"comprehensive_summary_{method}": partial(comprehensive_summary, summary, method=method, size=size)
             for method in methods
         }
         if len(methods) > 1
-        else {"comprehensive_summary": comprehensive_summary(summary, size=size)}
+        else {"comprehensive_summary": partial(comprehensive_summary, summary, size=size)}
     )
     return {
-        "speed_comparison": speed_comparison(summary, size=size),
-        "quality_metrics": quality_metrics(summary, size=size),
-        "relative_improvement": relative_improvement(contrasts, size=size),
-        "radar": radar(summary, contrasts, size=size),
-        "temperature": temperature(summary, size=size),
+        "speed_comparison": partial(speed_comparison, summary, size=size),
+        "quality_metrics": partial(quality_metrics, summary, size=size),
+        "relative_improvement": partial(relative_improvement, contrasts, size=size),
+        "radar": partial(radar, summary, contrasts, size=size),
+        "temperature": partial(temperature, summary, size=size),
         **pages,
     }
+
+
+def draw_all(summary: pd.DataFrame, contrasts: pd.DataFrame, *, size: FigureSize = WIDE) -> dict[str, Figure]:
+    """Every chart by its name, in reading order."""
+    return {name: draw() for name, draw in chart_jobs(summary, contrasts, size=size).items()}

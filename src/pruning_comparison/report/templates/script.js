@@ -1,4 +1,13 @@
+{
 document.documentElement.classList.add("js");
+// A link to a part that is folded away opens it.
+const openTarget = () => {
+  const target = location.hash.length > 1 ? document.getElementById(decodeURIComponent(location.hash.slice(1))) : null;
+  for (let fold = target?.closest("details"); fold; fold = fold.parentElement.closest("details")) fold.open = true;
+  target?.scrollIntoView();
+};
+addEventListener("hashchange", openTarget);
+openTarget();
 for (const button of document.querySelectorAll("th button")) {
   button.addEventListener("click", () => {
     const heading = button.closest("th");
@@ -27,7 +36,7 @@ document.querySelectorAll(".headmap").forEach((box, number) => {
   const tell = (cell) => {
     const at = cells.indexOf(cell), layer = Math.floor(at / data.heads), head = at % data.heads;
     const each = data.iterations.map((values) => values[at] === null ? "stays" : values[at] + " %");
-    const parts = [`Layer ${layer}, head ${head}: ` + (cell.dataset.gone === "" ? "stays" : `goes at ${cell.dataset.gone} %`)];
+    const parts = [`Layer ${layer}, head ${head}: ` + (cell.dataset.gone === "" ? "stays" : `pruned at ${cell.dataset.gone} %`)];
     if (each.length > 1) parts[0] += ` (by iteration: ${each.join(", ")})`;
     if (data.refused) parts.push(`refused in ${data.refused[at]} and overridden in ${data.overridden[at]} of ${each.length} iterations`);
     for (const view of data.views) if (view.values[at] !== null) parts.push(`${view.name} ${view.values[at]}`);
@@ -44,7 +53,10 @@ document.querySelectorAll(".headmap").forEach((box, number) => {
       const step = {ArrowLeft: -1, ArrowRight: 1, ArrowUp: -data.heads, ArrowDown: data.heads, Home: -at, End: cells.length - 1 - at}[event.key];
       if (step === undefined) return;
       event.preventDefault();
-      cells[at + step]?.focus();
+      const next = cells[at + step];
+      if (!next) return;
+      next.focus();
+      tell(next); // A window without the focus sends no focus event.
     });
   });
   const before = cells.map((cell) => [cell.className, cell.textContent]);
@@ -59,3 +71,4 @@ document.querySelectorAll(".headmap").forEach((box, number) => {
     });
   });
 });
+}
