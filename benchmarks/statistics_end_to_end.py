@@ -2,8 +2,8 @@
 
 Both arms are the baseline on the bundled model, pruned at random with head choices of their own, and timed side by side as
 two variants are. Which of them is called "agency" is drawn anew for every run. Nothing is shared between the arms but the
-model, the texts and the prompts: pairs do not even share their iteration's draws. A claim is an answer that is "supported"
-or "refuted: worse". Prints one JSON line per run and one for all; finished cells are kept, and the same command continues.
+model, the texts and the prompts: pairs do not even share their iteration's draws. A claim is an answer that says better or
+worse. Prints one JSON line per run and one for all; finished cells are kept, and the same command continues.
 
     python benchmarks/statistics_end_to_end.py --output_dir=/tmp/end_to_end
 
@@ -21,7 +21,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pruning_comparison.analysis import answer_hypotheses, observations
+from pruning_comparison.analysis import NOT_ENOUGH, answer_hypotheses, observations
 from pruning_comparison.run.cell import build
 from pruning_comparison.run.inputs import prepare
 from pruning_comparison.run.measure_cell import measure_quality, time_level
@@ -50,13 +50,13 @@ def measure(folder: Path, first: Workspace, second: Workspace, labels: Sequence[
                 store.write_timings(METHOD, iteration, level, timings.rows, effort=timings.effort)
 
 
-def claims(folder: Path, seed: int) -> tuple[list[str], pd.DataFrame]:
+def claims(folder: Path) -> tuple[list[str], pd.DataFrame]:
     """The differences that the answers to one run claim, and all answers but the exploratory ones."""
     with RunStore(folder) as store:
         cells, measurements = store.table("cells"), store.table("measurements")
-    table = answer_hypotheses("bundled", cells, observations(cells, measurements), seed=seed)
+    table = answer_hypotheses("bundled", cells, observations(cells, measurements))
     table = table[table["kind"] != "exploratory"]
-    claimed = table[(table["verdict"] == "supported") | (table["reason"] == "worse")]
+    claimed = table[(table["verdict"] != NOT_ENOUGH) & table["reason"].isin(["better", "worse"])]
     return [f"{row.id} {row.metric}: {row.verdict}, {row.reason}" for row in claimed.itertuples()], table
 
 
@@ -84,7 +84,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         swap = bool(np.random.default_rng([options.seed, run]).integers(2))
         folder = options.output_dir / f"run_{run:02d}"
         measure(folder, arms[0], arms[1], ("agency", "baseline") if swap else ("baseline", "agency"))
-        found, table = claims(folder, run)
+        found, table = claims(folder)
         free += not found
         uncorrected += int((table["p"] <= 0.05).sum())
         tested += int(table["p"].notna().sum())

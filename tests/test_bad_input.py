@@ -183,7 +183,7 @@ def test_options(model_folder, tmp_path, capsys, monkeypatch, count):
     place.mkdir()
     monkeypatch.chdir(place)
     base = short_spec(model_folder)
-    fixed = ["num_tokens", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"]
+    fixed = ["num_tokens", "timing_limit_s", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"]
 
     def check(chosen):
         argv = ["run", "--quiet", "--device=cpu", f"--model_name={model_folder}", f"--output_dir={place / 'out'}"]

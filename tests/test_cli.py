@@ -396,7 +396,14 @@ def test_ctrl_c_while_the_report_is_drawn_says_that_all_is_measured(tmp_path, ca
 
     monkeypatch.setattr(results, "write_results", stopped)
     folder = save_tiny_model(tmp_path / "model")
-    options = [f"--model_name={folder}", "--device=cpu", "--pruning_levels=0", "--num_tokens=3", "--max_prompts=1"]
+    options = [
+        f"--model_name={folder}",
+        "--device=cpu",
+        "--pruning_levels=0",
+        "--num_tokens=3",
+        "--max_prompts=1",
+        "--timing_limit_s=0",
+    ]
     sizes = ["--iterations=1", "--eval_tokens=100", "--calibration_tokens=100", "--variants=baseline", "--quiet"]
     assert cli.main(["run", *options, *sizes, f"--output_dir={tmp_path / 'out'}"]) == 130
     run = next((tmp_path / "out").glob("run_*"))
@@ -422,7 +429,7 @@ def test_a_whole_run_from_a_shell(tmp_path):
     folder = save_tiny_model(tmp_path / "model")
     argv = [
         sys.executable, "-m", "pruning_comparison", "run", f"--model-name={folder}", "--device=cpu",
-        "--pruning_levels", "0,50",
+        "--pruning_levels", "0,50", "--timing_limit_s=0",
         "--num_tokens=6", "--max_prompts=2", "--iterations=2", "--eval_tokens=600", "--calibration_tokens=512",
         "--calibration_window=64", "--save_outputs", "--memory_logging", f"--output_dir={tmp_path / 'out'}", "--threads=1",
     ]  # fmt: skip

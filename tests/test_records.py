@@ -128,7 +128,7 @@ def test_what_is_added_is_measured_charted_reported_and_planned(examples, folder
     assert counts["score_tokens"] > 0
     options = [f"--model_name={folder}", "--device=cpu", "--num_tokens=3", "--eval_tokens=150", "--threads=1"]
     options += [f"--eval_text={spec.eval_text}", f"--calibration_text={spec.calibration_text}", "--iterations=1"]
-    options += ["--calibration_tokens=128", "--calibration_window=64", "--max_prompts=1"]
+    options += ["--calibration_tokens=128", "--calibration_window=64", "--max_prompts=1", "--timing_limit_s=0"]
     assert cli.main(["plan", *options, "--pruning_method=value-norm", f"--variants={','.join(variants)}"]) == 0
     planned = capsys.readouterr().out
     assert "progressive-adaptation" in planned

@@ -605,6 +605,7 @@ def test_the_colab_script_makes_a_report_with_the_bundled_model(tmp_path: Path) 
         "--pruning_method=entropy",
         "--temperatures=1.0",
         "--num_tokens=8",
+        "--timing_limit_s=1",
         "--max_prompts=2",
         "--iterations=2",
         "--eval_tokens=1024",

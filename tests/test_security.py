@@ -33,7 +33,14 @@ class Bomb:
 
 def options_of(spec, output_dir):
     argv = [f"--model_name={spec.model_name}", "--device=cpu", "--threads=1", f"--output_dir={output_dir}"]
-    for name in ("num_tokens", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"):
+    for name in (
+        "num_tokens",
+        "timing_limit_s",
+        "max_prompts",
+        "eval_tokens",
+        "calibration_tokens",
+        "calibration_window",
+    ):
         argv.append(f"--{name}={getattr(spec, name)}")
     return [*argv, f"--eval_text={spec.eval_text}", f"--calibration_text={spec.calibration_text}", "--quiet"]
 

@@ -90,6 +90,7 @@ def test_a_form_that_fails_takes_no_other_along(tmp_path, capsys, monkeypatch):
             "--calibration_window=64",
             "--eval_tokens=100",
             "--num_tokens=4",
+            "--timing_limit_s=0",
             "--max_prompts=1",
         ),
         *(f"--model_name={folder}", f"--output_dir={tmp_path / 'out'}", "--quiet"),

@@ -77,18 +77,18 @@ def test_pairs_and_levels_of_each_expectation(folder, capsys):
 
 def test_the_error_rate_is_shared_among_methods_and_quality_comes_first(folder, capsys):
     one = {row["id"]: row["claim_level"] for row in plan(folder, capsys)["expectations"]}
-    # 5 % for a run, three quarters of it for answers, of which quality has 0.4, speed and latency 0.15 each.
-    assert one["E2"] == pytest.approx(0.05 * 0.75 * 0.4)
-    assert one["E1"] == one["E4"] == pytest.approx(0.05 * 0.75 * 0.15)
-    # A tenth is left for diversity at two temperatures, Q3, Q4 of diversity, and Q5 of two distances and time per token.
-    assert one["E3"] == pytest.approx(0.05 * 0.75 * 0.1 / 7)
+    # 2.5 % for a run, four fifths of it for answers, of which quality has 0.4, speed and latency 0.175 each.
+    assert one["E2"] == pytest.approx(0.025 * 0.8 * 0.4)
+    assert one["E1"] == one["E4"] == pytest.approx(0.025 * 0.8 * 0.175)
+    # A twentieth is left for diversity at two temperatures, Q3, Q4 of diversity, and Q5 of two distances and time per token.
+    assert one["E3"] == pytest.approx(0.025 * 0.8 * 0.05 / 7)
     four = {row["id"]: row["claim_level"] for row in plan(folder, capsys, "--pruning_method=entropy,fisher,taylor,random")
             ["expectations"]}  # fmt: skip
     assert four == pytest.approx({name: level / 4 for name, level in one.items()})
 
 
 def test_plan_and_report_agree_on_every_number_that_both_show(folder):
-    """A run of the shape that is planned, in which nothing is decided: pairs, levels, and the level that each starts with."""
+    """A run of the shape that is planned, in which nothing is decided: pairs, and the level that each starts with."""
     spec = ComparisonSpec(
         model_name=str(folder / "model"), eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"),
         prompt_file=str(folder / "prompts.txt"), eval_window=50, eval_stride=50, calibration_tokens=100,

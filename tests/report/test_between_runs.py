@@ -157,7 +157,8 @@ def runs(tmp_path_factory):
     (root / "prompts.txt").write_text("one\ntwo\n")
     settings = {
         "pruning_levels": (0, 50), "num_tokens": 5, "iterations": 2, "eval_tokens": 300, "calibration_tokens": 256,
-        "calibration_window": 64, "temperatures": (1.0,), "prompt_file": str(root / "prompts.txt"), **texts,
+        "calibration_window": 64, "timing_limit_s": 0.0, "temperatures": (1.0,),
+        "prompt_file": str(root / "prompts.txt"), **texts,
     }  # fmt: skip
     for number, methods in ((0, ("magnitude",)), (1, ("magnitude", "random"))):
         folder = save_tiny_model(root / f"model{number}", seed=number)

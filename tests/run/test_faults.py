@@ -230,7 +230,15 @@ def test_a_signal_leaves_a_partial_report_and_exit_code_130(folder, tmp_path, nu
     spec, begun = tiny_spec(folder), tmp_path / "begun"
     argv = ["run", f"--model_name={folder}", "--device=cpu", "--threads=1", f"--output_dir={tmp_path / 'runs'}"]
     argv += ["--pruning_levels=0,50", "--pruning_method=magnitude"]
-    for name in ("num_tokens", "iterations", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"):
+    for name in (
+        "num_tokens",
+        "timing_limit_s",
+        "iterations",
+        "max_prompts",
+        "eval_tokens",
+        "calibration_tokens",
+        "calibration_window",
+    ):
         argv.append(f"--{name}={getattr(spec, name)}")
     argv += [f"--eval_text={spec.eval_text}", f"--calibration_text={spec.calibration_text}", "--temperatures=1"]
     processes = multiprocessing.get_context("forkserver")

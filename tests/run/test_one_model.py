@@ -95,6 +95,7 @@ def small_options(folder, texts):
         "--num_tokens",
         "4",
         "--max-prompts=1",
+        "--timing_limit_s=0",
         "--eval-tokens=100",
         "--calibration_tokens=128",
         "--calibration_window=32",

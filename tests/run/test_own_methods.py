@@ -75,7 +75,8 @@ def options_of(spec, output_dir, method="mine:score", command="run"):
     values = {
         name: getattr(spec, name)
         for name in (
-            "num_tokens", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window", "eval_text",
+            "num_tokens", "timing_limit_s", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window",
+            "eval_text",
             "calibration_text", "adaptation",
         )
     }  # fmt: skip

@@ -193,7 +193,7 @@ def test_nothing_is_taken_over_from_another_revision(folder, tmp_path, monkeypat
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("protocol", "the protocol has revision 2, and had 1"),
+        ("protocol", f"the protocol has revision {PROTOCOL_REVISION + 1}, and had {PROTOCOL_REVISION}"),
         ("metric", "metric perplexity has revision 2, and had 1"),
         ("method", "method magnitude has revision 2, and had 1"),
         ("variant", "variant agency has revision 2, and had 1"),
@@ -273,7 +273,7 @@ def test_a_failed_cell_is_tried_again_by_the_same_command_and_then_timed(folder,
     with RunStore(run) as store:
         assert (store.table("cells")["status"] == "done").all()
         rows = store.table("measurements").query("metric == 'tokens_per_second' and level == 50")
-    assert sorted(rows["variant"]) == ["agency"] * 2 + ["baseline"] * 2
+    assert sorted(rows["variant"]) == ["agency"] * 2 + ["baseline"] * 2 + [DENSE] * 2
     assert read_manifest(run).finished is not None
 
 

@@ -106,7 +106,15 @@ def no_report(monkeypatch):
 
 
 def options_of(spec, output_dir):
-    named = {"num_tokens", "iterations", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"}
+    named = {
+        "num_tokens",
+        "timing_limit_s",
+        "iterations",
+        "max_prompts",
+        "eval_tokens",
+        "calibration_tokens",
+        "calibration_window",
+    }
     values = {name: getattr(spec, name) for name in (*named, "eval_text", "calibration_text", "adaptation")}
     return [
         "run", f"--model_name={spec.model_name}", "--device=cpu", "--threads=1", "--pruning_levels=0,50",

@@ -131,7 +131,7 @@ class CrossedFit(Fit):
 
     def _p_at(self, distance: float) -> float:
         mean_squares = np.array(self.mean_squares)[:, None]
-        return float(_p_values(np.array([distance]), mean_squares, self.iterations, self.clusters)[0])
+        return float(p_values_of(np.array([distance]), mean_squares, self.iterations, self.clusters)[0])
 
     def margin(self, confidence: float = 0.95) -> float:
         student = super().margin(confidence)
@@ -140,7 +140,7 @@ class CrossedFit(Fit):
         if confidence <= 0.95 and not fiducial_share(self.iterations, self.clusters):
             return student
         mean_squares, shape = np.array(self.mean_squares)[:, None], (self.iterations, self.clusters)
-        p_values = _p_values if confidence > 0.95 else _mixture_p
+        p_values = p_values_of if confidence > 0.95 else _mixture_p
 
         def excess(distance: float) -> float:
             return float(p_values(np.array([distance]), mean_squares, *shape)[0]) - (1 - confidence)
@@ -237,10 +237,10 @@ def mean_squares_of(values: Array) -> Array:
 def crossed_p_values(values: Array, boundary: float | Array = 0.0) -> Array:
     """Two-sided p [N] of "the mean is ``boundary``" for N matrices [N, a, b], without sign flips."""
     distance = np.abs(values.mean((1, 2)) - boundary)
-    return _p_values(distance, mean_squares_of(values), *values.shape[1:])
+    return p_values_of(distance, mean_squares_of(values), *values.shape[1:])
 
 
-def _p_values(distance: Array, mean_squares: Array, a: int, b: int) -> Array:
+def p_values_of(distance: Array, mean_squares: Array, a: int, b: int) -> Array:
     """Two-sided p [N] at a distance [N] from the mean: a mixture of Satterthwaite's t and the fiducial distribution.
 
     Below 0.05 it is the fiducial p where that is larger, up to 0.05: the 95 % interval is the mixture's.
@@ -414,7 +414,7 @@ class Draws:
     def p_values(self, distance: float) -> Array:
         """Two-sided p [N] of a boundary that lies ``distance`` below the truth; 1 where the mean is on its other side."""
         beyond = self.means + distance
-        p = _p_values(np.abs(beyond), self.mean_squares, self.iterations, self.clusters)
+        p = p_values_of(np.abs(beyond), self.mean_squares, self.iterations, self.clusters)
         return np.where(beyond > 0, p, 1.0)
 
 
@@ -437,13 +437,13 @@ def draw_fits(components: Components, iterations: int, clusters: int, count: int
 
 
 def detectable_by_rules(draws: Draws, level: float, wanted: float = 0.8) -> float:
-    """The smallest distance from a boundary that is found with power ``wanted`` by the interval that errs in ``level``.
+    """The smallest distance from a boundary that is found with power ``wanted`` by the interval at 1 - ``level``.
 
     The intervals are those of the report, fiducial tails included; inf where no distance is enough.
     """
 
     def found(distance: float) -> float:
-        return float((draws.p_values(distance) <= 2 * level).mean()) - wanted
+        return float((draws.p_values(distance) <= level).mean()) - wanted
 
     scale = float(np.sqrt(np.mean(draws.means**2)))
     if scale == 0:

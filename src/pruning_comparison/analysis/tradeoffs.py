@@ -147,11 +147,20 @@ def _highest_level(target: float, levels: Array, losses: Array) -> float:
 def _curves(
     data: Mapping[str, MetricTable], metric: str, method: str, variants: Sequence[str], levels: Sequence[float]
 ) -> dict[int, Array]:
-    """Per iteration the values [V, L, b] of each variant, NaN where missing."""
+    """Per iteration the values [V, L, b] of each variant, NaN where missing.
+
+    Where the unpruned model took part in every level's turns, they are relative to it: levels are timed one after the other,
+    and between them a machine changes by more than models do.
+    """
     if metric not in data:
         return {}
-    table = data[metric].table
+    table, dense = data[metric].table, data[metric].dense
     table = table[(table["method"] == method) & table["variant"].isin(variants)]
+    if dense is not None:
+        place = ["method", "level", "iteration", "cluster"]
+        beside = dense.groupby(place, as_index=False)["x"].mean()
+        both = table.merge(beside, on=place, suffixes=("", "_dense"))
+        table = both.assign(x=both["x"] - both["x_dense"])
     clusters = sorted(set(table["cluster"]))
     wide = table.pivot_table(index=["iteration", "variant", "level"], columns="cluster", values="x", aggfunc="mean")
     result = {}

@@ -136,8 +136,8 @@ def _expectations(
         if levels and spec.iterations * clusters > 1:
             draws = draw_fits(assumed_components(name, spec), spec.iterations, clusters)
             distance = detectable_by_rules(draws, claim_level, POWER)
-            short = replace(draws, means=-draws.means).p_values(abs(gain)) <= 2 * claim_level
-            no_difference = float((short & (draws.p_values(abs(loss)) <= 2 * claim_level)).mean())
+            short = replace(draws, means=-draws.means).p_values(abs(gain)) <= claim_level
+            no_difference = float((short & (draws.p_values(abs(loss)) <= claim_level)).mean())
         effect = gain + sign * distance
         found.append(
             {
