@@ -88,7 +88,7 @@ def test_the_error_rate_is_shared_among_methods_and_quality_comes_first(folder, 
 
 
 def test_plan_and_report_agree_on_every_number_that_both_show(folder):
-    """A run of the shape that is planned: pairs, levels, margins, and the level that each expectation starts with."""
+    """A run of the shape that is planned, in which nothing is decided: pairs, levels, and the level that each starts with."""
     spec = ComparisonSpec(
         model_name=str(folder / "model"), eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"),
         prompt_file=str(folder / "prompts.txt"), eval_window=50, eval_stride=50, calibration_tokens=100,
@@ -97,14 +97,14 @@ def test_plan_and_report_agree_on_every_number_that_both_show(folder):
     planned = {row["id"]: row for row in plan_run(spec, Margins(), prepare(spec, identify=False))["expectations"]}
 
     def loss(variant, level, i, d):
-        return level / 100 + noise(variant == "agency", level, i, d)
+        return level / 100 + noise(variant == "agency", level, i, d, 3)
 
     def timed(variant, level, i, p):
-        return noise(variant == "agency", level, i, p)
+        return noise(variant == "agency", level, i, p, 3)
 
     cells, measurements = run_of(
         loss, timed, timed, levels=spec.pruning_levels, iterations=3, documents=4, prompts=3,
-        distinct=lambda variant, level, i, p, t: 0.5 + 0.1 * noise(variant == "agency", level, i, p),
+        distinct=lambda variant, level, i, p, t: 0.5 + 0.1 * noise(variant == "agency", level, i, p, 3),
     )  # fmt: skip
     measurements = pd.concat(
         [measurements, measurements[measurements["metric"] == "tokens_per_second"].assign(metric="time_per_output_token_s"),
@@ -112,11 +112,11 @@ def test_plan_and_report_agree_on_every_number_that_both_show(folder):
     )  # fmt: skip
     reported = answer_hypotheses("tiny", cells, observations(cells, measurements)).set_index("id")
     for name in ("E1", "E2", "E4"):
-        for row in (planned[name],):
-            assert (row["iterations"], row["clusters"], row["pairs"]) == tuple(
-                int(reported.loc[name, column]) for column in ("n_iterations", "n_clusters", "n")
-            )
-            assert reported.loc[name, "claim_level"] == pytest.approx(row["claim_level"])
+        row = planned[name]
+        assert (row["iterations"], row["clusters"], row["pairs"]) == tuple(
+            int(reported.loc[name, column]) for column in ("n_iterations", "n_clusters", "n")
+        )
+        assert reported.loc[name, "claim_level"] == pytest.approx(row["claim_level"])
     assert set(reported.loc["E3", "claim_level"]) == {pytest.approx(planned["E3"]["claim_level"])}
 
 

@@ -176,7 +176,7 @@ def test_many_large_charts_and_long_tables_stay_under_three_megabytes():
     def noise(width: float) -> Figure:
         figure = Figure(figsize=(width, 11))
         axes = figure.add_axes((0, 0, 1, 1))
-        axes.pcolormesh(np.random.default_rng(0).random((60, 70)))
+        axes.pcolormesh(np.random.default_rng(0).random((100, 120)))
         return figure
 
     rows = [

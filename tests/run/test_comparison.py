@@ -112,7 +112,8 @@ def test_agency_adaptation_loses_the_baselines_heads_and_pays_for_adaptation(fol
     assert fingerprints["baseline", "magnitude", 0, 50] == fingerprints["baseline", "magnitude", 1, 50]
     assert fingerprints["baseline", "random", 0, 50] != fingerprints["baseline", "random", 1, 50]
     answered = pd.read_csv(write_results(latest_run(tmp_path), save_outputs=False).with_name("answers.csv"))
-    assert set(answered["contrast"]) == {"agency-adaptation vs baseline"}
+    against_dense = {f"{variant} vs dense" for variant in spec.variants}
+    assert set(answered["contrast"]) == {"agency-adaptation vs baseline", *against_dense}
     assert set(answered["kind"]) == {"exploratory"}
     adapted = [fingerprints["agency-adaptation", "magnitude", iteration, 50] for iteration in (0, 1)]
     assert adapted[0] != adapted[1]

@@ -9,12 +9,14 @@ import pytest
 from builders import no_model, save_tiny_model, stand_in, tiny_spec, unmeasured, write_short_texts
 
 from pruning_comparison import cli
+from pruning_comparison.analysis import Margins, answer_hypotheses
 from pruning_comparison.analysis.stopping import PrimaryAnswers
 from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.report import write
 from pruning_comparison.run import attempts, looks
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import ComparisonSpec
-from pruning_comparison.store import CellResult, LookRecord, RunStore, read_manifest
+from pruning_comparison.store import CellResult, LookRecord, RunStore, load_run, read_manifest
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,24 @@ def test_what_a_real_look_decides_follows_from_its_iterations_alone(folder, tmp_
     cut = [table[table["iteration"] < 3] for table in (cells, measurements)]
     assert whole.rows.to_csv() == looks.primary_answers_at(3, "tiny", *cut).rows.to_csv()
     assert list(whole.rows["id"]) == ["E2"]
+
+
+def test_the_report_claims_at_a_third_of_the_error_rate(folder, tmp_path, monkeypatch):
+    """An interval that is tested at a third of the rate is wider, whichever look the run ended at."""
+    stand_in(monkeypatch)
+    deciding(monkeypatch, 3)
+    asked = []
+
+    def answers(*arguments, looks=1, **more):
+        asked.append(looks)
+        return answer_hypotheses(*arguments, looks=looks, **more)
+
+    monkeypatch.setattr(write, "answer_hypotheses", answers)
+    for number, settings in enumerate(({"iterations": 3}, {"iterations": 12, "until_decided": True})):
+        run = load_run(run_comparison(tiny_spec(folder, **settings), output_dir=tmp_path / str(number)))
+        write._answers(run, {}, run.variants, Margins())
+        assert run.looks == asked[-1]
+    assert asked == [1, 3]
 
 
 def test_it_is_continued_where_it_was_and_looks_are_not_taken_twice(spec, tmp_path, monkeypatch):

@@ -414,17 +414,23 @@ def _intervals(row: HypothesisResult) -> tuple[tuple[float, float], EffectSize]:
 
 
 def _by_family(rows: Sequence[HypothesisResult], level: float) -> list[tuple[float, float]]:
-    """Per answer the corrected p at which it is decided, and the level at which it is tested; NaN where absent."""
+    """Per answer the corrected p at which it is decided, and the level at which it is tested; NaN where absent.
+
+    What is absent is skipped in its chain, but a chain that is absent keeps its share: which answers there are must not
+    decide how sure the others have to be.
+    """
     result = [(math.nan, math.nan)] * len(rows)
     families = [str(row.labels["family"]) for row in rows]
     for family in dict.fromkeys(families):
-        places = [index for index, name in enumerate(families) if name == family and not rows[index].absent]
-        present = [rows[index] for index in places]
-        p = [p_of_decision(row.fit, row.bounds, row.sign) for row in present if row.fit is not None]
-        names = [(str(rows[index].labels["id"]), str(rows[index].labels["metric"])) for index in places]
-        adjusted, levels = in_chains(np.array([p]), *chains_of(names), level)
-        for index, corrected, own in zip(places, adjusted[0], levels[0], strict=True):
-            result[index] = (float(corrected), float(own))
+        members = [index for index, name in enumerate(families) if name == family]
+        here = [rows[index] for index in members]
+        chains, weights = chains_of([(str(row.labels["id"]), str(row.labels["metric"])) for row in here])
+        chains = [[place for place in chain if not here[place].absent] or chain[:1] for chain in chains]
+        p = [1.0 if row.fit is None or row.absent else p_of_decision(row.fit, row.bounds, row.sign) for row in here]
+        adjusted, levels = in_chains(np.array([p]), chains, weights, level)
+        for index, row, corrected, own in zip(members, here, adjusted[0], levels[0], strict=True):
+            if not row.absent:
+                result[index] = (float(corrected), float(own))
     return result
 
 

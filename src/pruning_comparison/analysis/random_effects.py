@@ -302,7 +302,7 @@ def fiducial_share(a: int, b: int) -> float:
     long where both have few. The form was chosen by simulation; docs/decisions/0007-intervals.md has the figures.
     """
     few, many = sorted((a - 1, b - 1))
-    return 0.7 * max(0.0, 1 - 2 * few / many)
+    return 0.7 * max(0.0, 1 - 2 * few / many) if many else 0.0
 
 
 @lru_cache(maxsize=256)

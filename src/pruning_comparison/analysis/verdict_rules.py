@@ -139,7 +139,7 @@ def in_chains(p: Array, chains: Sequence[Sequence[int]], weights: Sequence[float
     adjusted, levels = np.ones((runs, count)), np.zeros((runs, count))
     highest = np.zeros(runs)
     every = np.arange(runs)
-    for _ in range(count):
+    for _ in range(int(lengths.sum())):
         remaining = head < lengths
         own = np.where(remaining, share, 0.0)
         own = own / np.maximum(own.sum(1, keepdims=True), np.finfo(float).tiny)

@@ -173,6 +173,12 @@ def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
         notes.append(
             f"no level is {QUALITY_LEVEL:g} % or more, so the expectations about quality and diversity cannot be answered."
         )
+    if spec.until_decided:
+        looks = [str(look) for look in spec.looks]
+        notes.append(
+            f"the run ends after {', '.join(looks[:-1])} or {looks[-1]} iterations, as soon as its primary answers are "
+            f"decided; what stands here is for {looks[-1]}."
+        )
     if spec.iterations == 1:
         notes.append("with one iteration nothing is known about how much a repetition would differ.")
     if len(spec.temperatures) == 1:

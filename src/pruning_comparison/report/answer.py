@@ -388,12 +388,11 @@ def _chip(name: str, methods: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
     worst = _worst(list(verdicts.values()))
     label = worst
     if len(methods) > 1 and worst != ANSWERED:
-        good = sum(verdict == SUPPORTED for verdict in verdicts.values())
+        best = ANSWERED if name == "Q5" else SUPPORTED
+        good = sum(verdict == best for verdict in verdicts.values())
         same = len(set(verdicts.values())) == 1 and len(verdicts) == len(methods)
         label = (
-            f"{worst}: all {len(methods)} methods"
-            if same
-            else f"supported: {good} of {counted(len(methods), 'method')}"
+            f"{worst}: all {len(methods)} methods" if same else f"{best}: {good} of {counted(len(methods), 'method')}"
         )
     shown = _shown_row(name, measured, verdicts, worst)
     several = len(methods) > 1

@@ -34,7 +34,7 @@ from pruning_comparison.report.first_screen import (
     tolerance_of,
 )
 from pruning_comparison.report.head_tables import head_tables
-from pruning_comparison.report.pictures import inline_svg, report_charts
+from pruning_comparison.report.pictures import Chart, inline_svg, report_charts
 from pruning_comparison.report.sample_texts import clean, sample_groups
 from pruning_comparison.report.tables import (
     agreement_table,
@@ -54,6 +54,9 @@ __all__ = ["render_between_runs", "render_report"]
 _COMPARED_ROWS = 2_000
 _COMPARED_CHART_BYTES = 1_200_000
 _MOST_LINES = 2
+_PAGE_BYTES = 2_950_000
+_CHART_BYTES = 1_600_000
+"""Charts may have what the rest of the page leaves of its size; each other part has a limit of its own."""
 
 
 def render_report(
@@ -98,67 +101,73 @@ def render_report(
     tables, rows_left_out = method_tables(summary, contrasts)
     samples, samples_left_out = sample_groups(texts)
     drawn, head_data, maps_left_out = head_tables(heads)
-    charts, charts_left_out = report_charts(drawings, name)
-    ranking_chart = charts.pop("rankings", None)
     known = relative[(relative["metric"] == "perplexity") & (relative["level"] > 0)]["estimate"].notna().any()
     tolerance = tolerance_of(manifest)
     explorer, explorer_left_out = explorer_data(summary, relative, contrasts, tolerance=tolerance)
     hero_alt = f"Perplexity of {name} relative to the dense model at every level; the numbers are under Measurements."
     warnings = [str(warning) for warning in _sequence(manifest.get("warnings"))]
     exploratory = answers["kind"] == "exploratory"
-    return _rendered(
-        "report.html",
-        scripts=("vega/vega.js", "templates/script.js", "templates/charts.js"),
-        name=name,
-        answer=answer,
-        lines=lines,
-        hero=inline_svg(hero, "hero", hero_alt) if hero is not None and known else None,
-        hero_alt=hero_alt,
-        tolerance=None if math.isnan(tolerance) else tolerance,
-        explorer_data=explorer,
-        explorer_left_out=explorer_left_out,
-        ranking=ranking_table(ranked, "method"),
-        ranked_variants=ranking_table(ranked, "variant"),
-        ranking_chart=ranking_chart if ranking_table(ranked, "method") else None,
-        charts_left_out=charts_left_out,
-        started=str(manifest.get("started") or ""),
-        opening=opening(name, summary, cells, manifest),
-        verdicts=[[v for v in verdicts if v.id == key] for key in dict.fromkeys(v.id for v in verdicts)],
-        expert=answers_table(answers[~exploratory], "Estimates, intervals and tests"),
-        exploratory=answers_table(answers[exploratory], "Exploratory contrasts"),
-        optimum=optimum_table(optimal),
-        equal=equal_table(equal),
-        margin_words=format_margins(manifest.get("margins")),
-        findings=findings,
-        charts=[chart for key, chart in charts.items() if not key.startswith("head_")],
-        head_charts=[chart for key, chart in charts.items() if key.startswith("head_")],
-        head_maps=drawn,
-        head_data=head_data,
-        asked=any(one.asked for one in heads),
-        maps_left_out=maps_left_out,
-        agreement=agreement_table(agreed),
-        tables=tables,
-        rows_left_out=rows_left_out,
-        settings=pairs(effective_settings(manifest)),
-        model=pairs(manifest.get("model")),
-        versions=[*pairs(manifest.get("versions")), ("commit", str(manifest.get("commit") or "not recorded"))],
-        hardware=pairs(manifest.get("hardware")),
-        missing=plain_table(missing, "Figures that could not be computed, and why"),
-        failed=plain_table(
+    values: dict[str, Any] = {
+        "scripts": ("vega/vega.js", "templates/script.js", "templates/charts.js"),
+        "name": name,
+        "answer": answer,
+        "lines": lines,
+        "hero": inline_svg(hero, "hero-", hero_alt) if hero is not None and known else None,
+        "hero_alt": hero_alt,
+        "tolerance": None if math.isnan(tolerance) else tolerance,
+        "explorer_data": explorer,
+        "explorer_left_out": explorer_left_out,
+        "ranking": ranking_table(ranked, "method"),
+        "ranked_variants": ranking_table(ranked, "variant"),
+        "started": str(manifest.get("started") or ""),
+        "opening": opening(name, summary, cells, manifest),
+        "verdicts": [[v for v in verdicts if v.id == key] for key in dict.fromkeys(v.id for v in verdicts)],
+        "expert": answers_table(answers[~exploratory], "Estimates, intervals and tests"),
+        "exploratory": answers_table(answers[exploratory], "Exploratory contrasts"),
+        "optimum": optimum_table(optimal),
+        "equal": equal_table(equal),
+        "margin_words": format_margins(manifest.get("margins")),
+        "findings": findings,
+        "head_maps": drawn,
+        "head_data": head_data,
+        "asked": any(one.asked for one in heads),
+        "maps_left_out": maps_left_out,
+        "agreement": agreement_table(agreed),
+        "tables": tables,
+        "rows_left_out": rows_left_out,
+        "settings": pairs(effective_settings(manifest)),
+        "model": pairs(manifest.get("model")),
+        "versions": [*pairs(manifest.get("versions")), ("commit", str(manifest.get("commit") or "not recorded"))],
+        "hardware": pairs(manifest.get("hardware")),
+        "missing": plain_table(missing, "Figures that could not be computed, and why"),
+        "failed": plain_table(
             cells.loc[cells["status"] == "failed", ["variant", "method", "iteration", "level", "reason"]],
             "Cells that failed",
         ),
-        warnings=warnings,
-        notices=notices(warnings, missing, cells),
-        samples=samples,
-        samples_left_out=samples_left_out,
-        with_texts=texts is not None,
-        glossary=[
+        "warnings": warnings,
+        "notices": notices(warnings, missing, cells),
+        "samples": samples,
+        "samples_left_out": samples_left_out,
+        "with_texts": texts is not None,
+        "glossary": [
             (metric.label, metric.unit, metric.direction)
             for metric in METRICS.values()
             if (summary["metric"] == metric.name).any()
         ],
-    )
+    }
+    rest = _rendered("report.html", **values, **_chart_values({}, []))
+    charts = report_charts(drawings, name, most_bytes=min(_CHART_BYTES, _PAGE_BYTES - len(rest.encode())))
+    return _rendered("report.html", **values, **_chart_values(*charts))
+
+
+def _chart_values(charts: Mapping[str, Chart], left_out: Sequence[str]) -> dict[str, Any]:
+    """The charts where the template wants them: the ranking beside its table, those of heads beside the maps."""
+    return {
+        "ranking_chart": charts.get("rankings"),
+        "charts": [chart for key, chart in charts.items() if key != "rankings" and not key.startswith("head_")],
+        "head_charts": [chart for key, chart in charts.items() if key.startswith("head_")],
+        "charts_left_out": left_out,
+    }
 
 
 def render_between_runs(

@@ -12,9 +12,6 @@ from pruning_comparison.report.sample_texts import clean
 
 __all__ = ["Chart", "inline_svg", "report_charts"]
 
-# The document stays under 3 MB: these parts share it, and each says so when it has to leave something out.
-_CHART_BYTES = 500_000
-
 # What a picture is drawn with on paper, and the page's colour that takes its place.
 _PAGE_COLOURS = {
     "#222222": "--ink",
@@ -87,20 +84,20 @@ _CHART_WORDS = {
 }
 
 
-def report_charts(drawings: Mapping[str, str], name: str) -> tuple[dict[str, Chart], list[str]]:
+def report_charts(drawings: Mapping[str, str], name: str, *, most_bytes: int) -> tuple[dict[str, Chart], list[str]]:
     """The charts that fit, by their names, and the headings of those that do not. ``drawings`` are SVG files as text.
 
     The page that shows every measurement stays a file: the interactive chart shows the same.
     """
     charts, left_out = {}, []
-    left = _CHART_BYTES
-    for key, drawing in drawings.items():
+    left = most_bytes
+    for number, (key, drawing) in enumerate(drawings.items()):
         stem = next((known for known in _CHART_WORDS if key.startswith(known)), None)
         if stem == "comprehensive_summary":
             continue
         heading, reading = _CHART_WORDS[stem] if stem else (key.replace("_", " "), "")
         alt = f"Chart for {name}: {heading}. {reading} The numbers are in the tables of this report."
-        picture = inline_svg(drawing, key, alt)
+        picture = inline_svg(drawing, f"c{number}-", alt)
         if len(picture.encode()) > left:
             left_out.append(heading)
             continue
@@ -109,11 +106,11 @@ def report_charts(drawings: Mapping[str, str], name: str) -> tuple[dict[str, Cha
     return charts, left_out
 
 
-def inline_svg(drawing: str, name: str, alt: str) -> Markup:
+def inline_svg(drawing: str, prefix: str, alt: str) -> Markup:
     """An SVG file of matplotlib's as an element of a page.
 
-    It has the page's colours in place of the paper's, ids that no other picture has, and no size of its own, so that it is
-    as wide as its place, up to 96 pixels to the inch.
+    It has the page's colours in place of the paper's, ids that begin with ``prefix``, as those of no other picture, and no
+    size of its own, so that it is as wide as its place, up to 96 pixels to the inch.
     """
     start = drawing.index("<svg")
     root, body = drawing[start:].split(">", 1)
@@ -122,15 +119,15 @@ def inline_svg(drawing: str, name: str, alt: str) -> Markup:
     body = re.sub(r"<defs>\s*<style[^>]*>.*?</style>\s*</defs>", "", body, count=1, flags=re.DOTALL)
     found = re.search(r'viewBox="0 0 ([\d.]+) ([\d.]+)"', root)
     if found is None:
-        raise ValueError(f"the drawing of {name} has no viewBox: {root[:200]!r}")
+        raise ValueError(f"the drawing {prefix!r} has no viewBox: {root[:200]!r}")
     width, height = (float(part) for part in found.groups())
-    unique = re.sub(r"[^A-Za-z0-9_-]", "-", name)
-    body = _IDS.sub(rf"\g<1>{unique}-", body)
+    body = re.sub(r"<!--.*?-->", "", body, flags=re.DOTALL)
+    body = _IDS.sub(rf"\g<1>{prefix}", body.replace("xlink:href", "href").replace("DejaVuSans-", "D"))
     body = _COLOUR.sub(lambda match: f"var({_PAGE_COLOURS[match[0]]})", body)
     body = re.sub(r"\s*\n\s*", "\n", _LONG_NUMBERS.sub(r"\1", body))
     head = (
         f'<svg role="img" aria-label="{escape(clean(alt))}" viewBox="0 0 {width:g} {height:g}" '
-        f'xmlns="http://www.w3.org/2000/svg" xmlns:xlink="http://www.w3.org/1999/xlink" '
+        f'xmlns="http://www.w3.org/2000/svg" '
         f'style="max-width:{width * 96 / 72:.0f}px;stroke-linejoin:round;stroke-linecap:butt">'
     )
     return Markup(head) + Markup(body)

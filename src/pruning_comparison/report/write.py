@@ -52,6 +52,7 @@ from pruning_comparison.report.charts import (
 )
 from pruning_comparison.report.drawing import draw_charts
 from pruning_comparison.report.first_screen import model_name
+from pruning_comparison.report.layers import layer_findings
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
 from pruning_comparison.report.terminal import stored_form
@@ -106,6 +107,7 @@ def write_results(
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
         *findings.plain_findings(tables.summary, tables.relative, tables.contrasts, run.cells, manifest),
+        *layer_findings(tables.contrasts, heads),
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
     ]
@@ -142,6 +144,7 @@ def write_results(
         **head_chart_jobs(run.model, maps, rounds, agreed),
     }
     drawings = draw_charts(jobs, folder / CHARTS, on_progress=on_progress)
+    _remove_narrow_charts(folder / CHARTS / "narrow")
     LOGGER.info("writing the report")
     html = render_report(
         answer=answer,
@@ -196,6 +199,14 @@ def write_between_runs(folders: Sequence[Path], *, output_dir: Path) -> Path:
     return folder / REPORT
 
 
+def _remove_narrow_charts(folder: Path) -> None:
+    """What releases up to 0.1.0 drew for phones would go on showing an old state beside the new charts."""
+    for picture in folder.glob("*.png"):
+        picture.unlink()
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()
+
+
 def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins:
     """The margins given, else those that a manifest keeps, else the defaults. StoreError where those make no sense."""
     known = {field.name for field in fields(Margins)}
@@ -212,8 +223,11 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
     tables = observations(run.cells, run.measurements)
     return _Tables(
         summarize(run.model, tables),
-        relative_to_dense(run.model, tables),
-        _joined([rank(run.model, tables, margins=margins) for rank in (rank_methods, rank_variants)], RANKING_COLUMNS),
+        relative_to_dense(run.model, tables, looks=run.looks),
+        _joined(
+            [rank(run.model, tables, margins=margins, looks=run.looks) for rank in (rank_methods, rank_variants)],
+            RANKING_COLUMNS,
+        ),
         _contrasts(run.model, run.variants, tables),
         _answers(run, tables, run.variants, margins),
         optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
@@ -236,11 +250,11 @@ def _answers(run: Run, tables: Mapping[str, MetricTable], variants: list[str], m
     answers = [
         answer_hypotheses(
             run.model, run.cells, tables,
-            margins=margins, variant=variant, reference=reference,
+            margins=margins, variant=variant, reference=reference, looks=run.looks,
         )
         for variant, reference in contrasts
     ]  # fmt: skip
-    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins))
+    answers.append(answer_pruning(run.model, run.cells, tables, margins=margins, looks=run.looks))
     return _joined(answers, HYPOTHESIS_COLUMNS)
 
 

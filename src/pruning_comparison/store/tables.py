@@ -8,6 +8,7 @@ from pathlib import Path
 import pandas as pd
 
 from pruning_comparison.errors import StoreError
+from pruning_comparison.spec import LOOKS
 from pruning_comparison.store.journal import RunStore, columns_of
 from pruning_comparison.store.records import Manifest
 from pruning_comparison.store.run_folder import read_manifest
@@ -43,6 +44,11 @@ class Run:
     def variants(self) -> list[str]:
         """The variants that were asked for, which may be of an earlier release."""
         return [str(name) for name in self.manifest.spec["variants"]]
+
+    @property
+    def looks(self) -> int:
+        """How many looks share the error rate of the run's claims: those of ``--until_decided``, taken or not; else one."""
+        return len(LOOKS) if self.manifest.spec.get("until_decided") else 1
 
     @property
     def seed(self) -> int:

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import matplotlib
 import numpy as np
 import pandas as pd
 from matplotlib.axes import Axes
@@ -219,7 +220,8 @@ def _draw_radar(axes: Any, scores: Sequence[_Score], limit: int, head: str) -> N
         label.set_horizontalalignment("center" if abs(across) < 0.1 else "left" if across > 0 else "right")
         label.set_verticalalignment("bottom" if up > 0.7 else "top" if up < -0.7 else "center")
     axes.tick_params(axis="x", pad=1)
-    axes.set_title("\n".join(wrapped(head, 230, 9, "bold")), pad=14)
+    with matplotlib.rc_context({"axes.titley": None}):  # above the label of the first spoke, wherever that ends
+        axes.set_title("\n".join(wrapped(head, 230, 9, "bold")), pad=14)
 
 
 def _draw_dots(axes: Axes, scores: Sequence[_Score], limit: int, head: str) -> None:
