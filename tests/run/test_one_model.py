@@ -103,6 +103,8 @@ def small_options(folder, texts):
         "--calibration_tokens=128",
         "--calibration_window=32",
         "--threads=1",
+        "--timing_pairs=2",
+        "--timing_limit_s=0",
         *(f"--{name}={value}" for name, value in texts.items()),
     ]
 
