@@ -246,7 +246,7 @@ def tiny(tmp_path, monkeypatch):
     stand_in(monkeypatch)
     drawn = []
 
-    def draw(folder, *, save_outputs, margins=None):
+    def draw(folder, *, save_outputs, margins=None, on_progress=None):
         drawn.append(dict(margins or {}))
         manifest = read_manifest(folder)
         write_manifest(folder, replace(manifest, margins=asdict(margins_of(manifest, margins))))
@@ -432,6 +432,7 @@ def test_a_whole_run_from_a_shell(tmp_path):
         "--pruning_levels", "0,50", "--timing_limit_s=0",
         "--num_tokens=6", "--max_prompts=2", "--iterations=2", "--eval_tokens=600", "--calibration_tokens=512",
         "--calibration_window=64", "--save_outputs", "--memory_logging", f"--output_dir={tmp_path / 'out'}", "--threads=1",
+        "--timing_pairs=2", "--timing_limit_s=0",
     ]  # fmt: skip
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("Once upon\nA <script>alert('$x$')</script> prompt\n")

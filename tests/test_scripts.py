@@ -24,6 +24,8 @@ from types import ModuleType, SimpleNamespace
 import jupytext
 import pytest
 
+from pruning_comparison.cli import _spec_of, parse
+
 ROOT = Path(__file__).resolve().parents[1]
 SCRIPTS = ROOT / "scripts" / "pruning_comparison"
 MAIN, QUICK, COLAB = "pruning_agency_comparison.py", "run_pruning_cpu_test.py", "run_pruning_comparison_colab.py"
@@ -154,23 +156,19 @@ def test_the_exit_code_is_that_of_the_command_line(checkout: Checkout, script: s
 def test_the_quick_test_runs_the_bundled_model_on_the_cpu(checkout: Checkout) -> None:
     assert checkout.run(QUICK).returncode == 0
     assert effective(checkout.calls[0]) == {
+        "preset": "quick",
         "model_name": "bundled",
         "device": "cpu",
         "precision": "float32",
-        "pruning_levels": "0,20,40,60,80",
-        "pruning_method": "entropy",
-        "temperatures": "0.7,1.0",
-        "num_tokens": "32",
-        "eval_tokens": "4096",
-        "calibration_tokens": "4096",
-        "score_tokens": "2048",
         "threads": "1",
-        "timing_limit_s": "10",
-        "max_prompts": "5",
-        "iterations": "3",
         "save_outputs": "",
         "output_dir": "validation_results/pruning_cpu_test",
     }
+    spec = _spec_of(parse(checkout.calls[0]))
+    assert (spec.pruning_levels, spec.pruning_methods) == ((0, 20, 40, 60, 80), ("entropy",))
+    assert (spec.temperatures, spec.max_prompts, spec.iterations) == ((0.7, 1.0), 5, 3)
+    assert (spec.num_tokens, spec.eval_tokens, spec.calibration_tokens, spec.score_tokens) == (32, 4096, 4096, 2048)
+    assert (spec.threads, spec.timing_limit_s) == (1, 10)
 
 
 def test_debug_makes_the_quick_test_smaller(checkout: Checkout) -> None:
@@ -178,10 +176,11 @@ def test_debug_makes_the_quick_test_smaller(checkout: Checkout) -> None:
     small = effective(checkout.calls[0])
     assert small["model_name"] == "bundled"
     assert small["pruning_levels"] == "0,50"
-    assert small["pruning_method"] == "entropy"
     assert (small["num_tokens"], small["max_prompts"], small["iterations"]) == ("12", "2", "2")
     assert (small["eval_tokens"], small["calibration_tokens"], small["score_tokens"]) == ("2048", "1024", "512")
     assert "debug" not in small
+    spec = _spec_of(parse(checkout.calls[0]))
+    assert (spec.pruning_levels, spec.pruning_methods, spec.num_tokens) == ((0, 50), ("entropy",), 12)
 
 
 def test_options_replace_the_defaults_of_the_quick_test(checkout: Checkout) -> None:

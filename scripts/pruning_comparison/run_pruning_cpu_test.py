@@ -1,7 +1,7 @@
 """Tries the whole comparison on a CPU with the bundled model, in minutes and without a download.
 
 --debug takes seconds and only shows that everything works. Every option of `pruning-comparison run` may follow and
-replaces the default here: --model_name=gpt2 downloads and tests that model.
+replaces the one that this script sets: --model_name=gpt2 downloads and tests that model.
 """
 
 from __future__ import annotations
@@ -13,27 +13,17 @@ from pathlib import Path
 
 CHECKOUT = Path(__file__).resolve().parents[2]
 SETTINGS: Mapping[str, str | int | bool] = {
+    "preset": "quick",
     "model_name": "bundled",
     "device": "cpu",
     "precision": "float32",
-    "pruning_levels": "0,20,40,60,80",
-    "pruning_method": "entropy",
-    "temperatures": "0.7,1.0",
-    "num_tokens": 32,
-    "max_prompts": 5,
-    "iterations": 3,
-    "eval_tokens": 4096,
-    "calibration_tokens": 4096,
-    "score_tokens": 2048,
     "threads": 1,
-    "timing_limit_s": 10,
     "save_outputs": True,
     "output_dir": "validation_results/pruning_cpu_test",
 }
 DEBUG_SETTINGS: Mapping[str, str | int | bool] = {
     **SETTINGS,
     "pruning_levels": "0,50",
-    "pruning_method": "entropy",
     "temperatures": "1.0",
     "num_tokens": 12,
     "max_prompts": 2,

@@ -550,14 +550,12 @@ def _run(options: argparse.Namespace) -> int:
     check_writable(output_dir)
     if not options.fresh and (folder := _finished_run(spec, options)) is not None:
         return _show_again(folder, options, margins)
-    live = Live(quiet=options.quiet, steps=steps_of(spec))
-    with live:
-        live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
-        from pruning_comparison.report.write import write_results
-        from pruning_comparison.run.comparison import run_comparison
-        from pruning_comparison.run.provenance import commit_of
+    try:
+        with Live(quiet=options.quiet, steps=steps_of(spec)) as live:
+            live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
+            from pruning_comparison.run.comparison import run_comparison
+            from pruning_comparison.run.provenance import commit_of
 
-        try:
             folder = run_comparison(
                 spec,
                 output_dir=output_dir,
@@ -571,19 +569,17 @@ def _run(options: argparse.Namespace) -> int:
                 more_options=_more_options(options),
                 budget_s=options.budget,
             )
-        except Interrupted as stopped:
-            live.end_steps()
-            print(f"stopped: {stopped}", file=sys.stderr, flush=True)
-            if stopped.folder is not None:
-                _report_what_there_is(stopped.folder, options, margins)
-            return stopped.exit_code
-        live.end_steps()
-        try:
-            report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
-        except KeyboardInterrupt:
-            raise Interrupted(
-                f"everything is measured and kept in {folder}; pruning-comparison report {folder} draws it.", folder
-            ) from None
+    except Interrupted as stopped:
+        print(f"stopped: {stopped}", file=sys.stderr, flush=True)
+        if stopped.folder is not None:
+            _report_what_there_is(stopped.folder, options, margins)
+        return stopped.exit_code
+    try:
+        report = _drawn(folder, options, margins)
+    except KeyboardInterrupt:
+        raise Interrupted(
+            f"everything is measured and kept in {folder}; pruning-comparison report {folder} draws it.", folder
+        ) from None
     failed = _failed_cells(folder)
     _show(report, options)
     if failed:
@@ -611,7 +607,7 @@ def _finished_run(spec: ComparisonSpec, options: argparse.Namespace) -> Path | N
 
 def _show_again(folder: Path, options: argparse.Namespace, margins: Mapping[str, float]) -> int:
     """The answer of a finished run. It is drawn again only where the command asks for something that is not there."""
-    from pruning_comparison.report.write import REPORT, margins_of, write_results
+    from pruning_comparison.report.write import REPORT, margins_of
     from pruning_comparison.store.run_folder import read_manifest
 
     manifest = read_manifest(folder)
@@ -623,8 +619,7 @@ def _show_again(folder: Path, options: argparse.Namespace, margins: Mapping[str,
     texts_missing = options.save_outputs and not (folder / "generated_texts.csv").is_file()
     other_margins = asdict(margins_of(manifest, margins)) != dict(manifest.margins or {})
     if not report.is_file() or texts_missing or other_margins:
-        with Live(quiet=options.quiet):
-            report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
+        report = _drawn(folder, options, margins)
     _show(report, options)
     return 0
 
@@ -780,13 +775,17 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
+    folder, margins = _run_in(output_dir), _margins_of(options)
+    _show(_drawn(folder, options, margins), options)
+    return 0
+
+
+def _drawn(folder: Path, options: argparse.Namespace, margins: Mapping[str, float]) -> Path:
+    """Tables, charts and report of a run, with progress meanwhile; the report's path."""
     from pruning_comparison.report.write import write_results
 
-    folder, margins = _run_in(output_dir), _margins_of(options)
-    with Live(quiet=options.quiet):
-        report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
-    _show(report, options)
-    return 0
+    with Live(quiet=options.quiet) as live:
+        return write_results(folder, save_outputs=options.save_outputs, margins=margins, on_progress=live.progress)
 
 
 def _run_in(folder: Path) -> Path:
@@ -806,11 +805,9 @@ def _run_in(folder: Path) -> Path:
 
 def _report_what_there_is(folder: Path, options: argparse.Namespace, margins: Mapping[str, float]) -> None:
     """A partial report after Ctrl-C, if anything has been measured at all; another Ctrl-C leaves it out."""
-    from pruning_comparison.report.write import write_results
-
     try:
         print("drawing a partial report; another Ctrl-C leaves it out", file=sys.stderr, flush=True)
-        report = write_results(folder, save_outputs=options.save_outputs, margins=margins)
+        report = _drawn(folder, options, margins)
         print(f"partial report: {report}", file=sys.stderr)
     except (PruningComparisonError, OSError) as error:
         print(f"no partial report: {error}", file=sys.stderr)

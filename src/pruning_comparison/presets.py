@@ -28,7 +28,13 @@ PRESETS: Mapping[str, Preset] = {
         Preset(
             "quick",
             "a first look, in minutes on a CPU for a small model",
-            {"num_tokens": 32, "eval_tokens": 4096, "calibration_tokens": 4096, "score_tokens": 2048},
+            {
+                "num_tokens": 32,
+                "eval_tokens": 4096,
+                "calibration_tokens": 4096,
+                "score_tokens": 2048,
+                "timing_limit_s": 10,
+            },
         ),
         Preset("standard", "the defaults"),
         Preset(

@@ -45,7 +45,7 @@ class Pace:
     """How long steps of each phase take, and so how long is left.
 
     Steps left in a phase are its share of all steps that are left, so that a run that is continued is reckoned right. A
-    phase that has not been timed yet is taken to be as fast as the others.
+    phase that has not been timed yet is taken to be as fast as the others. Without steps, all are taken to be alike.
     """
 
     def __init__(self, steps: Mapping[str, int]) -> None:
@@ -60,9 +60,11 @@ class Pace:
         """Seconds left by phase; empty while nothing is known."""
         known = [value for values in self._seconds.values() for value in values]
         total = sum(self._steps.values())
-        if not known or not total or steps_left <= 0:
+        if not known or steps_left <= 0:
             return {}
         typical = sum(known) / len(known)
+        if not total:
+            return {"": steps_left * typical}
         return {
             phase: steps_left * count / total * (sum(self._seconds[phase]) / len(self._seconds[phase])
                                                  if self._seconds[phase] else typical)
@@ -141,15 +143,9 @@ class Live:
         return self
 
     def __exit__(self, *exception: object) -> None:
-        self.end_steps()
         self._listening.close()
-
-    def end_steps(self) -> None:
-        """Takes bar and table off the screen; what is logged is still said."""
         if self._screen is not None:
             self._screen.stop()
-            self._screen = None
-        self._progress = None
 
     def say(self, message: str) -> None:
         """One line of news."""

@@ -88,7 +88,7 @@ def test_the_error_rate_is_shared_among_methods_and_quality_comes_first(folder, 
 
 
 def test_plan_and_report_agree_on_every_number_that_both_show(folder):
-    """A run of the shape that is planned, in which nothing is decided: pairs, and the level that each starts with."""
+    """A run of the shape that is planned, in which nothing is decided: pairs, levels, and the level that each starts at."""
     spec = ComparisonSpec(
         model_name=str(folder / "model"), eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"),
         prompt_file=str(folder / "prompts.txt"), eval_window=50, eval_stride=50, calibration_tokens=100,

@@ -157,8 +157,8 @@ def runs(tmp_path_factory):
     (root / "prompts.txt").write_text("one\ntwo\n")
     settings = {
         "pruning_levels": (0, 50), "num_tokens": 5, "iterations": 2, "eval_tokens": 300, "calibration_tokens": 256,
-        "calibration_window": 64, "timing_limit_s": 0.0, "temperatures": (1.0,),
-        "prompt_file": str(root / "prompts.txt"), **texts,
+        "calibration_window": 64, "temperatures": (1.0,), "prompt_file": str(root / "prompts.txt"), "timing_pairs": 2,
+        "timing_limit_s": 0.0, **texts,
     }  # fmt: skip
     for number, methods in ((0, ("magnitude",)), (1, ("magnitude", "random"))):
         folder = save_tiny_model(root / f"model{number}", seed=number)
@@ -272,7 +272,6 @@ def test_a_run_against_its_copy_shows_no_difference(runs):
     assert not measured["verdict"].isin(["supported", "refuted"]).any()
 
 
-@pytest.mark.usefixtures("no_charts")
 def test_margins_are_kept_with_the_run_and_change_verdicts_only(runs, capsys):
     folder = (runs / "out0" / "latest").resolve()
     before = read_manifest(folder)

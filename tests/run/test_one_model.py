@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import math
+import re
 
 import pytest
 import torch
-from builders import save_tiny_model, tiny_model, write_short_texts
+from builders import save_tiny_model, tiny_model, tiny_spec, write_short_texts
 
 from pruning_comparison import cli
 from pruning_comparison.checkpoint.forms import forms_that_hold, load_pruned
@@ -16,9 +17,12 @@ from pruning_comparison.models import load_model, preview_model
 from pruning_comparison.models.heads import kept_heads, live_heads
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import remove_heads
+from pruning_comparison.run.cell import build
 from pruning_comparison.run.comparison import run_comparison
-from pruning_comparison.run.one_model import prune
+from pruning_comparison.run.inputs import prepare
+from pruning_comparison.run.one_model import build_one, prune
 from pruning_comparison.run.saved_models import model_folder
+from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.scoring.weights import score_magnitude
 from pruning_comparison.spec import Cell, ComparisonSpec
 
@@ -100,6 +104,8 @@ def small_options(folder, texts):
         "--calibration_tokens=128",
         "--calibration_window=32",
         "--threads=1",
+        "--timing_pairs=2",
+        "--timing_limit_s=0",
         *(f"--{name}={value}" for name, value in texts.items()),
     ]
 
@@ -146,6 +152,64 @@ def test_the_command_writes_models_and_a_card_with_figures(tmp_path, capsys):
     assert json.loads((target / "config.json").read_text())["pruning"]["method"] == "magnitude"
     padded = load_model(preview_model(str(target / "padded"))).model
     torch.testing.assert_close(padded(IDS).logits, model(IDS).logits, rtol=1e-5, atol=1e-5)
+
+
+def test_the_command_shows_its_progress_and_figures_before_and_after(tmp_path, capsys):
+    """Heads leave in rounds of 10 %, so 30 % are three of them. Elsewhere than on a terminal each step has a line."""
+    options = small_options(save_tiny_model(tmp_path / "dense"), write_short_texts(tmp_path / "texts"))
+    capsys.readouterr()
+    target = tmp_path / "kept"
+    assert cli.main(["prune", *options, "--level=30", f"--output_dir={target}"]) == 0
+    shown = capsys.readouterr()
+    steps = re.findall(r"^\[(\d+)/8\] (.*?)(?:, about .* left)?$", shown.err, re.MULTILINE)
+    assert steps == [
+        ("0", "loading the model"),
+        ("1", "pruning to 10 %"),
+        ("2", "pruning to 20 %"),
+        ("3", "pruning to 30 %"),
+        ("4", "measuring the perplexity of the dense model"),
+        ("5", "measuring the perplexity of the pruned model"),
+        ("6", "measuring speed, both models in turns"),
+        ("7", "saving the compact form"),
+        ("8", "done"),
+    ]
+    assert re.search(r"^perplexity, on the evaluation text +[\d.,]+ +[\d.,]+ +[+−][\d.]+ %$", shown.out, re.MULTILINE)
+    assert re.search(r"^speed, tokens per second +[\d.,]+ +[\d.,]+ +", shown.out, re.MULTILINE)
+    assert re.search(r"^parameters +[\d.]+ kB +[\d.]+ kB +−[\d.]+ %$", shown.out, re.MULTILINE)
+    assert shown.out.splitlines()[-1] == f"model: {target}"
+
+
+def test_without_measuring_neither_prompts_nor_evaluation_text_are_read(tmp_path, capsys):
+    options = small_options(save_tiny_model(tmp_path / "dense"), write_short_texts(tmp_path / "texts"))
+    capsys.readouterr()
+    words = [
+        "prune",
+        *options,
+        "--level=50",
+        "--method=magnitude",
+        "--variant=baseline",
+        "--num_tokens=100000",
+        "--quiet",
+    ]
+    assert cli.main([*words, f"--output_dir={tmp_path / 'measured'}"]) == 2
+    assert "--num_tokens" in capsys.readouterr().err
+    more = ["--no_measure", "--eval_text=/no/such/text", "--prompt_file=/no/such/file"]
+    assert cli.main([*words, *more, f"--output_dir={tmp_path / 'kept'}"]) == 0
+    assert sum(live_heads(load_pruned(tmp_path / "kept")[0])) == 4
+
+
+def test_rounds_that_are_shown_leave_the_model_as_it_is(tmp_path):
+    """The same heads and weights as where the trajectory goes to the level at once."""
+    folder = save_tiny_model(tmp_path / "dense")
+    write_short_texts(folder / "texts")
+    spec = tiny_spec(folder, pruning_levels=(35.0,), variants=("agency",), pruning_methods=("fisher",))
+    steps = []
+    shown = build_one(load_workspace(spec, prepare(spec)), on_step=steps.append)
+    at_once = build(load_workspace(spec, prepare(spec)), Cell("agency", "fisher", 0, 35.0))
+    assert steps == ["pruning to 10 %", "pruning to 20 %", "pruning to 30 %", "pruning to 35 %"]
+    assert shown.fingerprint == at_once.fingerprint
+    for name, weights in shown.model.state_dict().items():
+        assert torch.equal(weights, at_once.model.state_dict()[name]), name
 
 
 @pytest.mark.parametrize(

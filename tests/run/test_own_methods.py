@@ -75,9 +75,8 @@ def options_of(spec, output_dir, method="mine:score", command="run"):
     values = {
         name: getattr(spec, name)
         for name in (
-            "num_tokens", "timing_limit_s", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window",
-            "eval_text",
-            "calibration_text", "adaptation",
+            "num_tokens", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window", "eval_text",
+            "calibration_text", "adaptation", "timing_pairs", "timing_limit_s",
         )
     }  # fmt: skip
     many = [] if command == "prune" else ["--pruning_levels=0,50", "--temperatures=1", "--iterations=1"]

@@ -106,16 +106,9 @@ def no_report(monkeypatch):
 
 
 def options_of(spec, output_dir):
-    named = {
-        "num_tokens",
-        "timing_limit_s",
-        "iterations",
-        "max_prompts",
-        "eval_tokens",
-        "calibration_tokens",
-        "calibration_window",
-    }
-    values = {name: getattr(spec, name) for name in (*named, "eval_text", "calibration_text", "adaptation")}
+    named = {"num_tokens", "iterations", "max_prompts", "eval_tokens", "calibration_tokens", "calibration_window"}
+    named |= {"eval_text", "calibration_text", "adaptation", "timing_pairs", "timing_limit_s"}
+    values = {name: getattr(spec, name) for name in named}
     return [
         "run", f"--model_name={spec.model_name}", "--device=cpu", "--threads=1", "--pruning_levels=0,50",
         "--pruning_method=magnitude", "--temperatures=1", f"--output_dir={output_dir}",

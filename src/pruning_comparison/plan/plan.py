@@ -223,7 +223,7 @@ def format_plan(plan: Mapping[str, Any]) -> str:
             "",
             *_aligned([_HEADING, *(_format_expectation(row) for row in plan["expectations"])]),
             "",
-            "Reckoned before any other answer of a method is decided. Each that is leaves more of the error rate to others.",
+            "Before other answers of a method are decided; each of them leaves more of the error rate to the rest.",
         ]
     if plan["notes"]:
         lines += ["", *(f"note: {note}" for note in plan["notes"])]

@@ -69,7 +69,7 @@ _CHART_WORDS = {
     "comprehensive_summary": ("Everything on one page", "Every measurement, a panel each."),
     "head_departures": (
         "Who leaves when",
-        "Each square is a head; its colour is the level at which it goes. Grey heads stay. A dot: it refused at least "
+        "Each square is a head; its colour is the level at which it is pruned. Grey heads stay. A dot: it refused at least "
         "once. A cross: it was overridden.",
     ),
     "head_values": ("Scores and signals", "What was measured of every head of the unpruned model."),

@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import json
 import math
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
@@ -62,8 +63,7 @@ def answer_text(answer: Answer, *, width: int = 80, coloured: bool = False) -> s
     from rich.text import Text
 
     parts: list[RenderableType] = [Text(answer.title, style="bold"), Text()]
-    for sentence in answer.sentences:
-        parts.append(Text(sentence))
+    parts += [Text(_filled(sentence, min(width, _WIDEST))) for sentence in answer.sentences]
     parts.append(Text())
     shown = answer.rows[:_MOST_ROWS]
     methods = list(dict.fromkeys(row.method for row in shown))
@@ -75,6 +75,11 @@ def answer_text(answer: Answer, *, width: int = 80, coloured: bool = False) -> s
     if answer.chips:
         parts.append(_verdict_table(answer.chips, min(width, _WIDEST)))
     return _as_text(parts, width=min(width, _WIDEST), coloured=coloured)
+
+
+def _filled(sentence: str, width: int) -> str:
+    """A sentence in lines that keep a number and its per cent sign together."""
+    return textwrap.fill(sentence.replace(" %", "\N{NO-BREAK SPACE}%"), width).replace("\N{NO-BREAK SPACE}", " ")
 
 
 def _level_table(rows: Sequence[AnswerRow], method: str) -> Table:

@@ -55,6 +55,7 @@ from pruning_comparison.report.first_screen import model_name
 from pruning_comparison.report.layers import layer_findings
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
+from pruning_comparison.report.terminal import stored_form
 from pruning_comparison.store import Manifest, Run, load_run, write_atomically, write_manifest, write_table
 from pruning_comparison.variants import PRIMARY
 
@@ -131,7 +132,7 @@ def write_results(
     if save_outputs:
         write_table(folder / "generated_texts.csv", texts)
     words = {
-        "answer": asdict(answer),
+        "answer": stored_form(answer),
         "verdicts": [vars(verdict) for verdict in told],
         "findings": [vars(finding) for finding in plain],
     }
