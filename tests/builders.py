@@ -284,8 +284,8 @@ def relative_row(
     metric: str, variant: str, level: float, value: float, low: float = NAN, high: float = NAN,
     *, t: float = NAN, n: int = 15, method: str = "entropy", certain: bool = True, unit: str = "1", model: str = "tiny",
 ) -> tuple[Any, ...]:  # fmt: skip
-    """A row of the levels against the dense model: a ratio, or a difference in ``unit``."""
-    change = "unclear" if not certain else "higher" if value > 1 else "lower"
+    """A row of the levels against the dense model: a ratio, or a difference in ``unit``. An interval around 1 is unclear."""
+    change = "unclear" if low < 1 < high else "higher" if value > 1 else "lower"
     values = {
         "model": model, "variant": variant, "method": method, "level": float(level), "temperature": t, "metric": metric,
         "estimate": value, "ci_low": low, "ci_high": high, "n": n, "p": 0.001, "change": change, "unit": unit,

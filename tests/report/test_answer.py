@@ -67,9 +67,22 @@ def test_the_first_sentence_says_what_each_variant_keeps_at_each_level():
     )
 
 
-def test_a_change_that_is_not_certain_is_called_unclear():
+def test_a_change_whose_interval_holds_none_is_called_unclear():
     rows = [relative_row("perplexity", "agency", 20, 1.01, 0.99, 1.03, certain=False), *CURVES[1:]]
-    assert answered(relative=rows).sentences[0].endswith("Whether that is a change is unclear at 20 % for agency.")
+    assert answered(relative=rows).sentences[0].endswith("baseline's is 1.15, 2.5 and 12.4. Whether that is a change is "
+                                                         "unclear at 20 % for agency.")  # fmt: skip
+
+
+def test_a_change_that_does_not_stand_after_correction_is_called_likely():
+    """Two iterations leave wide claims: "unclear" beside an interval far from none would contradict itself."""
+    rows = [
+        relative_row("perplexity", "agency", 20, 1.02, 1.01, 1.03, certain=False),
+        *CURVES[1:],
+        relative_row("tokens_per_second", "agency", 20, 0.5, 0.43, 0.74, certain=False),
+    ]
+    said = answered(relative=rows, optimal=[optimum_row("agency", 20.0)])
+    assert said.sentences[0].endswith("12.4. That is a likely but uncertain change at 20 % for agency.")
+    assert "likely 50 % fewer tokens per second (−57 % to −26 %)" in said.sentences[2]
 
 
 def test_safe_levels_and_what_they_bring():

@@ -207,8 +207,7 @@ def _quality_sentences(method: str, rows: Sequence[AnswerRow], relative: pd.Data
             else f"{_possessive(variant)} perplexity is {values} times the dense model's"
         )
     sentence = f"With {_levels(levels)} of the heads pruned by {method}, {'; '.join(told)}."
-    unclear = _unclear(relative, method, variants, levels)
-    return [f"{sentence} {unclear}".rstrip()]
+    return [" ".join([sentence, *_reservations(relative, method, variants, levels)])]
 
 
 def _few(levels: Sequence[float]) -> list[float]:
@@ -222,18 +221,25 @@ def _levels(levels: Sequence[float]) -> str:
     return f"{listed([f'{level:g}' for level in levels])} %"
 
 
-def _unclear(relative: pd.DataFrame, method: str, variants: Sequence[str], levels: Sequence[float]) -> str:
-    """Where it is unclear, after correction for the number of levels, whether perplexity changed at all."""
-    quality = relative[
-        (relative["metric"] == "perplexity") & (relative["method"] == method) & ~relative["certain"].astype(bool)
-    ]
-    told = []
-    for variant in variants:
-        here = [float(row["level"]) for row in rows_of(quality[quality["variant"] == variant])]
-        here = [level for level in levels if level in here]
-        if here:
-            told.append(f"at {_levels(here)} for {_named(variant)}")
-    return f"Whether that is a change is unclear {listed(told)}." if told else ""
+def _reservations(relative: pd.DataFrame, method: str, variants: Sequence[str], levels: Sequence[float]) -> list[str]:
+    """Where it is open whether perplexity changed at all, and where it is likely, but not certain after correction."""
+    quality = relative[(relative["metric"] == "perplexity") & (relative["method"] == method)]
+    quality = quality[~quality["certain"].astype(bool)]
+    sentences = []
+    for open_still, said in (
+        (True, "Whether that is a change is unclear"),
+        (False, "That is a likely but uncertain change"),
+    ):
+        rows = quality[(quality["change"] == "unclear") == open_still]
+        told = []
+        for variant in variants:
+            here = [float(row["level"]) for row in rows_of(rows[rows["variant"] == variant])]
+            here = [level for level in levels if level in here]
+            if here:
+                told.append(f"at {_levels(here)} for {_named(variant)}")
+        if told:
+            sentences.append(f"{said} {listed(told)}.")
+    return sentences
 
 
 def _versus_sentences(method: str, answers: pd.DataFrame) -> list[str]:
@@ -297,11 +303,11 @@ def _timed(row: Mapping[str, Any], what: str, more: str, less: str) -> str:
     ratio, low, high = (float(row[key]) for key in ("estimate", "ci_low", "ci_high"))
     if math.isnan(low) or math.isnan(high):
         return f"{format_change(ratio)} {what} (no interval)"
-    if not row["certain"]:
+    if row["change"] == "unclear":
         return f"an unclear change in {what} ({_range(low, high)})"
-    if ratio >= 2:
-        return f"{format_times(ratio)} times the {what} ({_range(low, high)})"
-    return f"{_more_or_less(ratio, more, less)} {what} ({_range(low, high)})"
+    size = f"{format_times(ratio)} times the" if ratio >= 2 else _more_or_less(ratio, more, less)
+    # After correction for all that a report says of levels, an interval that leaves out "no change" may not be enough.
+    return f"{'' if row['certain'] else 'likely '}{size} {what} ({_range(low, high)})"
 
 
 def _size(row: Mapping[str, Any], what: str) -> str:
