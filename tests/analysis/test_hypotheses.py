@@ -64,7 +64,7 @@ def test_expectations_that_are_not_met(effect, verdict_, reason):
 
 def test_no_gain_beyond_the_margin_is_refuted_even_where_a_loss_is_open():
     def loss(variant, level, i, d):
-        return level / 100 + ((0.03 + 0.03 * noise(2, i) + 0.005 * noise(level, i, d)) if variant == "agency" else 0)
+        return level / 100 + ((0.03 + 0.03 * noise(4, i) + 0.005 * noise(level, i, d)) if variant == "agency" else 0)
 
     row = answer(answers(*run_of(loss)), "E2")
     assert math.log(0.95) < row["claim_low"] < 0
