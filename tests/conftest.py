@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PRUNING_COMPARISON_NO_UPDATE", "1")
@@ -28,8 +28,11 @@ def model() -> PreTrainedModel:
 @pytest.fixture
 def no_charts(monkeypatch: pytest.MonkeyPatch) -> None:
     """Results are written without charts, which take most of the time, where a test is about tables or words."""
-    for draw in ("draw_all", "draw_head_charts"):
-        monkeypatch.setattr(f"pruning_comparison.report.write.{draw}", lambda *tables, size: {})
+
+    def no_drawing(jobs: Mapping[str, object], folder: object, on_progress: object = None) -> dict[str, str]:
+        return dict.fromkeys(jobs, '<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 1 1"></svg>')
+
+    monkeypatch.setattr("pruning_comparison.report.write.draw_charts", no_drawing)
 
 
 @pytest.hookimpl(wrapper=True)
