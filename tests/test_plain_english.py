@@ -37,9 +37,7 @@ PHRASES = {
 }
 """What is not written, and what is written instead."""
 
-NOT_YET = {
-    "docs/results.md",
-}
+NOT_YET: set[str] = set()
 """Files that are being rewritten, in which phrases may still stand. Each must still have one: the list only gets shorter."""
 
 FILES = sorted(
