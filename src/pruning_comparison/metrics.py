@@ -408,6 +408,16 @@ METRICS: dict[str, Metric] = {
     "negotiation_s": Metric(
         "negotiation_s", kind="cost", unit="s", label="Negotiation time", direction="lower", compared=False
     ),
+    "predicted_perplexity_ratio": Metric(
+        "predicted_perplexity_ratio",
+        kind="cost",
+        unit="1",
+        label="Perplexity, times dense, as prices predict",
+        short_label="Times dense, predicted",
+        scale="log",
+        direction="lower",
+        compared=False,
+    ),
     "adaptation_peak_memory_bytes": Metric(
         "adaptation_peak_memory_bytes",
         kind="cost",

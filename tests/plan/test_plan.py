@@ -227,8 +227,8 @@ def test_passes_and_steps_are_counted_by_hand(folder):
     assert counted["timed_steps"] == 2 * 5 * 3 * 2 * (4 + 2 * 5)
     with_peaks = replace(spec, memory_logging=True)
     assert passes(with_peaks, prepare(with_peaks, identify=False))["timed_steps"] == 2 * 5 * 3 * 2 * (5 + 2 * 5)
-    # Rounds to 10, 20, ... 60 % and one to 25 %: nothing to score under random, but Fisher's importance, signals, a refit.
-    assert counted["score_tokens"] == pytest.approx(5 * 100 * 7 * (2.0 + 1.2 + 0.9))
+    # Nothing to score under random, but prices, and Fisher's importance, once an iteration.
+    assert counted["score_tokens"] == pytest.approx(5 * 100 * (3.0 + 2.0))
     assert counted["adaptation_tokens"] == pytest.approx(5 * 2 * 100 * 0.9)
 
 

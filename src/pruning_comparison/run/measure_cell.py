@@ -199,6 +199,8 @@ def _write_and_measure(
 def _cost_measurements(pruned: PrunedModel) -> list[Measurement]:
     """What making the model has cost; a cost that it did not have is left out."""
     costs: dict[str, float | None] = {"negotiation_s": pruned.negotiation_s}
+    if pruned.predicted_nats is not None:
+        costs["predicted_perplexity_ratio"] = math.exp(pruned.predicted_nats)
     if pruned.recovery is not None:
         costs |= {"recovery_s": pruned.recovery.seconds, "recovery_tokens": pruned.recovery.tokens}
     if pruned.cost is not None:
