@@ -417,6 +417,7 @@ METRICS: dict[str, Metric] = {
         scale="log",
         direction="lower",
         compared=False,
+        roles={"main table": 2},  # beside what came out
     ),
     "adaptation_peak_memory_bytes": Metric(
         "adaptation_peak_memory_bytes",
