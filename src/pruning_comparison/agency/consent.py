@@ -110,9 +110,9 @@ def head_states(signals: HeadSignals, previous: States | None, *, start: Tensor 
 class Reply:
     """One head that was asked to leave in a negotiation.
 
-    ``rank`` counts the heads asked, from 0. ``cost`` is its price when it was asked, ``limit`` the price up to which it would
-    have consented. ``left`` counts the heads that left, from 0, None for one that stayed; ``left_cost`` is its price then,
-    which for an overridden head differs from ``cost`` where others of its layer left in between.
+    ``rank`` counts the heads asked, from 0. ``cost`` is its price when it was asked, ``limit`` the price up to which it
+    would have consented. ``left`` counts the heads that left, from 0, None for one that stayed; ``left_cost`` is its price
+    then, which for an overridden head differs from ``cost`` where others of its layer left in between.
     """
 
     layer: int

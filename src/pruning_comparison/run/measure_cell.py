@@ -39,6 +39,8 @@ def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> Ce
     if pruned.scores is None:
         raise ValueError("a model that was made again from known heads has been measured before")
     perplexity = perplexity_measurements(workspace, pruned)
+    if pruned.predicted_nats is not None:
+        perplexity.append(_measurement("predicted_perplexity_ratio", math.exp(pruned.predicted_nats)))
     rest = measure_texts_and_size(workspace, cell, pruned)
     gone, total = int((~pruned.keep).sum()), workspace.grid.total
     scores = pruned.scores.scores
@@ -199,8 +201,6 @@ def _write_and_measure(
 def _cost_measurements(pruned: PrunedModel) -> list[Measurement]:
     """What making the model has cost; a cost that it did not have is left out."""
     costs: dict[str, float | None] = {"negotiation_s": pruned.negotiation_s}
-    if pruned.predicted_nats is not None:
-        costs["predicted_perplexity_ratio"] = math.exp(pruned.predicted_nats)
     if pruned.recovery is not None:
         costs |= {"recovery_s": pruned.recovery.seconds, "recovery_tokens": pruned.recovery.tokens}
     if pruned.cost is not None:
