@@ -19,11 +19,14 @@ import torch
 from timing import benchmark_model, emit, emit_machine, paired_ratio, parser, random_ids, seconds, take_turns
 from torch import Tensor
 
-from pruning_comparison.agency.signals import cost_model, measure_signals, observe
+from pruning_comparison.agency.moments import observe
+from pruning_comparison.agency.prices_across_layers import layer_prices
+from pruning_comparison.agency.signals import measure_signals
 from pruning_comparison.measure.memory import PeakMemory
 from pruning_comparison.methods import METHODS
 from pruning_comparison.models import preview_model
 from pruning_comparison.models.heads import head_grid
+from pruning_comparison.scoring.prices import RIDGE, Prices
 from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
@@ -106,7 +109,7 @@ def score(model: Any, method: str, windows: Tensor, direction: str = "auto") -> 
 def signals(model: Any, windows: Tensor) -> None:
     keep = head_grid(model.config).all_heads()
     seen = observe(model, windows, keep=keep, batch_size=BATCH)
-    measure_signals(seen, cost_model(seen, ridge=0.1), ridge=0.1)
+    measure_signals(seen, Prices.of(layer_prices(model, seen), None, keep.shape[1]), ridge=RIDGE)
 
 
 def peak_growth(function: Callable[[Tensor], Any], few: Tensor, many: Tensor) -> int | None:

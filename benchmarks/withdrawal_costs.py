@@ -1,4 +1,4 @@
-"""Do withdrawal costs say what a withdrawal costs? Estimates beside the loss that every head of the bundled model costs.
+"""Do prices say what a withdrawal costs? Estimates beside the loss that every head of the bundled model costs.
 
     python benchmarks/withdrawal_costs.py [calibration tokens] [validation tokens]
 
@@ -15,23 +15,18 @@ from scipy.stats import spearmanr
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency.signals import (
-    LayerCosts,
-    LayerMoments,
-    cost_model,
-    measure_signals,
-    nats_weights,
-    observe,
-    written_energy,
-)
+from pruning_comparison.agency.moments import LayerMoments
+from pruning_comparison.agency.prices_across_layers import measure_prices, observe_for_prices
+from pruning_comparison.agency.signals import measure_signals, written_products
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.models.heads import head_grid, output_projections, set_projection
 from pruning_comparison.models.loading import load_model, preview_model
 from pruning_comparison.pruning.surgery import remove_heads
 from pruning_comparison.scoring.gradients import score_fisher
+from pruning_comparison.scoring.prices import RIDGE, LayerPrices
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
-RIDGE, WINDOW, BATCH = 0.03, 256, 8
+WINDOW, BATCH = 256, 8
 
 
 def main(calibration_tokens: int, validation_tokens: int) -> None:
@@ -45,10 +40,12 @@ def main(calibration_tokens: int, validation_tokens: int) -> None:
 
     calibration = windows("calibration", calibration_tokens, 0)
     validation = list(windows("validation", validation_tokens, 1))
-    observations = observe(model, calibration, keep=keep, batch_size=BATCH)
-    fisher = score_fisher(model, calibration, batch_size=BATCH, precision="float32").scores
-    weights = nats_weights(fisher, calibration.numel(), observations)
-    signals = measure_signals(observations, cost_model(observations, ridge=RIDGE, weights=weights), ridge=RIDGE)
+    observations = observe_for_prices(model, calibration, batch_size=BATCH, utilisation=True)
+    prices = measure_prices(model, calibration, batch_size=BATCH, moments=observations)
+    weights = torch.tensor(prices.weights)
+    fisher = score_fisher(model, calibration, batch_size=BATCH, gradient_precision="float32").scores
+    signals = measure_signals(observations, prices, ridge=RIDGE)
+    energy = torch.stack([written_products(one, centred=False).diagonal() for one in observations.moments if one])
 
     def loss(other: PreTrainedModel) -> float:
         nats, tokens = window_losses(other, validation, batch_size=BATCH)
@@ -66,10 +63,10 @@ def main(calibration_tokens: int, validation_tokens: int) -> None:
         adapted[layer, head] = loss(pruned) - dense
 
     estimates = {
-        "withdrawal cost": signals.withdrawal_cost,
+        "price": signals.withdrawal_cost,
         "... without weights": signals.withdrawal_cost / weights[:, None],
         "Fisher / 2": fisher / calibration.numel() / 2,
-        "energy, weighted": written_energy(observations) * weights[:, None],
+        "energy, weighted": energy * weights[:, None],
         "1 - redundancy": 1 - signals.redundancy,
     }
     print(
@@ -87,7 +84,7 @@ def main(calibration_tokens: int, validation_tokens: int) -> None:
 
 def adapt(pruned: PreTrainedModel, layer: int, head: int, moments: LayerMoments) -> None:
     """Gives a layer that has just lost ``head`` the weights and the bias that its withdrawal cost takes for granted."""
-    left = LayerCosts.of(moments.covariance(), moments.weight, moments.heads, ridge=RIDGE).withdraw(head)
+    left = LayerPrices.of(moments.covariance(), moments.weight, moments.heads, ridge=RIDGE).withdraw(head)
     stays = torch.ones(len(moments.heads), moments.head_size, dtype=torch.bool)
     stays[moments.heads.index(head)] = False
     projection = output_projections(pruned)[layer]

@@ -24,7 +24,7 @@ ScoreFunction = Callable[..., Any]
 
 OFFERED = (
     "model", "windows", "generator", "batch_size", "entropy_direction", "gradient_precision", "smallest_level", "scope",
-    "group_size",
+    "group_size", "prices",
 )  # fmt: skip
 """What a score function may name as parameters: ``model``, ``windows``, and the fields of ``scoring.ScoreSettings``."""
 
@@ -145,6 +145,16 @@ METHODS: dict[str, Method] = {
             "its compensation is `--adaptation=bias`"
         ),
         passes=1.0,
+        revision=2,
+    ),
+    "llm-pruner": Method(
+        "llm-pruner",
+        score="pruning_comparison.scoring.gradients:score_llm_pruner",
+        summary=(
+            "has weights whose removal, to first order, hardly moves the loss; the same share of every layer but the first "
+            "and last ones, which go last (Ma et al. 2023)"
+        ),
+        passes=3.0,
     ),
     "fisher-interactions": Method(
         "fisher-interactions",
@@ -160,12 +170,25 @@ METHODS: dict[str, Method] = {
         summary="has the smallest `fisher` score on what is left, computed again in about fifty steps: as many times slower",
         passes=100.0,
     ),
+    "obs": Method(
+        "obs",
+        score="pruning_comparison.agency.prices_across_layers:score_obs",
+        summary=(
+            "has the least price: what its going costs once the others have adapted (the optimal brain surgeon of Hassibi "
+            "and Stork 1993 on heads, layers weighed by what an error in them was measured to cost)"
+        ),
+        runs_on_pruned=True,
+        passes=3.0,
+    ),
 }
 """Every method of this package by its name, in the order in which help and tables list them."""
 
 
 IMPORTANCE = "fisher"
-"""The method whose scores agency uses for how sensitive the loss is to a head."""
+"""The method whose scores agency records as how sensitive the loss is to a head; they change no answer."""
+
+PRICED = "obs"
+"""The method by whose prices heads consent, whatever the method that they are asked by."""
 
 
 def method_named(name: str, own: Iterable[Method] = ()) -> Method:

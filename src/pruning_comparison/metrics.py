@@ -168,7 +168,7 @@ METRICS: dict[str, Metric] = {
         scale="log",
         bounds=(1.0, math.inf),
         compute="pruning_comparison.measure.text_quality:generation_perplexity",
-        roles={"main table": 5, "temperature chart": 1},
+        roles={"main table": 6, "temperature chart": 1},
     ),
     "distinct_1": Metric(
         "distinct_1",
@@ -188,7 +188,7 @@ METRICS: dict[str, Metric] = {
         bounds=(0.0, 1.0),
         compute="pruning_comparison.measure.text_quality:distinct_n",
         settings={"n": 2},
-        roles={"main table": 6, "quality chart": 2, "temperature chart": 2},
+        roles={"main table": 7, "quality chart": 2, "temperature chart": 2},
     ),
     "distinct_3": Metric(
         "distinct_3",
@@ -216,7 +216,7 @@ METRICS: dict[str, Metric] = {
         bounds=(0.0, 1.0),
         compute="pruning_comparison.measure.text_quality:seq_rep_n",
         settings={"n": 4},
-        roles={"main table": 7, "quality chart": 3, "temperature chart": 3},
+        roles={"main table": 8, "quality chart": 3, "temperature chart": 3},
     ),
     "compression_ratio": Metric(
         "compression_ratio",
@@ -238,7 +238,7 @@ METRICS: dict[str, Metric] = {
         distance_of="distinct_2",
         alike=("length", "tokenizer"),
         roles={
-            "main table": 8,
+            "main table": 9,
             "improvement chart": 5,
             "radar": 5,
             "tight resources": 4,
@@ -258,7 +258,7 @@ METRICS: dict[str, Metric] = {
         bounds=(0.0, 1.0),
         distance_of="seq_rep_4",
         alike=("length", "tokenizer"),
-        roles={"main table": 9, "improvement chart": 6, "radar": 6, "which metrics": 3, "two runs": 4},
+        roles={"main table": 10, "improvement chart": 6, "radar": 6, "which metrics": 3, "two runs": 4},
     ),
     "generation_perplexity_distance": Metric(
         "generation_perplexity_distance",
@@ -284,7 +284,7 @@ METRICS: dict[str, Metric] = {
         scale="log",
         alike=("length", "tokenizer"),
         roles={
-            "main table": 3,
+            "main table": 4,
             "improvement chart": 2,
             "radar": 2,
             "tight resources": 2,
@@ -301,7 +301,7 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         scale="log",
         roles={
-            "main table": 4,
+            "main table": 5,
             "improvement chart": 3,
             "radar": 3,
             "tight resources": 3,
@@ -386,7 +386,7 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         alike=("length", "tokenizer"),
         on_request=True,
-        roles={"main table": 10, "improvement chart": 4, "radar": 4, "which metrics": 8},
+        roles={"main table": 11, "improvement chart": 4, "radar": 4, "which metrics": 8},
     ),
     "adaptation_s": Metric(
         "adaptation_s",
@@ -395,7 +395,7 @@ METRICS: dict[str, Metric] = {
         label="Adaptation time",
         direction="lower",
         compared=False,
-        roles={"main table": 11},
+        roles={"main table": 12},
     ),
     "adaptation_tokens": Metric(
         "adaptation_tokens", kind="cost", unit="token", label="Adaptation tokens", direction="lower", compared=False
@@ -414,6 +414,17 @@ METRICS: dict[str, Metric] = {
     ),
     "negotiation_s": Metric(
         "negotiation_s", kind="cost", unit="s", label="Negotiation time", direction="lower", compared=False
+    ),
+    "predicted_perplexity_ratio": Metric(
+        "predicted_perplexity_ratio",
+        kind="cost",
+        unit="1",
+        label="Perplexity, times dense, as prices predict",
+        short_label="Times dense, predicted",
+        scale="log",
+        direction="lower",
+        compared=False,
+        roles={"main table": 3},  # beside what came out
     ),
     "adaptation_peak_memory_bytes": Metric(
         "adaptation_peak_memory_bytes",

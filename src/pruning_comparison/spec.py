@@ -11,7 +11,7 @@ from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
 from pruning_comparison.errors import InputError, MethodError
-from pruning_comparison.methods import IMPORTANCE, METHODS, Method, checked_own_method, method_named
+from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED, Method, checked_own_method, method_named
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.variants import VARIANTS, variant_named
 
@@ -394,9 +394,9 @@ def revisions_of(spec: ComparisonSpec) -> Revisions:
 
 
 def _methods_of(methods: Collection[str], variants: Collection[str]) -> list[str]:
-    """The methods that are used: those that rank and, where heads are asked, the one that gives their importance."""
+    """The methods that are used: those that rank, and where heads are asked, those for their prices and importance."""
     asked = any(variant_named(name).negotiates for name in variants)
-    return list(dict.fromkeys([*methods, IMPORTANCE] if asked else methods))
+    return list(dict.fromkeys([*methods, PRICED, IMPORTANCE] if asked else methods))
 
 
 def identity(

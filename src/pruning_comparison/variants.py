@@ -74,8 +74,9 @@ VARIANTS: dict[str, Variant] = {
         "agency",
         selection="negotiated",
         adapts=True,
-        summary=("heads are asked in rounds, those that consent leave, and the survivors adapt"),
+        summary="heads are asked at their prices, those that consent leave, and the survivors adapt",
         look=Look("#0072B2", "s", "-"),
+        revision=2,
     ),
     "baseline-progressive": Variant(
         "baseline-progressive",
@@ -92,7 +93,7 @@ VARIANTS: dict[str, Variant] = {
         adapts=True,
         summary="the baseline's heads, and the survivors adapt: what adaptation brings alone",
         look=Look("#56B4E9", "D", (0, (1, 1.2))),
-        lacks="Choosing heads anew in rounds",
+        lacks="Asking heads",
         instead="the baseline's heads leave and the survivors adapt all the same",
     ),
     "agency-selection": Variant(
@@ -104,6 +105,7 @@ VARIANTS: dict[str, Variant] = {
         lacks="Adapted weights",
         instead="the same heads leave and the weights stay as they were",
         plural=True,
+        revision=2,
     ),
     "agency-always-yes": Variant(
         "agency-always-yes",
@@ -114,6 +116,7 @@ VARIANTS: dict[str, Variant] = {
         look=Look("#CC79A7", "P", (0, (2, 1))),
         lacks="Consent",
         instead="nobody may refuse",
+        revision=2,
     ),
 }
 """Every variant by its name, in the order in which help, tables and charts list them."""

@@ -20,9 +20,12 @@ from pruning_comparison.agency.consent import (
     negotiate,
     quota_of_level,
 )
-from pruning_comparison.agency.signals import CostModel, HeadSignals, LayerCosts, cost_model, measure_signals, observe
+from pruning_comparison.agency.moments import observe
+from pruning_comparison.agency.prices_across_layers import layer_prices
+from pruning_comparison.agency.signals import HeadSignals, measure_signals
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.scoring.gradients import score_fisher
+from pruning_comparison.scoring.prices import LayerPrices, Prices
 
 ACTIVE, OVERLOADED, MISALIGNED, WITHDRAWN = HeadState
 CONSENTED, REFUSED, OVERRIDDEN = HeadAnswer
@@ -36,8 +39,8 @@ def plain_costs(table):
         live = row.isfinite().nonzero().squeeze(1)
         weight = row[live].sqrt().unsqueeze(1)
         gram = torch.eye(len(live), dtype=torch.float64)
-        layers.append(LayerCosts.of(gram, weight, live.tolist(), ridge=1e-12) if len(live) else None)
-    return CostModel(tuple(layers), (1.0,) * len(layers), len(table[0]))
+        layers.append(LayerPrices.of(gram, weight, live.tolist(), ridge=1e-12) if len(live) else None)
+    return Prices(tuple(layers), (1.0,) * len(layers), len(table[0]))
 
 
 def random_costs(layers, heads, seed, *, duplicates=False):
@@ -50,8 +53,8 @@ def random_costs(layers, heads, seed, *, duplicates=False):
         if duplicates and heads > 1:
             x[:, 2:4] = x[:, :2]
         weight = torch.randn(2 * heads, 5, generator=generator).double()
-        of_layers.append(LayerCosts.of(x.T @ x / 60, weight, range(heads), ridge=0.01))
-    return CostModel(tuple(of_layers), tuple(torch.rand(layers, generator=generator).tolist()), heads)
+        of_layers.append(LayerPrices.of(x.T @ x / 60, weight, range(heads), ridge=0.01))
+    return Prices(tuple(of_layers), tuple(torch.rand(layers, generator=generator).tolist()), heads)
 
 
 def scores_in_order(*places, shape):
@@ -78,8 +81,8 @@ def test_heads_are_asked_in_the_methods_order_until_enough_have_left():
     assert [reply.rank for reply in result.replies] == [0, 1, 2]
     assert [reply.left for reply in result.replies] == [None, 0, 1]
     assert result.violations == ()
-    assert result.limit == 2.5
-    assert result.costs.costs().isfinite().tolist() == result.keep.tolist()
+    assert [reply.limit for reply in result.replies] == [2.5] * 3
+    assert result.prices.table().isfinite().tolist() == result.keep.tolist()
     assert keep.all()
 
 
@@ -99,8 +102,8 @@ def test_costs_are_brought_up_to_date_between_overrides():
     base = torch.randn(40, 1, generator=torch.Generator().manual_seed(0)).double()
     other = torch.randn(40, 1, generator=torch.Generator().manual_seed(1)).double()
     x = torch.cat([base, base, other], 1)
-    layer = LayerCosts.of(x.T @ x / 40, torch.tensor([[1.9], [2.0], [1.0]]), range(3), ridge=1e-9)
-    costs = CostModel((layer,), (1.0,), 3)
+    layer = LayerPrices.of(x.T @ x / 40, torch.tensor([[1.9], [2.0], [1.0]]), range(3), ridge=1e-9)
+    costs = Prices((layer,), (1.0,), 3)
     result = negotiate(torch.zeros(1, 3), costs, torch.ones(1, 3) > 0, 2, limit=0.0)
     assert result.left == ((0, 0), (0, 2))
     assert [reply.answer for reply in result.replies] == [OVERRIDDEN, REFUSED, OVERRIDDEN]
@@ -125,15 +128,27 @@ def test_a_quota_for_each_layer():
     assert [reply.answer for reply in result.replies] == [REFUSED, OVERRIDDEN, OVERRIDDEN, CONSENTED]
 
 
-def test_the_limit_is_absolute_if_given_and_else_the_median_of_the_live_heads():
+def test_the_limit_is_absolute_if_given_and_else_the_price_of_the_quota_th_cheapest(monkeypatch):
+    """Live prices 1, 2, 3, 4: the second cheapest is 2, and half as much again is 3."""
     table = torch.tensor([[4.0, torch.nan, 1.0], [2.0, 3.0, torch.nan]])
-    assert consent_limit(table) == pytest.approx(2.5)
-    assert consent_limit(torch.full((1, 2), torch.nan)) == 0.0
+    monkeypatch.setattr(consent, "CONSENT_FACTOR", 1.5)
+    assert [consent_limit(table, quota) for quota in range(5)] == [0, 1.5, 3.0, 4.5, 6.0]
+    assert consent_limit(torch.full((1, 2), torch.nan), 0) == 0.0
     arguments = torch.zeros(2, 3), plain_costs(table.tolist()), table.isfinite(), 2
-    assert negotiate(*arguments, limit=0.7).limit == 0.7
+    assert {reply.limit for reply in negotiate(*arguments, limit=0.7).replies} == {0.7}
+    # In order: 4 refuses, 1 and 2 consent.
     result = negotiate(*arguments)
-    assert result.limit == pytest.approx(2.5)
+    assert [reply.limit for reply in result.replies] == pytest.approx([3.0] * 3)
     assert result.left == ((0, 2), (1, 0))
+
+
+def test_each_layer_has_a_limit_of_its_own_where_it_has_a_quota_of_its_own(monkeypatch):
+    """Layer 0 loses one of 1, 5, 2, so nobody may cost more than 1; layer 1 two of 9, 7, 8, so nobody more than 8."""
+    monkeypatch.setattr(consent, "CONSENT_FACTOR", 1.0)
+    costs = plain_costs([[1.0, 5.0, 2.0], [9.0, 7.0, 8.0]])
+    result = negotiate(torch.arange(6.0).view(2, 3).flip(1), costs, torch.ones(2, 3) > 0, [1, 2])
+    assert {(reply.layer, round(reply.limit, 6)) for reply in result.replies} == {(0, 1.0), (1, 8.0)}
+    assert result.left == ((0, 0), (1, 2), (1, 1))
 
 
 def test_states_are_left_no_sooner_than_they_are_entered():
@@ -211,7 +226,7 @@ def planted_model():
 def planted_signals(ridge=1e-7):
     model, keep = planted_model(), torch.ones(2, 4, dtype=torch.bool)
     observations = observe(model, WINDOWS, keep=keep, batch_size=3)
-    costs = cost_model(observations, ridge=ridge)
+    costs = Prices.of(layer_prices(model, observations, ridge=ridge), None, 4)
     fisher = score_fisher(model, WINDOWS, batch_size=4, gradient_precision="float32").scores
     return measure_signals(observations, costs, ridge=ridge, importance=fisher), costs
 
@@ -232,7 +247,7 @@ def test_the_planted_heads_have_the_signals_that_were_planted():
     for place in unlike:
         assert float(redundancy[place]) < 0.95
     assert float(cost[0, 2]) == 0
-    torch.testing.assert_close(cost, costs.costs())
+    torch.testing.assert_close(cost, costs.table())
     # What head 3 of layer 1 writes is -y/2, the rest 2 y + z: their correlation from the energies of y, z and 2 y + z alone.
     y, z = float(share[1, 0]), float(share[1, 2])
     assert float(signals.alignment[1, 3]) < -0.7
@@ -277,7 +292,7 @@ def test_the_planted_heads_consent_as_planted_in_whatever_order_they_are_asked(s
 def test_negotiation_on_a_model_with_shared_keys():
     model, keep = tiny_model("llama"), torch.ones(3, 6, dtype=torch.bool)
     observations = observe(model, WINDOWS, keep=keep, batch_size=4)
-    costs = cost_model(observations, ridge=0.01)
+    costs = Prices.of(layer_prices(model, observations, ridge=0.01), None, 6)
     scores = score_fisher(model, WINDOWS, batch_size=4, gradient_precision="float32").scores
     result = negotiate(scores, costs, keep, 7)
     assert int((~result.keep).sum()) == 7
@@ -324,7 +339,7 @@ def test_whatever_is_negotiated(arguments):
     replayed = costs
     by_place = dict(zip(places, result.replies, strict=True))
     for place in result.left:
-        assert by_place[place].left_cost == pytest.approx(replayed.cost(*place), rel=1e-6, abs=1e-12)
+        assert by_place[place].left_cost == pytest.approx(replayed.price(place[0], [place[1]]), rel=1e-6, abs=1e-12)
         replayed = replayed.withdraw(*place)
     for reply in result.replies:
         assert reply.cost >= 0
@@ -338,7 +353,7 @@ def test_whatever_is_negotiated(arguments):
         assert len(consented) < wanted
         assert len(mine) == int(keep[layer].sum())
         assert violation.left >= len(consented) or not isinstance(quota, int)
-    assert torch.equal(result.costs.costs().isfinite(), result.keep)
+    assert torch.equal(result.prices.table().isfinite(), result.keep)
 
 
 @settings(max_examples=60, deadline=None)
@@ -388,7 +403,7 @@ def test_what_does_not_fit_together_is_refused():
     assert negotiate(scores, left, fewer, 1).left == ((0, 0),)
 
 
-def test_a_group_is_asked_as_one_and_pays_the_joint_cost():
+def test_a_group_is_asked_as_one_and_pays_the_joint_price(monkeypatch):
     """Heads 0 and 1 hand over the same, so each alone is free while the other stays, and both together cost what one did.
 
     The twins have 1 on and off the diagonal of the Gram matrix, so one twin alone costs next to nothing; heads
@@ -397,11 +412,11 @@ def test_a_group_is_asked_as_one_and_pays_the_joint_cost():
     gram = torch.eye(4, dtype=torch.float64)
     gram[0, 1] = gram[1, 0] = 1 - 1e-9
     weight = torch.tensor([[1.0], [1.0], [0.5**0.5], [0.5**0.5]], dtype=torch.float64)
-    layer = LayerCosts.of(gram, weight, range(4), ridge=1e-9)
-    costs = CostModel((layer,), (1.0,), 4)
-    assert costs.cost(0, 0) == pytest.approx(0.0, abs=1e-6)
-    assert costs.joint_cost(0, (0, 1)) == pytest.approx(4.0, rel=1e-6)  # (1 + 1)^2 of the same input
-    assert costs.joint_cost(0, (2, 3)) == pytest.approx(1.0, rel=1e-6)
+    layer = LayerPrices.of(gram, weight, range(4), ridge=1e-9)
+    costs = Prices((layer,), (1.0,), 4)
+    assert costs.price(0, [0]) == pytest.approx(0.0, abs=1e-6)
+    assert costs.price(0, (0, 1)) == pytest.approx(4.0, rel=1e-6)  # (1 + 1)^2 of the same input
+    assert costs.price(0, (2, 3)) == pytest.approx(1.0, rel=1e-6)
     keep, scores = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[0.0, 1.0, 2.0, 3.0]])
     result = negotiate(scores, costs, keep, 2, limit=1.5, group_size=2)
     # The method asks the twins first, they refuse; the others consent.
@@ -415,8 +430,10 @@ def test_a_group_is_asked_as_one_and_pays_the_joint_cost():
     assert result.keep.tolist() == [[True, True, False, False]]
     overridden = negotiate(scores, costs, keep, 2, limit=0.5, group_size=2)
     assert [(r.head, r.left) for r in overridden.violations] == [(2, 0), (3, 1)]
-    # The median over groups, not over heads: (4 + 1) / 2.
-    assert negotiate(scores, costs, keep, 2, group_size=2).limit == pytest.approx(2.5, rel=1e-6)
+    # The cheaper of the two groups costs 1: the limit is of groups, not of heads.
+    monkeypatch.setattr(consent, "CONSENT_FACTOR", 2.5)
+    replies = negotiate(scores, costs, keep, 2, group_size=2).replies
+    assert [r.limit for r in replies] == pytest.approx([2.5] * 4, rel=1e-6)
     with pytest.raises(ValueError, match="whole groups of 2 heads"):
         negotiate(scores, costs, keep, 1, group_size=2)
     assert quota_of_level(40, torch.ones(2, 6, dtype=torch.bool), group_size=2) == 4  # round(0.4 * 6 groups) = 2

@@ -9,29 +9,19 @@ import numpy as np
 import pytest
 import torch
 from builders import FAMILIES, random_masks, tiny_gpt2, tiny_model
-from hypothesis import given, settings
-from hypothesis import strategies as st
 
+from pruning_comparison.agency.moments import LayerMoments, observe
+from pruning_comparison.agency.prices_across_layers import layer_prices
 from pruning_comparison.agency.signals import (
-    CostModel,
-    LayerCosts,
-    LayerMoments,
     alignments,
     contributions,
-    cost_model,
-    layer_sensitivity,
     measure_signals,
-    nats_weights,
-    observe,
     redundancies,
-    ridged_inverse,
-    withdrawal_costs,
-    written_energy,
     written_products,
 )
 from pruning_comparison.models.heads import attentions, head_grid, input_major_weight, output_projections
 from pruning_comparison.pruning.surgery import converted_copy, mask_heads, remove_heads
-from pruning_comparison.scoring.gradients import gate_gradients
+from pruning_comparison.scoring.prices import Prices, withdrawal_costs
 
 HEADS, SIZE, WIDTH = 3, 4, 10
 FEATURES = HEADS * SIZE
@@ -135,100 +125,6 @@ def test_redundancy_of_noise_is_not_above_nothing():
     assert float(redundancies(moments_of(x, torch.randn(FEATURES, WIDTH, generator=generator)), ridge=1e-6).max()) < 0
 
 
-def least_squares_cost(x, weight, gone, ridge, centred):
-    """Brute force: the least |X W - X V|^2 / S + lambda |W - V|^2 over all V whose rows ``gone`` are zero."""
-    x, weight = x - x.mean(0) if centred else x, weight.double().numpy()
-    strength = ridge * np.square(x).sum(0).mean() / len(x)
-    stacked = np.vstack([x / np.sqrt(len(x)), np.sqrt(strength) * np.eye(FEATURES)])
-    goal = stacked @ weight
-    left = np.setdiff1d(np.arange(FEATURES), gone)
-    solution = np.linalg.lstsq(stacked[:, left], goal, rcond=None)[0]
-    return np.square(goal - stacked[:, left] @ solution).sum()
-
-
-@pytest.mark.parametrize("centred", [True, False])
-@pytest.mark.parametrize("ridge", [1e-6, 0.1])
-def test_withdrawal_cost_is_the_least_squared_error_without_the_head(ridge, centred):
-    x, weight = samples(4)
-    gram = moments_of(x, weight).covariance(centred=centred)
-    costs = withdrawal_costs(gram, weight, heads=HEADS, ridge=ridge)
-    every = np.arange(FEATURES)
-    expected = [least_squares_cost(rows(x), weight, every[own(h)], ridge, centred) for h in range(HEADS)]
-    np.testing.assert_allclose(costs, expected, rtol=2e-3)
-
-
-@settings(max_examples=30, deadline=None)
-@given(st.permutations(range(HEADS)), st.integers(0, 10**6), st.sampled_from([1e-6, 0.01, 1.0]), st.booleans())
-def test_costs_one_after_the_other_sum_to_the_joint_cost_in_any_order(order, seed, ridge, centred):
-    x, weight = samples(seed)
-    layer = LayerCosts.of(moments_of(x, weight).covariance(centred=centred), weight, range(HEADS), ridge=ridge)
-    paid, gone = 0.0, []
-    for head in order:
-        assert float(layer.costs.min()) >= 0
-        paid += float(layer.costs[layer.heads.index(head)])
-        gone.extend(np.arange(FEATURES)[own(head)])
-        assert paid == pytest.approx(least_squares_cost(rows(x), weight, gone, ridge, centred), rel=5e-3)
-        if len(layer.heads) > 1:
-            layer = layer.withdraw(head)
-
-
-def test_survivors_weights_are_those_of_least_squares():
-    x, weight = samples(5)
-    layer = LayerCosts.of(moments_of(x, weight).covariance(), weight, range(HEADS), ridge=1e-9).withdraw(1)
-    centred = rows(x) - rows(x).mean(0)
-    left = np.r_[own(0), own(2)]
-    solution = np.linalg.lstsq(centred[:, left], centred @ weight.double().numpy(), rcond=None)[0]
-    np.testing.assert_allclose(layer.weight, solution, rtol=1e-2, atol=1e-3)
-    assert layer.heads == (0, 2)
-
-
-def test_of_two_duplicates_exactly_one_is_cheap():
-    x, weight = samples(6)
-    x[..., own(2)] = x[..., own(0)]
-    layer = LayerCosts.of(moments_of(x, weight).covariance(), weight, range(HEADS), ridge=1e-7)
-    alone = layer.costs
-    assert float(alone[0]) < 1e-3 * float(alone[1])
-    assert float(alone[2]) < 1e-3 * float(alone[1])
-    assert float(layer.withdraw(0).costs[1]) > 1e3 * float(alone[2])
-    assert float(layer.withdraw(2).costs[0]) > 1e3 * float(alone[0])
-
-
-def test_costs_are_weighed_by_layer_and_granting_leaves_the_model_it_came_from():
-    x, weight = samples(7)
-    layer = LayerCosts.of(moments_of(x, weight).covariance(), weight, (0, 2, 3), ridge=0.01)
-    costs = CostModel((layer, None, layer), (1.0, 1.0, 3.0), 4)
-    table = costs.costs()
-    torch.testing.assert_close(table[2], 3 * table[0], equal_nan=True)
-    assert table.isnan().tolist() == [[False, True, False, False], [True] * 4, [False, True, False, False]]
-    assert costs.cost(2, 3) == pytest.approx(3 * float(layer.costs[2]))
-    after = costs.withdraw(2, 2).costs()
-    torch.testing.assert_close(costs.costs(), table, rtol=0, atol=0, equal_nan=True)
-    torch.testing.assert_close(after[:2], table[:2], rtol=0, atol=0, equal_nan=True)
-    assert after[2].isnan().tolist() == [False, True, True, False]
-    assert after[2, 0] > table[2, 0]
-    emptied = costs.withdraw(0, 0).withdraw(0, 2).withdraw(0, 3)
-    assert emptied.layers[0] is None
-    for layer_number, head in ((1, 0), (0, 1)):
-        with pytest.raises(KeyError, match="has left"):
-            costs.cost(layer_number, head)
-        with pytest.raises(KeyError, match="has left"):
-            costs.withdraw(layer_number, head)
-
-
-def test_a_singular_matrix_gets_more_ridge_and_nothing_costs_nothing():
-    x, weight = samples(8)
-    x[..., 1:] = x[..., :1]
-    gram = moments_of(x, weight).covariance()
-    assert torch.isfinite(ridged_inverse(gram, 1e-300)).all()
-    assert torch.isfinite(withdrawal_costs(gram, weight, heads=HEADS, ridge=1e-300)).all()
-    nothing = torch.zeros(FEATURES, FEATURES).double()
-    assert float(withdrawal_costs(nothing, weight, heads=HEADS, ridge=0.01).max()) < 1e-50
-    with pytest.raises(ValueError, match="ridge must be above 0"):
-        ridged_inverse(gram, 0.0)
-    with pytest.raises(ValueError, match="not finite"):
-        ridged_inverse(gram * torch.nan, 0.1)
-
-
 def test_silent_heads_have_signals_without_a_division_by_nothing():
     x, weight = samples(9)
     silent = weight.clone()
@@ -241,38 +137,6 @@ def test_silent_heads_have_signals_without_a_division_by_nothing():
     everything = moments_of(x, torch.zeros_like(weight))
     torch.testing.assert_close(contributions(everything), torch.full((HEADS,), 1 / HEADS).double())
     assert alignments(everything).tolist() == [0.0] * HEADS
-
-
-def test_layer_sensitivity_by_hand():
-    fisher = torch.tensor([[3.0, 5.0], [0.0, 2.0], [0.0, 0.0]])
-    energy = torch.tensor([[1.0, 3.0], [4.0, 0.0], [0.0, 0.0]])
-    assert layer_sensitivity(fisher, energy).tolist() == [2.0, 0.5, 0.0]
-
-
-def test_layer_sensitivity_finds_the_variance_of_the_gradients_it_assumes():
-    """Gradients drawn with the covariance c I, independent of what heads write: the ratio is c."""
-    rng = np.random.default_rng(0)
-    written = rng.normal(size=(400, 12, 3, 5)) * np.array([0.1, 1.0, 4.0])[:, None]  # [N, T, H, E]
-    gradients = rng.normal(scale=np.sqrt(0.7), size=(400, 12, 5))
-    fisher = np.square(np.einsum("nthe,nte->nh", written, gradients)).sum(0)
-    energy = np.square(written).sum((0, 1, 3))
-    found = layer_sensitivity(torch.tensor(fisher)[None], torch.tensor(energy)[None])
-    assert float(found) == pytest.approx(0.7, rel=0.15)
-
-
-def test_half_of_the_sensitivity_is_in_nats_per_token(model):
-    """Sum of squared gate gradients / energy, both per token of their own text, halved: written out."""
-    observations = observe(model, WINDOWS, keep=torch.ones(3, 4, dtype=torch.bool), batch_size=3)
-    text = WINDOWS[:4]
-    fisher = torch.cat(list(gate_gradients(model, text, batch_size=4))).square().sum(0)
-    energy = torch.zeros(3)
-    for layer, x in enumerate(inputs_of_projections(model, WINDOWS)):
-        weight = input_major_weight(output_projections(model)[layer])
-        for head in range(4):
-            part = slice(head * 8, head * 8 + 8)
-            energy[layer] += (x[:, part] @ weight[part]).square().sum() / WINDOWS.numel()
-    expected = fisher.sum(1) / text.numel() / energy / 2
-    torch.testing.assert_close(nats_weights(fisher, text.numel(), observations), expected.double(), rtol=1e-3, atol=0)
 
 
 def inputs_of_projections(model, windows):
@@ -392,8 +256,8 @@ def test_masked_and_compact_models_have_the_same_signals(family, name):
 
 def signals_of(model, keep, batch_size=4):
     observations = observe(model, WINDOWS, keep=keep, batch_size=batch_size)
-    costs = cost_model(observations, ridge=0.01)
-    return measure_signals(observations, costs, ridge=0.01, importance=torch.ones(keep.shape))
+    prices = Prices.of(layer_prices(model, observations, ridge=0.01), None, keep.shape[1])
+    return measure_signals(observations, prices, ridge=0.01, importance=torch.ones(keep.shape))
 
 
 def test_a_pass_without_utilisation_is_the_same_otherwise(model):
@@ -448,7 +312,9 @@ def test_half_precision_is_accumulated_in_float32():
     rounded = converted_copy(model, torch.bfloat16)
     keep = torch.ones(3, 4, dtype=torch.bool)
     fine, coarse = observe(model, WINDOWS, keep=keep, batch_size=4), observe(rounded, WINDOWS, keep=keep, batch_size=4)
-    torch.testing.assert_close(written_energy(coarse), written_energy(fine), rtol=0.05, atol=0)
+    for one, other in zip(coarse.moments, fine.moments, strict=True):
+        energies = (written_products(moments).diagonal() for moments in (one, other))
+        torch.testing.assert_close(*energies, rtol=0.05, atol=0)
     torch.testing.assert_close(coarse.utilisation, fine.utilisation, rtol=0.05, atol=0)
     x = inputs_of_projections(rounded, WINDOWS)[0]
     np.testing.assert_allclose(coarse.moments[0].covariance(), np.cov(x.double().numpy().T, bias=True), atol=1e-5)
@@ -466,10 +332,6 @@ def test_what_cannot_be_measured_is_refused(model):
         observe(model, WINDOWS, keep=fewer, batch_size=4)
     with pytest.raises(ValueError, match="layer 1 has 3 heads"):
         observe(remove_heads(model, fewer), WINDOWS, keep=keep, batch_size=4)
-    observations = observe(model, WINDOWS, keep=keep, batch_size=4)
-    for weights in (torch.tensor([1.0, -1.0, 1.0]), torch.tensor([1.0, torch.nan, 1.0]), torch.ones(2)):
-        with pytest.raises(ValueError, match="weights must be 3 finite numbers"):
-            cost_model(observations, ridge=0.1, weights=weights)
     model.transformer.h[2].attn.c_attn.bias.data[-1] = torch.inf
     with pytest.raises(ValueError, match="layer 2 are not finite"):
         observe(model, WINDOWS, keep=keep, batch_size=4)

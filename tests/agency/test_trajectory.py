@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import itertools
 
 import pytest
@@ -11,8 +10,10 @@ from builders import save_tiny_model, tiny_gpt2, tiny_model, write_short_texts
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory, adapt
-from pruning_comparison.agency.signals import CostModel, LayerCosts
+from pruning_comparison.agency import NegotiatedTrajectory, ProgressiveTrajectory
+from pruning_comparison.agency.moments import observe
+from pruning_comparison.agency.prices_across_layers import layer_prices, measure_prices, score_obs
+from pruning_comparison.agency.signals import measure_signals
 from pruning_comparison.models.heads import head_grid, live_heads
 from pruning_comparison.pruning.selection import heads_to_prune, select_heads
 from pruning_comparison.pruning.surgery import mask_heads
@@ -22,6 +23,7 @@ from pruning_comparison.run.inputs import prepare
 from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.scoring.entropy import mean_attention_entropy
 from pruning_comparison.scoring.gradients import score_fisher
+from pruning_comparison.scoring.prices import RIDGE, Prices
 from pruning_comparison.scoring.scores import HeadScores, score_heads
 from pruning_comparison.spec import Cell, ComparisonSpec
 
@@ -109,28 +111,39 @@ def test_a_level_means_the_same_whatever_else_was_asked_for(levels, scope, seed)
     assert all(bool((later <= sooner).all()) for sooner, later in itertools.pairwise(rising))
 
 
-def negotiated(model, *, adapted=True, **settings):
-    dense = DenseStream(model, WINDOWS, batch_size=3)
-    return NegotiatedTrajectory(
-        model,
-        score=fisher,
-        importance=None,
-        adapt=lambda pruned: adapt(dense, pruned, steps="refit" if adapted else "none"),
-        windows=WINDOWS,
-        batch_size=3,
-        all_heads=ALL,
-        scope=settings.pop("scope", "model"),
-        **settings,
-    )
+def negotiated(model, *, scores=None, prices=None, scope="model", **others):
+    moments = observe(model, WINDOWS, keep=ALL, batch_size=3)
+    prices = prices or Prices.of(layer_prices(model, moments), [1.0, 0.5, 2.0], HEADS)
+    return NegotiatedTrajectory(scores or fisher(model), prices, moments=moments, scope=scope, **others)
 
 
 @pytest.mark.parametrize("level", [0, 30, 55, 80])
-def test_where_all_consent_and_nobody_adapts_it_is_the_progressive_baseline(level):
+@pytest.mark.parametrize("scope", ["model", "layer"])
+def test_where_all_consent_the_methods_heads_leave(level, scope):
     model = tiny_gpt2(layers=LAYERS, heads=HEADS)
-    asked = negotiated(model, adapted=False, everyone_consents=True).at(level)
-    plain = ProgressiveTrajectory(model, score=fisher, all_heads=ALL, scope="model").at(level)
-    assert torch.equal(asked.keep, plain.keep)
+    asked = negotiated(model, everyone_consents=True, scope=scope).at(level)
+    assert torch.equal(asked.keep, select_heads(fisher(model).scores, level, scope))
     assert all(reply.answer == "consented" for round_record in asked.round_records for reply in round_record.replies)
+
+
+def test_consent_chooses_other_heads_than_the_method_does():
+    """Otherwise the test above would pass whatever is asked."""
+    model = tiny_gpt2(layers=LAYERS, heads=HEADS)
+    assert any(
+        not torch.equal(negotiated(model).at(level).keep, select_heads(fisher(model).scores, level))
+        for level in (30, 50, 70)
+    )
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_consent_changes_nothing_where_heads_are_asked_in_the_order_of_their_prices(seed):
+    """Who is asked next is then the cheapest of all, and if it refuses so do the others, and it is overridden."""
+    model = tiny_gpt2(layers=LAYERS, heads=HEADS, seed=seed)
+    prices = measure_prices(model, WINDOWS, batch_size=3)
+    scores = score_obs(model, WINDOWS, batch_size=3, prices=lambda: prices)
+    for level in (10, 30, 50, 55, 70, 90):
+        reached = negotiated(model, scores=scores, prices=prices).at(level)
+        assert torch.equal(reached.keep, select_heads(scores.scores, level))
 
 
 @pytest.mark.parametrize("scope", ["model", "layer"])
@@ -154,37 +167,38 @@ def test_a_negotiated_level_means_the_same_whatever_else_was_asked_for(scope):
     assert all(bool((kept[later] <= kept[sooner]).all()) for sooner, later in ((0, 1), (0, 4), (4, 3)))
 
 
-def test_cost_models_are_gone_before_survivors_adapt():
-    """They are as large as all attention, in float64: one for every round would fill the memory."""
-
-    def alive():
-        return sum(type(thing) in (CostModel, LayerCosts) for thing in gc.get_objects())
-
-    gc.collect()
-    before, during = alive(), []
-    trajectory = NegotiatedTrajectory(
-        tiny_gpt2(layers=LAYERS, heads=HEADS),
-        score=fisher,
-        importance=None,
-        adapt=lambda pruned: during.append(alive()),
-        windows=WINDOWS,
-        batch_size=3,
-        all_heads=ALL,
-        scope="model",
-    )
-    assert len(trajectory.at(30).round_records) == 3
-    assert during == [before] * 3
-
-
-def test_rounds_are_measured_on_the_adapted_model():
-    """With adaptation in between, what heads signal in the second round is no longer what they would signal without it."""
+def test_what_is_paid_in_all_rounds_is_what_the_heads_cost_together():
     model = tiny_gpt2(layers=LAYERS, heads=HEADS)
-    first, second = (
-        [t.at(20).round_records[n].signals for t in (negotiated(model), negotiated(model, adapted=False))]
-        for n in (0, 1)
+    prices = measure_prices(model, WINDOWS, batch_size=3)
+    reached = negotiated(model, prices=prices).at(75)
+    paid = sum(
+        reply.left_cost for record in reached.round_records for reply in record.replies if reply.left is not None
     )
-    torch.testing.assert_close(first[0].contribution, first[1].contribution, equal_nan=True)
-    assert not torch.allclose(second[0].contribution, second[1].contribution, equal_nan=True)
+    assert paid == pytest.approx(prices.total(~reached.keep), rel=1e-6)
+
+
+def test_signals_before_a_round_are_those_of_the_heads_that_are_left_as_prices_see_them():
+    """By hand for one layer: the survivors' part of the dense moments, with the weights that least squares gives them."""
+    model = tiny_gpt2(layers=LAYERS, heads=HEADS)
+    moments = observe(model, WINDOWS, keep=ALL, batch_size=3)
+    prices = Prices.of(layer_prices(model, moments), None, HEADS)
+    first, second = negotiated(model, prices=prices).at(20).round_records
+    plain = measure_signals(moments, prices, ridge=RIDGE)
+    torch.testing.assert_close(first.signals.contribution, plain.contribution)
+    assert first.signals.importance.isnan().all()
+    gone = [(reply.layer, reply.head) for reply in first.replies if reply.left is not None]
+    assert len(gone) == 1
+    layer, head = gone[0]
+    assert second.signals.contribution.isnan().nonzero().tolist() == [[layer, head]]
+    assert second.states[layer][head] == "withdrawn"
+    seen = moments.moments[layer]
+    left = [other for other in range(HEADS) if other != head]
+    rows = torch.cat([torch.arange(other * 8, other * 8 + 8) for other in left])
+    weight = prices.layers[layer].withdraw(head).weight
+    gram = seen.covariance()[rows][:, rows]
+    parts = [slice(8 * place, 8 * place + 8) for place in range(3)]
+    energy = [float((gram[part, part] * (weight[part] @ weight[part].T)).sum()) for part in parts]
+    assert second.signals.contribution[layer, left].tolist() == pytest.approx([e / sum(energy) for e in energy])
 
 
 def test_the_variant_is_the_baseline_where_scores_do_not_change(tmp_path):
@@ -213,12 +227,12 @@ def test_the_variant_is_the_baseline_where_scores_do_not_change(tmp_path):
 
 
 def test_only_methods_that_can_score_a_pruned_model_do(tmp_path, monkeypatch):
-    """Both on the path of the progressive baseline and where heads are asked; what they cost the loss needs all heads."""
+    """On the path of the progressive baseline. Where heads are asked, they are scored once, on the dense model."""
     spec = ComparisonSpec(
         model_name=str(save_tiny_model(tmp_path)),
         variants=("baseline-progressive", "agency"),
         pruning_levels=(0, 35),
-        pruning_methods=("entropy", "fisher"),
+        pruning_methods=("entropy", "obs", "fisher"),
         max_prompts=1,
         num_tokens=4,
         eval_tokens=500,
@@ -241,7 +255,9 @@ def test_only_methods_that_can_score_a_pruned_model_do(tmp_path, monkeypatch):
     left = {8, 7, 6}  # of 2 layers of 4, before the rounds to 10, 20, 30 and 35 per cent: 8, 7, 6, 6
     assert heads == {
         ("baseline-progressive", "entropy"): left,
+        ("baseline-progressive", "obs"): left,
         ("baseline-progressive", "fisher"): {8},
-        ("agency", "entropy"): left,
+        ("agency", "entropy"): {8},
+        ("agency", "obs"): {8},
         ("agency", "fisher"): {8},
     }

@@ -263,8 +263,8 @@ def test_passes_and_steps_are_counted_by_hand(folder):
     with_peaks = replace(spec, memory_logging=True)
     more = passes(with_peaks, prepare(with_peaks, identify=False))["timed_steps"] - counted["timed_steps"]
     assert more == (3 * 2 + 1) * 5 * 2 * 1
-    # Rounds to 10, 20, ... 60 % and one to 25 %: nothing to score under random, but Fisher's importance, signals, a refit.
-    assert counted["score_tokens"] == pytest.approx(5 * 100 * 7 * (2.0 + 1.2 + 0.9))
+    # Nothing to score under random, but prices, and Fisher's importance, once an iteration.
+    assert counted["score_tokens"] == pytest.approx(5 * 100 * (3.0 + 2.0))
     assert counted["adaptation_tokens"] == pytest.approx(5 * 2 * 100 * 0.9)
 
 

@@ -379,7 +379,7 @@ def test_each_part_of_agency_is_told_by_the_variant_that_lacks_it():
     assert found.heading == "entropy: what each part of agency brings"
     assert found.sentence == (
         "With 40 % of the heads or more pruned by entropy, perplexity shows what each part brings (hints, not verdicts). "
-        "Choosing heads anew in rounds does harm: agency's perplexity is 20 % higher than where the baseline's heads leave "
+        "Asking heads does harm: agency's perplexity is 20 % higher than where the baseline's heads leave "
         "and the survivors adapt all the same (95 % interval: 10 to 30 % higher). "
         "Adapted weights: not enough data; in this sample agency's perplexity is 10 % lower than where the same "
         "heads leave and the weights stay as they were. "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 
 import pandas as pd
@@ -176,11 +177,35 @@ def test_what_heads_signalled_and_replied_is_stored(folder, tmp_path):
         "agency-always-yes",
     }
     assert set(rows.loc[rows["metric"] == "negotiation_s", "variant"]) == set(replies["variant"])
+    predicted = rows[rows["metric"] == "predicted_perplexity_ratio"].set_index("variant")["value"]
+    assert set(predicted.index) == {"agency", "agency-always-yes"}
+    # What was paid for the heads of all rounds is what their going is predicted to cost.
+    paid = at_50.groupby("variant")["left_cost"].sum()
+    assert predicted["agency"] == pytest.approx(math.exp(paid["agency"]), rel=1e-6)
     prints = cells.query("level == 50").set_index("variant")["fingerprint"]
     assert prints["agency"] != prints["agency-selection"]
     report = write_results(latest_run(tmp_path), save_outputs=False)
     for name, table in (("signals", signals), ("replies", replies)):
         assert len(pd.read_csv(report.with_name(f"{name}.csv"))) == len(table)
+
+
+def test_what_prices_predict_is_told_of_models_that_adapt_and_have_prices(folder):
+    """obs has prices in any variant; with another method only those whose heads are asked."""
+    spec = small_spec(folder, pruning_methods=("obs", "magnitude"))
+    workspace = load_workspace(spec, prepare(spec, identify=False))
+    prices = workspace.priced(0).prices
+    told = set()
+    for variant in VARIANTS:
+        for method in spec.pruning_methods:
+            pruned = build(workspace, Cell(variant, method, 0, 50.0))
+            if pruned.predicted_nats is not None:
+                told.add((variant, method))
+                assert pruned.predicted_nats == pytest.approx(prices.total(~pruned.keep))
+            assert build(workspace, Cell(variant, method, 0, 0.0)).predicted_nats is None
+    asked = ("agency", "agency-always-yes")
+    assert told == {("agency-adaptation", "obs"), *((variant, m) for variant in asked for m in spec.pruning_methods)}
+    heads = {name: build(workspace, Cell(name, "obs", 0, 50.0)).keep for name in VARIANTS}
+    assert all(torch.equal(heads[name], heads["baseline"]) for name in VARIANTS if name != "baseline-progressive")
 
 
 def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):

@@ -161,6 +161,7 @@ RAISED = {
     "method": ("pruning_comparison.methods.METHODS", METHODS, "magnitude"),
     "variant": ("pruning_comparison.variants.VARIANTS", VARIANTS, "agency"),
     "importance": ("pruning_comparison.methods.METHODS", METHODS, "fisher"),
+    "prices": ("pruning_comparison.methods.METHODS", METHODS, "obs"),
 }
 """What is raised, and the record whose revision that is."""
 
@@ -170,17 +171,18 @@ def raise_revision(monkeypatch, what):
     if records is None:
         monkeypatch.setattr(place, PROTOCOL_REVISION + 1)
     else:
-        monkeypatch.setitem(records, name, replace(records[name], revision=2))
+        monkeypatch.setitem(records, name, replace(records[name], revision=records[name].revision + 1))
 
 
 @pytest.mark.parametrize(
     ("what", "cells"),
-    [("protocol", 0), ("metric", 0), ("method", 4), ("variant", 4), ("importance", 4)],
+    [("protocol", 0), ("metric", 0), ("method", 4), ("variant", 4), ("importance", 4), ("prices", 4)],
 )
 def test_nothing_is_taken_over_from_another_revision(folder, tmp_path, monkeypatch, what, cells):
     """Of two methods and two variants at two levels: all 8 cells, less those whose method or variant has changed.
 
-    Fisher scores tell how important the heads are that agency asks, whatever the method.
+    Prices decide which of the heads that agency asks consent, and Fisher scores tell how important they are, whatever the
+    method.
     """
     stand_in(monkeypatch)
     spec = {"pruning_methods": ("magnitude", "random")}
@@ -196,8 +198,9 @@ def test_nothing_is_taken_over_from_another_revision(folder, tmp_path, monkeypat
         ("protocol", f"the protocol has revision {PROTOCOL_REVISION + 1}, and had {PROTOCOL_REVISION}"),
         ("metric", "metric perplexity has revision 2, and had 1"),
         ("method", "method magnitude has revision 2, and had 1"),
-        ("variant", "variant agency has revision 2, and had 1"),
+        ("variant", "variant agency has revision 3, and had 2"),
         ("importance", "method fisher has revision 2, and had 1"),
+        ("prices", "method obs has revision 2, and had 1"),
     ],
 )
 def test_a_run_of_another_revision_is_not_continued(folder, tmp_path, monkeypatch, caplog, what, said):

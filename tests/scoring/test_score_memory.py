@@ -6,7 +6,7 @@ import pytest
 import torch
 from builders import LargestTensor
 
-from pruning_comparison.agency.signals import observe
+from pruning_comparison.agency.moments import observe
 from pruning_comparison.scoring.ablation import score_ablation
 from pruning_comparison.scoring.entropy import mean_attention_entropy
 from pruning_comparison.scoring.gradients import score_fisher, score_taylor

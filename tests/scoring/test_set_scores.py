@@ -14,13 +14,13 @@ from pruning_comparison.methods import METHODS
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads, remove_heads
 from pruning_comparison.scoring.activations import score_flap, score_wanda
-from pruning_comparison.scoring.gradients import gate_gradients, score_fisher
+from pruning_comparison.scoring.gradients import gate_gradients, score_fisher, score_llm_pruner
 from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.scoring.set_scores import elimination_order, score_fisher_greedy, score_fisher_interactions
 
 LAYERS, HEADS, HEAD_SIZE = 3, 4, 8
 WINDOWS = torch.randint(1, 97, (5, 16), generator=torch.Generator().manual_seed(2))
-NEW = ("wanda", "flap", "fisher-interactions", "fisher-greedy")
+NEW = ("wanda", "flap", "llm-pruner", "fisher-interactions", "fisher-greedy")
 
 
 def scored(method, model):
@@ -54,22 +54,76 @@ def test_wanda_sums_weight_times_input_over_a_heads_slice(model):
     np.testing.assert_allclose(score_wanda(model, WINDOWS, batch_size=2).numpy(), expected, rtol=1e-4)
 
 
-def test_flap_is_the_standardised_fluctuation(model):
+def test_flap_squares_and_standardises_features_and_then_takes_the_mean_of_a_head(model):
     outputs = head_outputs(model)
-    strays = np.array(
+    metric = np.array(
         [
             [
-                sum(
-                    np.var(outputs[layer, :, head, feature], ddof=1) * sum(row**2)
+                [
+                    (np.var(outputs[layer, :, head, feature], ddof=1) * sum(row**2)) ** 2
                     for feature, row in enumerate(output_rows(model, layer, head))
-                )
+                ]
                 for head in range(HEADS)
             ]
             for layer in range(LAYERS)
         ]
     )
-    expected = (strays - strays.mean(1, keepdims=True)) / strays.std(1, ddof=1, keepdims=True)
+    by_layer = metric.reshape(LAYERS, -1)
+    deviation = by_layer.std(1, ddof=1)[:, None, None]
+    expected = ((metric - by_layer.mean(1)[:, None, None]) / deviation).mean(2)
     np.testing.assert_allclose(score_flap(model, WINDOWS, batch_size=2).numpy(), expected, rtol=1e-3, atol=1e-3)
+
+
+def terms_of(model, loss_windows=WINDOWS):
+    """|w * dLoss/dw| of every parameter by its name, the loss written out."""
+    for parameter in model.parameters():
+        parameter.requires_grad_(True)
+    log_probabilities = model(loss_windows).logits.log_softmax(-1)
+    loss = -sum(log_probabilities[n, t, ids[t + 1]] for n, ids in enumerate(loss_windows) for t in range(len(ids) - 1))
+    loss.backward()
+    found = {name: (p.detach() * p.grad).abs() for name, p in model.named_parameters()}
+    model.zero_grad()
+    model.requires_grad_(False)
+    return found
+
+
+def ranked_within_layers(importance):
+    """Rank within the layer over the number of heads."""
+    return np.array([[sum(other < one for other in row) / len(row) for one in row] for row in importance])
+
+
+def test_llm_pruner_sums_first_order_terms_of_all_weights_of_a_head():
+    """Seven layers: round(7 * 4 / 32) = 1 first and at least one last are protected. GPT-2 keeps q, k and v fused."""
+    model = tiny_gpt2(layers=7).double()
+    terms = terms_of(model)
+    importance = np.zeros((7, HEADS))
+    for layer in range(7):
+        fused, output = (terms[f"transformer.h.{layer}.attn.{part}.weight"] for part in ("c_attn", "c_proj"))
+        for head in range(HEADS):
+            own = slice(head * HEAD_SIZE, (head + 1) * HEAD_SIZE)
+            importance[layer, head] = output[own].sum() + sum(part[:, own].sum() for part in fused.chunk(3, 1))
+    expected = ranked_within_layers(importance)
+    expected[[0, -1]] += 1
+    np.testing.assert_allclose(score_llm_pruner(model, WINDOWS, batch_size=2), expected)
+    assert not any(parameter.requires_grad for parameter in model.parameters())
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert select_heads(score_llm_pruner(model, WINDOWS, batch_size=2), 60)[[0, -1]].all()
+
+
+def test_llm_pruner_counts_shared_keys_and_values_for_every_head_that_reads_them():
+    model = tiny_model("llama", layers=4).double()
+    terms = terms_of(model)
+    heads, size, group = 6, model.config.head_dim, 6 // model.config.num_key_value_heads
+    importance = np.zeros((4, heads))
+    for layer in range(4):
+        query, key, value, output = (terms[f"model.layers.{layer}.self_attn.{part}_proj.weight"] for part in "qkvo")
+        for head in range(heads):
+            own, shared = (slice(h * size, (h + 1) * size) for h in (head, head // group))
+            importance[layer, head] = query[own].sum() + output[:, own].sum() + key[shared].sum() + value[shared].sum()
+    expected = ranked_within_layers(importance)
+    expected[[0, -1]] += 1
+    assert group == 3
+    np.testing.assert_allclose(score_llm_pruner(model, WINDOWS, batch_size=5), expected)
 
 
 def test_a_head_that_always_says_the_same_leaves_first_by_flap_and_not_by_wanda(model):
@@ -160,4 +214,5 @@ def test_other_families_are_scored(family, method):
     scores = scored(method, tiny_model(family))
     assert scores.shape == (3, 6)
     assert scores.isfinite().all()
-    assert scores.unique().numel() == 18
+    # Ranks within layers are shared: by the one in the middle alone, and by the two protected ones.
+    assert scores.unique().numel() == (12 if method == "llm-pruner" else 18)

@@ -235,9 +235,12 @@ def test_a_run_without_a_finished_cell_is_none_to_load(tmp_path):
 
 
 def test_the_revisions_of_a_spec_are_those_of_what_it_uses():
-    """Where heads are asked, Fisher scores tell their importance whatever the method."""
+    """Where heads are asked, ``obs`` prices them and Fisher scores tell their importance, whatever the method."""
     plain = revisions_of(ComparisonSpec(pruning_methods=("random",), variants=("baseline",)))
     assert (plain.methods, plain.variants) == ({"random": 1}, {"baseline": 1})
     asked = revisions_of(ComparisonSpec(pruning_methods=("random",), variants=("baseline", "agency")))
-    assert (asked.methods, asked.variants) == ({"random": 1, "fisher": 1}, {"baseline": 1, "agency": 1})
+    assert (asked.methods, asked.variants) == (
+        {"random": 1, "obs": 1, "fisher": 1},
+        {"baseline": 1, "agency": 2},
+    )
     assert Revisions.from_dict(asked.as_dict()) == asked

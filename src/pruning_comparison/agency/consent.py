@@ -10,12 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from enum import StrEnum
 
-import numpy as np
 import torch
 from torch import Tensor
 
-from pruning_comparison.agency.signals import CostModel, HeadSignals
+from pruning_comparison.agency.signals import HeadSignals
 from pruning_comparison.pruning.selection import heads_to_prune
+from pruning_comparison.scoring.prices import Prices
 from pruning_comparison.spec import Scope
 
 
@@ -40,8 +40,8 @@ States = tuple[tuple[HeadState, ...], ...]
 """The state of every head, ``states[layer][head]``."""
 
 
-CONSENT_QUANTILE = 0.5
-"""The limit up to which heads consent is this quantile of the live heads' withdrawal costs at the start of the round."""
+CONSENT_FACTOR = 1.0
+"""The limit up to which heads consent is this times the price of the quota-th cheapest live head."""
 
 # States are entered at one value and left at another, so that a head near the edge does not change sides every round.
 
@@ -55,10 +55,14 @@ MISALIGNED, MISALIGNED_LEFT = -0.2, -0.1
 """Correlations with the rest of the layer at or below which a head is misaligned, and above which no longer."""
 
 
-def consent_limit(costs: Tensor) -> float:
-    """The cost up to which heads consent in a round that starts with ``costs`` [L, H], NaN for withdrawn heads."""
-    live = costs[costs.isfinite()]
-    return float(np.quantile(live.numpy(), CONSENT_QUANTILE)) if len(live) else 0.0
+def consent_limit(prices: Tensor, quota: int) -> float:
+    """The price up to which heads consent when ``quota`` of those with ``prices``, NaN for withdrawn ones, have to leave.
+
+    ``CONSENT_FACTOR`` times the price of the quota-th cheapest: if prices did not change as others leave, that many could be
+    had for as much each. 0 where nobody has to leave.
+    """
+    live = prices[prices.isfinite()].sort().values
+    return CONSENT_FACTOR * float(live[quota - 1]) if quota > 0 else 0.0
 
 
 def head_states(signals: HeadSignals, previous: States | None, *, start: Tensor | None = None) -> States:
@@ -106,9 +110,9 @@ def head_states(signals: HeadSignals, previous: States | None, *, start: Tensor 
 class Reply:
     """One head that was asked to leave in a negotiation.
 
-    ``rank`` counts the heads asked, from 0. ``cost`` is its weighed withdrawal cost when it was asked, ``limit`` the cost up
-    to which it would have consented. ``left`` counts the heads that left, from 0, None for one that stayed; ``left_cost`` is
-    what it cost then, which for an overridden head differs from ``cost`` where others of its layer left in between.
+    ``rank`` counts the heads asked, from 0. ``cost`` is its price when it was asked, ``limit`` the price up to which it
+    would have consented. ``left`` counts the heads that left, from 0, None for one that stayed; ``left_cost`` is its price
+    then, which for an overridden head differs from ``cost`` where others of its layer left in between.
     """
 
     layer: int
@@ -126,14 +130,13 @@ class Reply:
 class Negotiation:
     """What a negotiation came to.
 
-    ``replies`` in the order in which heads were asked; ``keep`` bool [L, H] without those that left; ``limit`` the
-    withdrawal cost up to which active heads consented; ``costs`` the cost model of the heads that stay.
+    ``replies`` in the order in which heads were asked; ``keep`` bool [L, H] without those that left; ``prices`` those of the
+    heads that stay.
     """
 
     replies: tuple[Reply, ...]
     keep: Tensor
-    limit: float
-    costs: CostModel
+    prices: Prices
 
     @property
     def left(self) -> tuple[tuple[int, int], ...]:
@@ -150,7 +153,7 @@ class Negotiation:
 
 def negotiate(
     scores: Tensor,
-    costs: CostModel,
+    prices: Prices,
     keep: Tensor,
     quota: int | Sequence[int],
     *,
@@ -164,27 +167,27 @@ def negotiate(
     ``scores`` [L, H]: the method's, higher = keep; ties are asked in order of layer, then head. ``keep`` bool [L, H]: live
     heads. ``quota``: how many must leave, of the whole model, or of each layer (L numbers, ``--scope=layer``).
 
-    A head consents when its present withdrawal cost is at most ``limit``, by default ``consent_limit``. One that consents
-    leaves at once, which changes the costs of the others in its layer: of two heads that duplicate each other exactly one is
-    cheap. When everyone was asked and too few have consented, the refusals that are cheapest by then are overridden one at a
-    time, with costs brought up to date in between; each is a consent violation. Nobody is asked once the quota is met.
+    A head consents when its present price is at most ``limit``, by default ``consent_limit`` of the live heads that the
+    quota is for: the model's, or the layer's. One that consents leaves at once, which raises the prices of others in its
+    layer: of two heads that duplicate each other exactly one is cheap. When everyone was asked and too few have consented,
+    the refusals that are cheapest by then are overridden one at a time, with prices brought up to date in between; each is a
+    consent violation. Nobody is asked once the quota is met.
 
     ``states`` are recorded with the replies and change none. ``everyone_consents`` takes the method's order as it is.
 
     With a ``group_size``, that many heads which follow one another are asked, and leave, as one: their scores are added up,
-    and their cost is what the withdrawal of all of them costs, so that heads that make up for one another do not look cheap.
-    The default limit is that of such groups. Each of its heads has a reply, with the cost of the group.
+    and their price is that of all of them together, so that heads that make up for one another do not look cheap. The
+    default limit is that of such groups. Each of its heads has a reply, with the price of the group.
 
     ValueError if the quota is more than the live heads or no number of whole groups, if a part of a group is gone, if a live
-    head's score is not finite, or if costs and mask disagree on who is live.
+    head's score is not finite, or if prices and mask disagree on who is live.
     """
     keep = keep.cpu().clone()
     scores = scores.cpu().double()
     open_quota = _Quota.of(quota, keep)
-    _check_live(scores, costs.costs(), keep)
+    _check_live(scores, prices.table(), keep)
     _check_groups(open_quota, keep, group_size)
-    if limit is None:
-        limit = consent_limit(_group_costs(costs, keep, group_size))
+    limits = _limits(prices, keep, quota, limit, group_size)
 
     def members(first: int) -> range:
         return range(first, first + group_size)
@@ -200,9 +203,9 @@ def negotiate(
     gone = 0
 
     def leave(layer: int, first: int) -> None:
-        nonlocal costs, gone
+        nonlocal prices, gone
         for head in members(first):
-            costs = costs.withdraw(layer, head)
+            prices = prices.withdraw(layer, head)
             keep[layer, head] = False
             open_quota.take(layer)
             gone += 1
@@ -210,24 +213,24 @@ def negotiate(
     for layer, first in sorted(keep[:, ::group_size].nonzero().mul(torch.tensor([1, group_size])).tolist(), key=order):
         if not open_quota.left(layer):
             continue
-        cost = costs.joint_cost(layer, members(first))
-        yes = everyone_consents or cost <= limit
+        price = prices.price(layer, members(first))
+        yes = everyone_consents or price <= limits[layer]
         answer = HeadAnswer.CONSENTED if yes else HeadAnswer.REFUSED
         for number, head in enumerate(members(first)):
-            place, left_cost = (gone + number, cost) if yes else (None, None)
+            place, left_price = (gone + number, price) if yes else (None, None)
             state = state_of(layer, head)
-            replies.append(Reply(layer, head, answer, state, len(replies), cost, limit, place, left_cost))
+            replies.append(Reply(layer, head, answer, state, len(replies), price, limits[layer], place, left_price))
         if yes:
             leave(layer, first)
     while refused := [r for r in replies[::group_size] if r.left is None and open_quota.left(r.layer)]:
-        joint = {r.rank: costs.joint_cost(r.layer, members(r.head)) for r in refused}
+        joint = {r.rank: prices.price(r.layer, members(r.head)) for r in refused}
         cheapest = min(refused, key=lambda reply: (joint[reply.rank], reply.rank))
         for number, rank in enumerate(members(cheapest.rank)):
             replies[rank] = replace(
                 replies[rank], answer=HeadAnswer.OVERRIDDEN, left=gone + number, left_cost=joint[cheapest.rank]
             )
         leave(cheapest.layer, cheapest.head)
-    return Negotiation(tuple(replies), keep, limit, costs)
+    return Negotiation(tuple(replies), keep, prices)
 
 
 def quota_of_level(level: float, keep: Tensor, scope: Scope = "model", group_size: int = 1) -> int | list[int]:
@@ -276,13 +279,26 @@ class _Quota:
         self._remaining[layer if self._per_layer else 0] -= 1
 
 
-def _group_costs(costs: CostModel, keep: Tensor, group_size: int) -> Tensor:
-    """What the withdrawal of each group as a whole costs, [L, H / group_size]; NaN for groups that have left."""
+def _limits(
+    prices: Prices, keep: Tensor, quota: int | Sequence[int], limit: float | None, group_size: int
+) -> list[float]:
+    """The price up to which the heads of each layer consent, [L]."""
+    layers = len(keep)
+    if limit is not None:
+        return [limit] * layers
+    table = _group_prices(prices, keep, group_size)
+    if isinstance(quota, int):
+        return [consent_limit(table, quota // group_size)] * layers
+    return [consent_limit(row, wanted // group_size) for row, wanted in zip(table, quota, strict=True)]
+
+
+def _group_prices(prices: Prices, keep: Tensor, group_size: int) -> Tensor:
+    """The price of each group as a whole, [L, H / group_size]; NaN for groups that have left."""
     if group_size == 1:
-        return costs.costs()
+        return prices.table()
     table = torch.full((keep.shape[0], keep.shape[1] // group_size), torch.nan, dtype=torch.float64)
     for layer, group in keep[:, ::group_size].nonzero().tolist():
-        table[layer, group] = costs.joint_cost(layer, range(group * group_size, (group + 1) * group_size))
+        table[layer, group] = prices.price(layer, range(group * group_size, (group + 1) * group_size))
     return table
 
 
@@ -294,7 +310,7 @@ def _check_groups(quota: _Quota, keep: Tensor, group_size: int) -> None:
         raise ValueError(f"the quota must be whole groups of {group_size} heads")
 
 
-def _check_live(scores: Tensor, costs: Tensor, keep: Tensor) -> None:
+def _check_live(scores: Tensor, prices: Tensor, keep: Tensor) -> None:
     if scores.shape != keep.shape:
         raise ValueError(f"scores have shape {tuple(scores.shape)}, the keep mask {tuple(keep.shape)}")
     for layer, head in keep.nonzero().tolist():
@@ -302,6 +318,6 @@ def _check_live(scores: Tensor, costs: Tensor, keep: Tensor) -> None:
             raise ValueError(
                 f"the score of head {(layer, head)} is {scores[layer, head].item()}; scores must be finite"
             )
-    if not torch.equal(costs.isfinite(), keep):
-        layer, head = (costs.isfinite() != keep).nonzero()[0].tolist()
-        raise ValueError(f"costs and keep mask disagree on head {(layer, head)}: measure signals on the same heads")
+    if not torch.equal(prices.isfinite(), keep):
+        layer, head = (prices.isfinite() != keep).nonzero()[0].tolist()
+        raise ValueError(f"prices and keep mask disagree on head {(layer, head)}: measure prices of the same heads")

@@ -1,4 +1,4 @@
-"""Progressive pruning: in rounds on a fixed grid of levels, with heads scored, and asked, anew on what earlier rounds left.
+"""Pruning in rounds on a fixed grid of levels: heads scored anew on what earlier rounds left, or asked at today's prices.
 
 Dimension letters: L layers, H heads.
 """
@@ -8,20 +8,18 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeVar
 
 from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.consent import Reply, States, head_states, negotiate, quota_of_level
-from pruning_comparison.agency.signals import HeadSignals, cost_model, measure_signals, nats_weights, observe
-from pruning_comparison.models.devices import fast_products
+from pruning_comparison.agency.moments import HeadMoments
+from pruning_comparison.agency.signals import HeadSignals, measure_signals
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
+from pruning_comparison.scoring.prices import RIDGE, Prices
 from pruning_comparison.scoring.scores import HeadScores
 from pruning_comparison.spec import Scope
-
-_T = TypeVar("_T")
 
 ROUND_LEVEL = 10.0
 """Per cent of the heads that a round takes out."""
@@ -29,9 +27,9 @@ ROUND_LEVEL = 10.0
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """What a negotiated round was decided on, and how: signals and states before it, the replies of its heads.
+    """How a negotiated round came about: signals and states of its heads before it, and their replies.
 
-    All of them are kept for as long as the path goes on, so none holds a cost model, which is as large as all attention.
+    All of them are kept for as long as the path goes on, so none holds prices, which are as large as all attention.
     """
 
     level: float
@@ -44,14 +42,14 @@ class RoundRecord:
 class Round:
     """What a round left: the level it reached, the heads that stay (bool [L, H]), and the scores that chose them.
 
-    ``model`` is the physically pruned model. ``round_records`` are those of all rounds so far, where heads were asked at
-    all, and ``seconds`` what the rounds have taken.
+    ``model`` is the physically pruned model, None where heads are asked: nothing is run then. ``round_records`` are those
+    of all rounds so far, where heads were asked at all, and ``seconds`` what the rounds have taken.
     """
 
     level: float
     keep: Tensor
     scores: HeadScores
-    model: PreTrainedModel
+    model: PreTrainedModel | None = None
     round_records: tuple[RoundRecord, ...] = ()
     seconds: float = 0.0
 
@@ -102,97 +100,80 @@ class ProgressiveTrajectory:
 
     def _scores_on(self, reached: Round) -> HeadScores:
         """The scores of the heads that a round has left."""
-        return self._score(reached.model) if self._scores_pruned else self._of_full_size(reached, self._score)
-
-    def _of_full_size(self, reached: Round, measure: Callable[[PreTrainedModel], _T]) -> _T:
-        """``measure`` of the full-size model in which the lost heads are masked: scores keep their shape."""
-        if bool(reached.keep.all()):
-            return measure(self._dense)
+        assert reached.model is not None
+        if self._scores_pruned or bool(reached.keep.all()):
+            return self._score(reached.model)
+        # In the full-size model in which the lost heads are masked, scores keep their shape.
         full_size = masked_copy(self._dense, reached.model, reached.keep)
         with mask_heads(full_size, reached.keep):
-            return measure(full_size)
+            return self._score(full_size)
 
 
-class NegotiatedTrajectory(ProgressiveTrajectory):
-    """The path on which heads are asked to leave, and survivors adapt after every round.
+class NegotiatedTrajectory:
+    """The path on which heads are asked to leave, from level 0 up on the same grid of rounds.
 
-    In each round the heads' signals, states and withdrawal costs are measured on the adapted model, heads are asked in the
-    order of the method's scores, and those that consent, or are overridden, leave; see ``consent.negotiate``. The number
-    that leaves is that of every other variant.
+    Scores and prices are those of the dense model, measured once. In each round heads are asked in the order of the scores,
+    and those that consent, or are overridden, leave; see ``consent.negotiate``. What has left changes the prices of the
+    others in its layer, in closed form: no model is run. Heads that have left stay away, so the sets of rising levels are
+    nested. The number that leaves is that of every other variant.
     """
 
     def __init__(
         self,
-        dense: PreTrainedModel,
+        scores: HeadScores,
+        prices: Prices,
         *,
-        score: Callable[[PreTrainedModel], HeadScores],
-        importance: Callable[[PreTrainedModel], Tensor] | None,
-        adapt: Callable[[PreTrainedModel], object],
-        windows: Tensor,
-        batch_size: int,
-        all_heads: Tensor,
+        moments: HeadMoments,
         scope: Scope,
-        ridge: float = 0.1,
+        importance: Tensor | None = None,
         everyone_consents: bool = False,
-        exclude_first: bool = False,
         group_size: int = 1,
-        scores_pruned: bool = False,
+        seconds: float = 0.0,
     ) -> None:
-        """``importance`` gives the Fisher scores [L, H], summed over ``windows`` [N, T], of a full-size model; None where
-        they are the method's own scores.
+        """``scores`` rank the heads that ``prices`` and ``moments`` are of; ``seconds`` is what measuring prices took.
 
-        ``adapt`` adapts a physically pruned model in place, between rounds; ``ridge`` is that of the withdrawal costs.
-        ``everyone_consents`` is that of ``consent.negotiate``, ``exclude_first`` that of ``signals.observe``.
+        Signals are made of ``moments`` and ``importance`` [L, H], Fisher scores; they are recorded and change no answer.
+        ``everyone_consents`` is that of ``consent.negotiate``. Heads leave in groups of ``group_size``.
         """
-        super().__init__(
-            dense, score=score, all_heads=all_heads, scope=scope, group_size=group_size, scores_pruned=scores_pruned
-        )
+        self._scores = scores
+        self._moments = moments
         self._importance = importance
-        self._adapt = adapt
-        self._windows = windows
-        self._batch_size = batch_size
-        self._ridge = ridge
+        self._scope: Scope = scope
         self._everyone_consents = everyone_consents
-        self._exclude_first = exclude_first
+        self._group_size = group_size
+        self._start = Round(0.0, moments.keep.cpu(), scores, seconds=seconds), prices
+        self._reached = self._start
         self._first_contributions: Tensor | None = None
 
-    def _next(self, reached: Round, level: float) -> Round:
-        started = time.perf_counter()
-        scores = self._scores_on(reached)
-        keep, round_record = self._ask(reached, level, scores)
-        model = remove_heads(self._dense, keep)
-        self._adapt(model)
-        seconds = reached.seconds + time.perf_counter() - started
-        return Round(level, keep, scores, model, (*reached.round_records, round_record), seconds)
+    def at(self, level: float) -> Round:
+        """The heads at ``level`` per cent. Rising levels go on from the last round; a lower one begins anew."""
+        if level < self._reached[0].level:
+            self._reached = self._start
+        for target in _grid_up_to(level):
+            if target > self._reached[0].level:
+                self._reached = self._next(*self._reached, target)
+        return self._reached[0] if self._reached[0].level == level else self._next(*self._reached, level)[0]
 
-    def _ask(self, reached: Round, level: float, scores: HeadScores) -> tuple[Tensor, RoundRecord]:
-        """The heads that stay, and how that came about. What was observed, as large as all attention, is gone by then."""
-        importance = scores.scores if self._importance is None else self._of_full_size(reached, self._importance)
-        with fast_products(reached.model):
-            seen = observe(
-                reached.model,
-                self._windows,
-                keep=reached.keep,
-                batch_size=self._batch_size,
-                exclude_first=self._exclude_first,
-            )
-        weights = nats_weights(importance.masked_fill(~reached.keep, 0.0), self._windows.numel(), seen)
-        costs = cost_model(seen, ridge=self._ridge, weights=weights)
-        signals = measure_signals(seen, costs, ridge=self._ridge, importance=importance)
+    def _next(self, reached: Round, prices: Prices, level: float) -> tuple[Round, Prices]:
+        signals = measure_signals(self._moments.after(prices), prices, ridge=RIDGE, importance=self._importance)
         if self._first_contributions is None:
             self._first_contributions = signals.contribution
         before = reached.round_records[-1].states if reached.round_records else None
-        now = head_states(signals, before, start=self._first_contributions)
-        negotiation = negotiate(
-            scores.scores,
-            costs,
+        states = head_states(signals, before, start=self._first_contributions)
+        started = time.perf_counter()
+        result = negotiate(
+            self._scores.scores,
+            prices,
             reached.keep,
             quota_of_level(level, reached.keep, self._scope, self._group_size),
-            states=now,
+            states=states,
             everyone_consents=self._everyone_consents,
             group_size=self._group_size,
         )
-        return negotiation.keep, RoundRecord(level, signals, now, negotiation.replies)
+        record = RoundRecord(level, signals, states, result.replies)
+        seconds = reached.seconds + time.perf_counter() - started
+        records = (*reached.round_records, record)
+        return Round(level, result.keep, self._scores, None, records, seconds), result.prices
 
 
 def _grid_up_to(level: float) -> list[float]:

@@ -16,10 +16,10 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pruning_comparison.formatting import format_duration
 from pruning_comparison.measure import FIRST_TOKENS, generate, parameter_bytes, warm_up_tokens
-from pruning_comparison.methods import IMPORTANCE, METHODS
+from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED
 from pruning_comparison.metrics import RAW, of_kind
 from pruning_comparison.models import decode_step
-from pruning_comparison.run import TEXT_BATCHES, Inputs, negotiation_rules, timing_rounds
+from pruning_comparison.run import TEXT_BATCHES, Inputs, timing_rounds
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
 
@@ -32,7 +32,6 @@ _OVERHEAD_S = 25.0
 """Loading, statistics, charts and report."""
 
 # Costs in forward passes over the tokens concerned, as processor time of the bundled model had them.
-_OBSERVE_PASSES = 1.2
 _ADAPT_PASSES = 0.9
 _SAVED_BY_PRUNING = 0.4
 """Of a model's time, the share that goes to attention: cutting all heads would save it."""
@@ -86,17 +85,14 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     scored = windows if spec.score_tokens is None else min(windows, spec.score_tokens)
     rounds = _rounds(pruned)
     variants = [variant_named(name) for name in spec.variants]
-    paths = len({negotiation_rules(variant) for variant in variants if variant.negotiates})
-    score = 0.0
+    asked = (PRICED, IMPORTANCE) if any(variant.negotiates for variant in variants) else ()
+    score = sum((METHODS[name].passes for name in asked if name not in spec.pruning_methods), 0.0)
     for name in spec.pruning_methods:
         method = spec.method(name)
         once = method.passes + method.passes_per_head * inputs.preview.grid.total
         score += once + (method.trial_passes if method.tries_directions and spec.entropy_direction == "auto" else 0.0)
         if any(variant.selection == "progressive" for variant in variants):
             score += rounds * once
-        importance = 0.0 if name == IMPORTANCE else METHODS[IMPORTANCE].passes
-        adaptation = 0.0 if spec.adaptation == "none" else _ADAPT_PASSES
-        score += paths * rounds * (once + importance + _OBSERVE_PASSES + adaptation)
     adapted = sum(variant.adapts for variant in variants) if spec.adaptation != "none" else 0
     prompts = [len(prompt) for prompt in inputs.prompt_ids]
     jobs = len(spec.temperatures) * len(prompts)

@@ -36,12 +36,15 @@ def build(workspace: Workspace, cell: Cell) -> PrunedModel:
     if variant.selection == "once" or (variant.negotiates and cell.level == 0):
         scores = workspace.ranking(cell.method, cell.iteration)
         keep = select_heads(scores.scores, cell.level, workspace.spec.scope, group_size=workspace.group_size)
-        return replace(remove_and_adapt(workspace, cell, keep), scores=scores)
+        pruned = replace(remove_and_adapt(workspace, cell, keep), scores=scores)
+        priced = variant.adapts and "prices_nats" in scores.details and not bool(keep.all())
+        return replace(pruned, predicted_nats=workspace.predicted_nats(cell.iteration, keep)) if priced else pruned
     reached = workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
     pruned = replace(remove_and_adapt(workspace, cell, reached.keep), scores=reached.scores)
     if not reached.round_records or bool(reached.keep.all()):
         return pruned
-    return replace(pruned, round_records=reached.round_records, negotiation_s=reached.seconds)
+    predicted = workspace.predicted_nats(cell.iteration, reached.keep) if variant.adapts else None
+    return replace(pruned, round_records=reached.round_records, negotiation_s=reached.seconds, predicted_nats=predicted)
 
 
 def rebuild(workspace: Workspace, cell: Cell, kept: KeptHeads) -> PrunedModel:

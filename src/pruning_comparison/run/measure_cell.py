@@ -46,6 +46,8 @@ def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> Ce
     if pruned.scores is None:
         raise ValueError("a model that was made again from known heads has been measured before")
     perplexity = perplexity_measurements(workspace, pruned)
+    if pruned.predicted_nats is not None:
+        perplexity.append(_measurement("predicted_perplexity_ratio", math.exp(pruned.predicted_nats)))
     rest = measure_texts_and_size(workspace, cell, pruned)
     gone, total = int((~pruned.keep).sum()), workspace.grid.total
     scores = pruned.scores.scores

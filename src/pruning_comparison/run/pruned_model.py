@@ -25,6 +25,8 @@ class PrunedModel:
 
     ``scores`` are those its heads were chosen by, None where it was made from heads that are known. ``round_records`` are
     the rounds in which its heads were asked, ``negotiation_s`` what they took; None where nobody was asked.
+    ``predicted_nats`` is what the prices of the heads that have left add up to: how far from the dense model, in nats of
+    Kullback-Leibler divergence per token, the survivors are expected to be once they are adapted; None without prices.
     """
 
     model: PreTrainedModel
@@ -35,3 +37,4 @@ class PrunedModel:
     round_records: tuple[RoundRecord, ...] = ()
     negotiation_s: float | None = None
     recovery: RecoveryCost | None = None
+    predicted_nats: float | None = None

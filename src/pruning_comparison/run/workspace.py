@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,24 +12,31 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency import (
-    DenseStream,
-    NegotiatedTrajectory,
-    ProgressiveTrajectory,
-    adapt,
-)
+from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory
+from pruning_comparison.agency.moments import HeadMoments
+from pruning_comparison.agency.prices_across_layers import measure_prices, observe_for_prices
 from pruning_comparison.measure.perplexity import WindowLoss
 from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
 from pruning_comparison.pruning.surgery import converted_copy
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together
+from pruning_comparison.scoring.prices import Prices
 from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
-from pruning_comparison.spec import Adaptation, ComparisonSpec
+from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.records import GeneratedText, Measurement
 from pruning_comparison.texts import (
     sample_windows,
 )
 from pruning_comparison.variants import VARIANTS, Variant
+
+
+@dataclass(frozen=True)
+class PricedHeads:
+    """Prices of a model's heads, the moments they were made of, and what measuring both took, in seconds."""
+
+    prices: Prices
+    moments: HeadMoments
+    seconds: float
 
 
 @dataclass
@@ -42,6 +50,7 @@ class Workspace:
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
+    _priced: dict[int, PricedHeads] = field(default_factory=dict)
     _negotiated: dict[tuple[str, str, int], NegotiatedTrajectory] = field(default_factory=dict)
     _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
@@ -108,6 +117,22 @@ class Workspace:
             )
         return self._progressive[key]
 
+    def priced(self, iteration: int) -> PricedHeads:
+        """The prices of the dense model's heads, and what they were made of. Only the latest are kept: they are large."""
+        if iteration not in self._priced:
+            self._priced.clear()
+            started = time.perf_counter()
+            settings = self._price_settings
+            windows, batch, bos = self.score_windows(iteration), settings["batch_size"], settings["exclude_first"]
+            moments = observe_for_prices(self.reference, windows, batch_size=batch, exclude_first=bos, utilisation=True)
+            prices = measure_prices(self.reference, windows, moments=moments, **settings)
+            self._priced[iteration] = PricedHeads(prices, moments, time.perf_counter() - started)
+        return self._priced[iteration]
+
+    def predicted_nats(self, iteration: int, keep: Tensor) -> float:
+        """What the heads that are false in ``keep`` (bool [L, H]) cost together, by the prices of the dense model."""
+        return self.priced(iteration).prices.total(~keep)
+
     def negotiated(self, variant: Variant, method: str, iteration: int) -> NegotiatedTrajectory:
         """The path of a variant whose heads are asked; variants that ask alike share one. Only the latest are kept."""
         rules = negotiation_rules(variant)
@@ -115,42 +140,20 @@ class Workspace:
         if key not in self._negotiated:
             for other in [other for other in self._negotiated if other[1:] != key[1:]]:
                 del self._negotiated[other]
-            dense = self.dense_stream(iteration)
-            windows = self.score_windows(iteration)
-            # Rounds only have to find the heads; what is measured is adapted with all there is.
-            steps: Adaptation = "refit" if self.spec.adaptation == "refit-mlp" else self.spec.adaptation
-
-            def adapt_round(model: PreTrainedModel) -> None:
-                adapt(
-                    dense,
-                    model,
-                    steps=steps,
-                    ridge=self.spec.ridge,
-                    most_tokens=windows.numel(),
-                    allow_new_bias=self.spec.new_bias,
-                )
-
-            def importance(model: PreTrainedModel) -> Tensor:
-                return self._rank_again(model, IMPORTANCE, iteration).scores
-
+            priced = self.priced(iteration)
             self._negotiated[key] = NegotiatedTrajectory(
-                self.reference,
-                score=lambda model: self._rank_again(model, method, iteration),
-                importance=None if method == IMPORTANCE else importance,
-                adapt=adapt_round,
-                windows=windows,
-                batch_size=self.spec.quality_batch_size,
-                all_heads=self.grid.all_heads(),
+                self.ranking(method, iteration),
+                priced.prices,
+                moments=priced.moments,
+                importance=self.ranking(IMPORTANCE, iteration).scores,
                 scope=self.spec.scope,
-                ridge=self.spec.ridge,
                 everyone_consents=VARIANTS[rules].consent == "always",
-                exclude_first=self.inputs.bos is not None,
                 group_size=self.group_size,
-                scores_pruned=self.spec.method(method).runs_on_pruned,
+                seconds=priced.seconds,
             )
         return self._negotiated[key]
 
-    def trajectory(self, variant: Variant, method: str, iteration: int) -> ProgressiveTrajectory:
+    def trajectory(self, variant: Variant, method: str, iteration: int) -> ProgressiveTrajectory | NegotiatedTrajectory:
         """The path of a variant whose heads leave in rounds."""
         if variant.negotiates:
             return self.negotiated(variant, method, iteration)
@@ -176,10 +179,26 @@ class Workspace:
             smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
             scope=self.spec.scope,
             group_size=self.group_size,
+            prices=lambda: self._prices_of(model, iteration),
         )
         return score_heads(
             self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
         )
+
+    def _prices_of(self, model: PreTrainedModel, iteration: int) -> Prices:
+        """The prices of the dense model's heads, or of those that one which has lost heads physically still has."""
+        if model is self.reference:
+            return self.priced(iteration).prices
+        return measure_prices(model, self.score_windows(iteration), **self._price_settings)
+
+    @property
+    def _price_settings(self) -> dict[str, Any]:
+        return {
+            "batch_size": self.spec.quality_batch_size,
+            "exclude_first": self.inputs.bos is not None,
+            "new_bias": self.spec.new_bias,
+            "group_size": self.group_size,
+        }
 
 
 def negotiation_rules(variant: Variant) -> str:

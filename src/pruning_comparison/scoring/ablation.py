@@ -39,29 +39,41 @@ def score_ablation(model: PreTrainedModel, windows: Tensor, *, batch_size: int) 
         def loss(batch: Tensor = batch) -> float:
             return float(window_losses(model, list(batch), batch_size=batch_size)[0].sum())
 
-        with _recorded_blocks(model) as (outputs, silent):
+        with recorded_blocks(model) as outputs, _watched_for_silence(model) as silent:
             dense = loss()
         tokens += batch.shape[0] * (batch.shape[1] - 1)
         for layer, head in (~silent).nonzero().tolist():
             keep[layer, head] = False
-            with mask_heads(model, keep), _resumed_at(model, layer, outputs):
+            with mask_heads(model, keep), resumed_at(model, layer, outputs):
                 nats[layer, head] += loss() - dense
             keep[layer, head] = True
     return nats / tokens
 
 
 @contextmanager
-def _recorded_blocks(model: PreTrainedModel) -> Iterator[tuple[list[Any], Tensor]]:
-    """Within it, one forward pass records what each block returns, and which heads write nothing: bool [L, H]."""
-    grid = head_grid(model.config)
-    outputs: list[Any] = [None] * grid.n_layers
-    silent = ~grid.all_heads()
+def recorded_blocks(model: PreTrainedModel) -> Iterator[list[Any]]:
+    """Within it, one forward pass records what each block returns."""
+    outputs: list[Any] = [None] * len(blocks(model))
 
     def keep_output(layer: int) -> Any:
         def hook(module: nn.Module, inputs: Any, output: Any) -> None:
             outputs[layer] = output
 
         return hook
+
+    handles = [block.register_forward_hook(keep_output(layer)) for layer, block in enumerate(blocks(model))]
+    try:
+        yield outputs
+    finally:
+        for handle in handles:
+            handle.remove()
+
+
+@contextmanager
+def _watched_for_silence(model: PreTrainedModel) -> Iterator[Tensor]:
+    """Within it, one forward pass of a model with all its heads tells which of them write nothing: bool [L, H]."""
+    grid = head_grid(model.config)
+    silent = ~grid.all_heads()
 
     def look_for_silence(layer: int) -> Any:
         def hook(module: nn.Module, inputs: tuple[Any, ...]) -> None:
@@ -70,19 +82,20 @@ def _recorded_blocks(model: PreTrainedModel) -> Iterator[tuple[list[Any], Tensor
 
         return hook
 
-    handles = [block.register_forward_hook(keep_output(layer)) for layer, block in enumerate(blocks(model))]
-    for layer, projection in enumerate(output_projections(model)):
-        if projection is not None:
-            handles.append(projection.register_forward_pre_hook(look_for_silence(layer)))
+    handles = [
+        projection.register_forward_pre_hook(look_for_silence(layer))
+        for layer, projection in enumerate(output_projections(model))
+        if projection is not None
+    ]
     try:
-        yield outputs, silent
+        yield silent
     finally:
         for handle in handles:
             handle.remove()
 
 
 @contextmanager
-def _resumed_at(model: PreTrainedModel, layer: int, outputs: Sequence[Any]) -> Iterator[None]:
+def resumed_at(model: PreTrainedModel, layer: int, outputs: Sequence[Any]) -> Iterator[None]:
     """Within it, the blocks before ``layer`` return their recorded ``outputs`` and compute nothing."""
     before = blocks(model)[:layer]
     for block, output in zip(before, outputs, strict=False):

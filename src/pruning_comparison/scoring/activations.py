@@ -89,23 +89,24 @@ def score_wanda(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> 
 
 
 def score_flap(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
-    """How far a head's output strays from its mean, weighed by the output projection and standardised by layer, [L, H].
+    """How much a head's features vary, weighed by the output projection and standardised over its layer's features, [L, H].
 
-        S_h = sum over the head's features j of Var(X_j) * |W_j|^2,   score = (S_h - mean of the layer) / its deviation,
+        m_j = (Var(X_j) * |W_j|^2)^2,   z_j = (m_j - mean of the layer's m) / their standard deviation,
+        score = mean over the head's features j of z_j,
 
     W_j being the row of the output projection that reads feature j: An et al. (2024, "Fluctuation-based adaptive structured
-    pruning for large language models", FLAP). A head that hardly strays can be replaced by a constant: their compensation is
-    ``adaptation`` "bias". Heads whose output never changes, as that of masked ones, are left out of mean and deviation and
-    score below all others.
+    pruning for large language models", FLAP) as their code has it (metric WIFV, structure AL-AM), attention alone. A head
+    that hardly varies can be replaced by a constant: their compensation is ``adaptation`` "bias". Heads whose output never
+    changes, as that of masked ones, are left out of mean and deviation and score below all others.
     """
     features = _head_features(model, windows, batch_size)
     variance = (features.mean_square - features.mean.square()).clamp(min=0) * windows.numel() / (windows.numel() - 1)
-    fluctuation = (_output_weights(model).square().sum(-1) * variance).sum(-1)
-    scores = torch.zeros_like(fluctuation)
-    live = fluctuation > 0
-    for layer, strays in enumerate(live):
-        values = fluctuation[layer, strays]
-        deviation = values.std() if len(values) > 1 else torch.zeros(())
+    metric = (_output_weights(model).square().sum(-1) * variance).square()  # [L, H, D]
+    scores = torch.zeros(metric.shape[:2], dtype=torch.float64)
+    live = (metric > 0).any(-1)
+    for layer, varies in enumerate(live):
+        values = metric[layer, varies]
+        deviation = values.std() if values.numel() > 1 else torch.zeros(())
         if deviation > 0:
-            scores[layer, strays] = (values - values.mean()) / deviation
+            scores[layer, varies] = ((values - values.mean()) / deviation).mean(-1)
     return torch.where(live, scores, scores.min() - 1)

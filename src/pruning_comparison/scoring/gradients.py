@@ -16,7 +16,9 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.models.devices import gains_from_bfloat16
 from pruning_comparison.models.heads import (
+    attentions,
     head_grid,
+    head_parameters,
     live_heads,
     output_projections,
 )
@@ -32,6 +34,9 @@ _MOST_LOGIT_BYTES = 64 * 2**20
 
 
 _AGREEMENT_WINDOWS = 8
+
+PROTECTED_LAYERS = (4 / 32, 2 / 32)
+"""Shares of the layers, first and last, that ``score_llm_pruner`` leaves alone: those of its authors' commands."""
 
 
 # Below this, comparing the precisions first costs about what the faster pass then saves.
@@ -151,6 +156,73 @@ def _score_by_gradients(
     scores = scores_of(model, windows)
     name = str(model.dtype).removeprefix("torch.")
     return HeadScores(scores, {"gradient_precision": name, "gradient_precision_spearman": agreement})
+
+
+def score_llm_pruner(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
+    """The share of its layer that has to leave before a head does, by first-order Taylor terms of its weights, [L, H].
+
+        importance_h = sum over the head's query, key, value and output weights w of |w * dLoss/dw|,
+
+    Loss being the summed negative log-likelihood of all ``windows`` [N, T]: Ma et al. (2023, "LLM-Pruner: On the structural
+    pruning of large language models"), the element-wise first-order criterion, summed over what leaves together. They prune
+    the same share of every layer and leave the first and last ones alone, the first four and last two of 32; here these
+    protected layers (in proportion to the number of layers, at least one at each end) leave when all others have. A key or
+    value weight that several query heads read counts for each of them, with the gradient of all. Heads rank within their
+    layer: the score is their rank over the number of heads, one more in protected layers, and -1 for heads without any
+    effect, as masked ones.
+
+    ValueError for a model that has lost heads physically.
+    """
+    importance = _weight_taylor(model, windows, batch_size)
+    layers, heads = importance.shape
+    ranks = importance.argsort(dim=1, stable=True).argsort(1).double() / heads
+    first, last = (max(1, round(share * layers)) for share in PROTECTED_LAYERS)
+    protected = torch.zeros(layers, 1, dtype=torch.float64)
+    protected[:first] = 1
+    protected[max(0, layers - last) :] = 1
+    return torch.where(importance > 0, ranks + protected, -1.0)
+
+
+def _weight_taylor(model: PreTrainedModel, windows: Tensor, batch_size: int) -> Tensor:
+    """The importance that ``score_llm_pruner`` ranks by, float64 [L, H]."""
+    grid = head_grid(model.config)
+    if any(live != grid.n_heads for live in live_heads(model)):
+        raise ValueError("scores need a model with all its heads; this one has been pruned physically")
+    weights = [p for attention in attentions(model) for p in attention.parameters() if p.ndim == 2]
+    trained = [parameter.requires_grad for parameter in weights]
+    gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in weights]
+    logit_bytes = 4 * windows.shape[1] * model.config.get_text_config().vocab_size
+    try:
+        for parameter in weights:
+            parameter.requires_grad_(True)
+        for batch in windows.split(max(1, min(batch_size, _MOST_LOGIT_BYTES // logit_bytes))):
+            with torch.inference_mode(False), torch.enable_grad():
+                ids = batch.clone().to(model.device)
+                logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)
+                precise = logits.to(torch.promote_types(logits.dtype, torch.float32))
+                loss = nn.functional.cross_entropy(precise, ids[:, 1:].flatten(), reduction="sum")
+                found = torch.autograd.grad(loss, weights)
+            for total, gradient in zip(gradients, found, strict=True):
+                total += gradient
+    finally:
+        for parameter, before in zip(weights, trained, strict=True):
+            parameter.requires_grad_(before)
+    terms = {id(parameter): (parameter.detach() * g).abs() for parameter, g in zip(weights, gradients, strict=True)}
+    return torch.stack([_summed_by_head(model, layer, terms) for layer in range(grid.n_layers)])
+
+
+def _summed_by_head(model: PreTrainedModel, layer: int, terms: dict[int, Tensor]) -> Tensor:
+    """Sum of the terms of a head's weights, float64 [H]: what stands in the weights' places, by ``head_parameters``."""
+    weights = [parameter for parameter in attentions(model)[layer].parameters() if id(parameter) in terms]
+    before = [parameter.data for parameter in weights]
+    try:
+        for parameter in weights:
+            parameter.data = terms[id(parameter)].to(parameter.dtype)
+        parts = head_parameters(model, layer).values()
+        return torch.stack([part.detach().double().sum((1, 2)) for part in parts]).sum(0).cpu()
+    finally:
+        for parameter, data in zip(weights, before, strict=True):
+            parameter.data = data
 
 
 def rank_agreement(one: Tensor, other: Tensor) -> float | None:

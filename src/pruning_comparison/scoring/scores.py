@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -35,7 +35,8 @@ class ScoreSettings:
 
     ``batch_size`` windows are passed at once. ``generator`` is the only source of random numbers, the same for every method
     of an iteration. ``entropy_direction`` and ``gradient_precision`` are "auto" until a method has decided. Heads will be
-    chosen at ``smallest_level`` per cent and above, within ``scope``, ``group_size`` at a time.
+    chosen at ``smallest_level`` per cent and above, within ``scope``, ``group_size`` at a time. ``prices`` measures, when it
+    is called, the ``scoring.prices.Prices`` of the model's heads.
     """
 
     batch_size: int = 8
@@ -45,6 +46,7 @@ class ScoreSettings:
     smallest_level: float = 10.0
     scope: Scope = "model"
     group_size: int = 1
+    prices: Callable[[], Any] | None = None
 
     def as_decided(self, details: Mapping[str, Any]) -> ScoreSettings:
         """With what was decided when the dense model was scored, so that models pruned further are scored alike."""

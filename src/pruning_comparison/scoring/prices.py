@@ -1,0 +1,248 @@
+"""Prices of heads: what a head's going costs once the survivors of its layer have adapted, in closed form.
+
+Within a layer the price is an error, in squared units of what the layer writes; ``Prices`` weighs it across layers by what
+an error in each costs the model, which ``agency.prices_across_layers`` measures. Nothing here runs a model.
+
+Dimension letters: L layers, H heads, D head size, E embedding, F features (live heads of one layer x D).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+RIDGE = 0.03
+"""Of the Gram matrix that prices come from, in units of its mean diagonal."""
+
+
+def withdrawal_costs(gram: Tensor, weight: Tensor, *, heads: int, ridge: float = RIDGE) -> Tensor:
+    """What the withdrawal of each head alone costs its layer after the survivors have adapted, [H].
+
+    With G [F, F] the Gram matrix per token plus lambda I, lambda = ``ridge`` * its mean diagonal, and W [F, E] the output
+    projection: tr(W_h' [(G^-1)_hh]^-1 W_h), the optimal-brain-surgeon cost (Hassibi and Stork 1993) of a block. It is the
+    least squared error per token in what the layer writes, plus lambda |change of W|^2, over all output projections whose
+    rows of head h are zero.
+    """
+    return _block_costs(ridged_inverse(gram.double(), ridge), weight.double(), heads)
+
+
+@dataclass(frozen=True)
+class LayerPrices:
+    """Withdrawal costs of one layer's live heads, with those that have left taken into account.
+
+    ``inverse`` [F, F] is the inverse of the live features' ridged Gram matrix per token, ``weight`` [F, E] the output
+    projection as the survivors would have adapted it, ``costs`` [H'] what each live head would cost next: squared error per
+    token in what the layer writes.
+    """
+
+    heads: tuple[int, ...]
+    inverse: Tensor
+    weight: Tensor
+    costs: Tensor
+
+    @classmethod
+    def of(cls, gram: Tensor, weight: Tensor, heads: Sequence[int], *, ridge: float = RIDGE) -> LayerPrices:
+        """From the Gram matrix per token [F, F] and the output projection [F, E] of the live ``heads``."""
+        inverse, rows = ridged_inverse(gram.double(), ridge), weight.double()
+        return cls(tuple(heads), inverse, rows, _block_costs(inverse, rows, len(heads)))
+
+    def withdraw(self, head: int) -> LayerPrices:
+        """The costs after ``head``, one of at least two, has left and the others have adapted. KeyError if it has left.
+
+        Block elimination: with P = G^-1, the inverse of G without head h is P_oo - P_oh P_hh^-1 P_ho, and the best weights
+        without it are W_o - P_oh P_hh^-1 W_h. Constraints add up on a quadratic, so costs paid one after the other sum to
+        the joint cost of the set, in whatever order.
+        """
+        place = self._place(head)
+        size = len(self.inverse) // len(self.heads)
+        gone = torch.zeros(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
+        gone[place * size : (place + 1) * size] = True
+        left = self.heads[:place] + self.heads[place + 1 :]
+        cross = self.inverse[gone][:, ~gone]
+        gain = torch.linalg.solve(self.inverse[gone][:, gone], cross)
+        inverse = self.inverse[~gone][:, ~gone] - cross.T @ gain
+        inverse = (inverse + inverse.T) / 2
+        weight = self.weight[~gone] - gain.T @ self.weight[gone]
+        return LayerPrices(left, inverse, weight, _block_costs(inverse, weight, len(left)))
+
+    def joint_cost(self, heads: Sequence[int]) -> float:
+        """What several live heads that leave together cost. KeyError if one has left."""
+        total, layer = 0.0, self
+        for number, head in enumerate(heads):
+            total += float(layer.costs[layer._place(head)])
+            if number + 1 < len(heads):
+                layer = layer.withdraw(head)
+        return total
+
+    def cheapest_first(self, group_size: int = 1) -> Curve:
+        """Backward greedy: all live heads in the order in which they leave when the next is always the one that costs least.
+
+        Heads of a whole ``group_size`` leave together, at their joint cost. Of equals the first leaves.
+        """
+        order: list[int] = []
+        sums = [0.0]
+        layer: LayerPrices | None = self
+        while layer is not None:
+            groups = [layer.heads[first : first + group_size] for first in range(0, len(layer.heads), group_size)]
+            costs = [layer.joint_cost(group) for group in groups]
+            paid = min(costs)
+            leaving = groups[costs.index(paid)]
+            order.extend(leaving)
+            sums.append(sums[-1] + paid)
+            for head in leaving:
+                layer = None if len(layer.heads) == 1 else layer.withdraw(head)
+                if layer is None:
+                    break
+        return Curve(tuple(order), tuple(sums), group_size)
+
+    def _place(self, head: int) -> int:
+        if head not in self.heads:
+            raise KeyError(f"head {head} has left")
+        return self.heads.index(head)
+
+
+@dataclass(frozen=True)
+class Curve:
+    """How a layer loses its heads when the cheapest goes first: C_l(k).
+
+    ``order`` has its live heads in the order in which they leave, ``group_size`` at a time; ``sums[k]`` is what the first k
+    groups cost together, ``sums[0]`` 0.
+    """
+
+    order: tuple[int, ...]
+    sums: tuple[float, ...]
+    group_size: int = 1
+
+    @property
+    def half(self) -> int:
+        """The groups that make up the cheaper half of the layer, rounded down; at least one."""
+        return max(1, (len(self.sums) - 1) // 2)
+
+    def first(self, groups: int) -> tuple[int, ...]:
+        """The heads of that many cheapest groups."""
+        return self.order[: groups * self.group_size]
+
+
+@dataclass(frozen=True)
+class Prices:
+    """What the going of every live head would cost now, weighed across layers. Immutable: withdrawing gives a new one.
+
+    ``weights`` [L] turn a layer's squared error per token into nats of Kullback-Leibler divergence per token, or, with
+    ones, leave it as it is.
+    """
+
+    layers: tuple[LayerPrices | None, ...]
+    weights: tuple[float, ...]
+    n_heads: int
+
+    @classmethod
+    def of(cls, layers: Sequence[LayerPrices | None], weights: Sequence[float] | None, n_heads: int) -> Prices:
+        """Of layers, None where all heads have left. ValueError for weights that are negative, not finite or too few."""
+        factors = torch.ones(len(layers)) if weights is None else torch.tensor(list(weights), dtype=torch.float64)
+        if len(factors) != len(layers) or not bool((factors.isfinite() & (factors >= 0)).all()):
+            raise ValueError(f"weights must be {len(layers)} finite numbers of at least 0, got {factors.tolist()}")
+        return cls(tuple(layers), tuple(factors.tolist()), n_heads)
+
+    def price(self, layer: int, heads: Iterable[int]) -> float:
+        """Of live heads of a layer that leave together. KeyError if one has left."""
+        of_layer, leaving = self.layers[layer], list(heads)
+        if of_layer is None:
+            raise KeyError(f"head {leaving[0]} of layer {layer} has left")
+        return self.weights[layer] * of_layer.joint_cost(leaving)
+
+    def table(self) -> Tensor:
+        """Prices of single heads, float64 [L, H] on the CPU; NaN for heads that have left."""
+        prices = torch.full((len(self.layers), self.n_heads), torch.nan, dtype=torch.float64)
+        for layer, of_layer in enumerate(self.layers):
+            if of_layer is not None:
+                prices[layer, list(of_layer.heads)] = self.weights[layer] * of_layer.costs.cpu()
+        return prices
+
+    def withdraw(self, layer: int, head: int) -> Prices:
+        """The prices after this head has left. KeyError if it has left before."""
+        of_layer = self.layers[layer]
+        if of_layer is None or head not in of_layer.heads:
+            raise KeyError(f"head {head} of layer {layer} has left")
+        changed = None if len(of_layer.heads) == 1 else of_layer.withdraw(head)
+        return Prices((*self.layers[:layer], changed, *self.layers[layer + 1 :]), self.weights, self.n_heads)
+
+    def total(self, leaving: Tensor) -> float:
+        """What live heads, true in bool [L, H], cost together: the predicted divergence from the dense model.
+
+        Costs of layers are added up, which holds as long as errors of different layers neither cancel nor amplify.
+        """
+        return sum(
+            self.price(layer, leaving[layer].nonzero().squeeze(1).tolist())
+            for layer in range(len(self.layers))
+            if bool(leaving[layer].any())
+        )
+
+
+def elimination(prices: Prices, group_size: int = 1) -> tuple[Tensor, Tensor]:
+    """Position at which every head leaves when the cheapest always goes first, and what it is paid for: two float [L, H].
+
+    A layer's own greedy order does not depend on the other layers, so the order of all heads merges those of the layers: the
+    next to leave is the next of the layer where that has the least price, w_l (C_l(k + 1) - C_l(k)). Heads of a group share
+    a position, and its price evenly. Heads that have left before have position -1 and price 0. Ties leave in the order of
+    layers.
+    """
+    shape = len(prices.layers), prices.n_heads
+    order, paid = torch.full(shape, -1.0, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+    curves = [None if layer is None else layer.cheapest_first(group_size) for layer in prices.layers]
+    taken = [0] * len(curves)
+    position = 0
+    while True:
+        offers = {
+            layer: prices.weights[layer] * (curve.sums[taken[layer] + 1] - curve.sums[taken[layer]])
+            for layer, curve in enumerate(curves)
+            if curve is not None and taken[layer] + 1 < len(curve.sums)
+        }
+        if not offers:
+            return order, paid
+        layer = min(offers, key=lambda one: offers[one])
+        curve = curves[layer]
+        assert curve is not None
+        leaving = curve.order[taken[layer] * group_size : (taken[layer] + 1) * group_size]
+        order[layer, list(leaving)] = float(position)
+        paid[layer, list(leaving)] = offers[layer] / len(leaving)
+        taken[layer] += 1
+        position += 1
+
+
+def ridged_inverse(gram: Tensor, ridge: float) -> Tensor:
+    """(G + lambda I)^-1 of a float64 Gram matrix [F, F], lambda = ``ridge`` * mean diagonal of G; always finite.
+
+    Where the Cholesky factor does not exist or the inverse overflows, the ridge grows tenfold. ValueError unless ``ridge``
+    is above 0.
+    """
+    if not ridge > 0:
+        raise ValueError(f"the ridge must be above 0, got {ridge}")
+    # A layer whose heads hand over nothing has no scale of its own; any small one makes its costs next to nothing.
+    scale = max(float(gram.diagonal().mean()), _LEAST_SCALE)
+    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
+    strength = ridge
+    while True:
+        factor, failed = torch.linalg.cholesky_ex(gram + strength * scale * identity)
+        if not bool(failed):
+            inverse = torch.cholesky_inverse(factor)
+            if bool(inverse.isfinite().all()):
+                return inverse
+        if not strength < 1e12:
+            raise ValueError("the Gram matrix of the head outputs is not finite")
+        strength *= 10
+
+
+_LEAST_SCALE = 1e-100
+
+
+def _block_costs(inverse: Tensor, weight: Tensor, heads: int) -> Tensor:
+    """tr(W_h' [P_hh]^-1 W_h) for every head, [H]; squares of a Cholesky solve, so never negative."""
+    size = len(inverse) // heads
+    blocks = inverse.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
+    factors = torch.linalg.cholesky(blocks)
+    solved = torch.linalg.solve_triangular(factors, weight.view(heads, size, -1), upper=False)
+    costs: Tensor = solved.square().sum((1, 2))
+    return costs
