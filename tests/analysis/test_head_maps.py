@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 from builders import GONE, REPLY_COLUMNS, SIGNAL_COLUMNS, asked_tables, heads_table
+from matplotlib.collections import QuadMesh
 from matplotlib.text import Text
 
 from pruning_comparison.analysis.head_maps import AGREEMENT_COLUMNS, SIGNALS, agreement, map_heads, map_rounds
@@ -115,8 +116,8 @@ def test_charts_of_a_negotiation_say_what_happened():
 
 def test_colours_of_departures_follow_the_levels():
     (one,) = map_heads(heads_table(GONE), *NOBODY)
-    (picture,) = head_departures("tiny", [one]).axes[0].images
-    drawn = np.ma.filled(picture.get_array(), np.nan)
+    (picture,) = head_departures("tiny", [one]).axes[0].findobj(QuadMesh)
+    drawn = np.ma.filled(picture.get_array(), np.nan).reshape(2, 2)
     assert drawn[1, 0] == 25.0
     assert drawn[0, 1] == 50.0
     assert np.isnan(drawn[0, 0])

@@ -115,7 +115,9 @@ def test_agency_adaptation_loses_the_baselines_heads_and_pays_for_adaptation(fol
     answered = pd.read_csv(write_results(latest_run(tmp_path), save_outputs=False).with_name("answers.csv"))
     against_dense = {f"{variant} vs dense" for variant in spec.variants}
     assert set(answered["contrast"]) == {"agency-adaptation vs baseline", *against_dense}
-    assert set(answered["kind"]) == {"exploratory"}
+    of_pruning = answered["contrast"].isin(against_dense)
+    assert set(answered.loc[of_pruning, "kind"]) == {"pruning"}
+    assert set(answered.loc[~of_pruning, "kind"]) == {"exploratory"}
     adapted = [fingerprints["agency-adaptation", "magnitude", iteration, 50] for iteration in (0, 1)]
     assert adapted[0] != adapted[1]
 
