@@ -9,8 +9,9 @@ MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
 
-# Files stay with one worker, because their fixtures are shared; a worker that dies ends the suite.
-PYTEST := $(BIN)/pytest -n auto --dist loadfile --max-worker-restart 0
+# Files stay with one worker, because their fixtures are shared, and keep their order: those with the most tests first would
+# leave the few long ones, of clusters and whole runs, to one worker at the end. A worker that dies ends the suite.
+PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --max-worker-restart 0
 
 # lm-evaluation-harness and what it imports to be asked for log-likelihoods; all it names would be several times as much.
 PARITY := lm-eval accelerate sacrebleu portalocker tabulate colorama lxml

@@ -12,8 +12,9 @@ from pruning_comparison.analysis.random_effects import (
     Components,
     Estimate,
     crossed_p_values,
-    detectable_effect,
+    detectable_by_rules,
     difference_test,
+    draw_fits,
     fit_crossed,
     needed,
     power,
@@ -101,7 +102,8 @@ def test_power_of_the_textbook():
     """A standardised effect of 0.5 needs 34 pairs for a power of 0.8 (Cohen 1988); 33 do not suffice."""
     assert power(0.5, ONE_SAMPLE, 1, 34) >= 0.8 > power(0.5, ONE_SAMPLE, 1, 33)
     assert needed(0.5, ONE_SAMPLE, 1, 10)[1] == 24
-    assert detectable_effect(1, 34, ONE_SAMPLE) == pytest.approx(0.495, abs=0.003)
+    draws = draw_fits(ONE_SAMPLE, 1, 34, count=20_000)
+    assert detectable_by_rules(draws, 0.05) == pytest.approx(0.495, abs=0.01)
 
 
 def test_power_agrees_with_simulation_of_crossed_data():
@@ -127,7 +129,7 @@ def test_no_number_of_clusters_mends_the_spread_of_iterations():
 
 def test_nothing_to_find_needs_no_number():
     assert all(math.isnan(count) for count in needed(0.0, ONE_SAMPLE, 1, 10))
-    assert detectable_effect(1, 1, ONE_SAMPLE) == math.inf
+    assert detectable_by_rules(draw_fits(ONE_SAMPLE, 1, 1), 0.05) == math.inf
 
 
 def test_a_factor_that_does_not_vary_lends_its_freedom_to_the_residual():

@@ -445,6 +445,8 @@ def detectable_by_rules(draws: Draws, level: float, wanted: float = 0.8) -> floa
     def found(distance: float) -> float:
         return float((draws.p_values(distance) <= level).mean()) - wanted
 
+    if draws.iterations * draws.clusters < 2:
+        return math.inf
     scale = float(np.sqrt(np.mean(draws.means**2)))
     if scale == 0:
         return 0.0
