@@ -422,6 +422,7 @@ def test_the_options_of_a_run_repeat_it(folder, tmp_path, write_module, capsys, 
     assert unmeasured(again).replace(b",memory", b"") == unmeasured(run).replace(b",memory", b"")
 
 
+@pytest.mark.slow
 def test_on_workers_that_cannot_import_it(folder, tmp_path, write_module, monkeypatch):
     pytest.importorskip("ray")
     from pruning_comparison.run.launchers import RayLauncher

@@ -126,6 +126,7 @@ def test_a_run_is_continued_by_the_other_launcher_and_keeps_its_models(spec, who
     assert saved == {f"{v}_{m}_{i}_50" for v in VARIANTS for m in ("magnitude", "random") for i in (0, 1)}
 
 
+@pytest.mark.slow
 def test_a_trajectory_that_kills_every_worker_is_given_up_and_the_rest_is_kept(folder, tmp_path):
     deadly = Cell("agency", "magnitude", 0, 50.0)
     (folder / "deadly").write_text(deadly.describe())
@@ -176,6 +177,7 @@ def test_a_node_that_would_measure_otherwise_is_refused(folder, tmp_path, monkey
     assert [folder.name for folder in tmp_path.iterdir() if folder.name.startswith("run_")]
 
 
+@pytest.mark.slow
 def test_timings_without_a_node_of_their_own_are_missing_with_the_reason(folder, tmp_path):
     """An existing cluster whose only node has other work on it."""
     import ray
