@@ -159,8 +159,9 @@ def _curves(
     if dense is not None:
         place = ["method", "level", "iteration", "cluster"]
         beside = dense.groupby(place, as_index=False)["x"].mean()
-        both = table.merge(beside, on=place, suffixes=("", "_dense"))
-        table = both.assign(x=both["x"] - both["x_dense"])
+        both = table.merge(beside, on=place, how="left", suffixes=("", "_dense"))
+        # At level 0 a variant is the unpruned model, which nothing has to be timed beside.
+        table = both.assign(x=(both["x"] - both["x_dense"]).where(both["level"] > 0, 0.0))
     clusters = sorted(set(table["cluster"]))
     wide = table.pivot_table(index=["iteration", "variant", "level"], columns="cluster", values="x", aggfunc="mean")
     result = {}
