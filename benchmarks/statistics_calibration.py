@@ -10,8 +10,8 @@ and the others 10 % each.
 Parts and targets:
   coverage  95 % intervals of the mean over levels >= 40 and of the slope: 93 to 97 % Gaussian, at least 91 % skewed
             (lognormal with sigma 0.5, skewness 1.75) and heavy-tailed (t with 4 and with 3 degrees of freedom)
-  bounded   intervals of distinct-2 and of repetition, cut at what is possible: they cover as often as uncut ones, and more
-            often than those made on the logit scale
+  bounded   intervals of distinct-2 and of repetition, cut at what is possible: they cover as often as uncut ones; beside
+            them those made on the logit scale
   claims    false claims of a run: all answers, P1, what is certain against the dense model, rankings and safe levels
             together, of runs with one and with four methods, timed by the rule that repeats until an interval is narrow:
             at most 5 % of the runs. 108 scenarios
