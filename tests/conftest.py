@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import os
 from collections.abc import Generator, Mapping
+from pathlib import Path
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("PRUNING_COMPARISON_NO_UPDATE", "1")
 
 import pytest
 import torch
-from builders import tiny_gpt2
+from builders import save_tiny_model, tiny_gpt2, write_short_texts
 from transformers import PreTrainedModel
 
 
@@ -23,6 +24,14 @@ def one_thread() -> None:
 @pytest.fixture
 def model() -> PreTrainedModel:
     return tiny_gpt2()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model saved with its tokenizer, and short texts beside it in ``texts``."""
+    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
+    write_short_texts(folder / "texts")
+    return folder
 
 
 @pytest.fixture

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from builders import save_tiny_model, tiny_spec, write_short_texts
+from builders import tiny_spec
 
 from pruning_comparison import cli
 from pruning_comparison.errors import InputError
@@ -25,13 +25,6 @@ from pruning_comparison.store.tables import load_run
 from pruning_comparison.variants import RETIRED, VARIANTS, Look, Variant, reported_variant, variant_named
 
 ROOT = Path(__file__).resolve().parents[1]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import subprocess
 import sys
 
 import pytest
-from builders import save_tiny_model, tiny_spec, write_short_texts
+from builders import tiny_spec
 
 from pruning_comparison import cli
 from pruning_comparison.errors import InputError, Interrupted
@@ -18,13 +18,6 @@ from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.inputs import nothing_pruned, prepare
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store import read_manifest
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 @pytest.mark.parametrize("command", ["run", "plan", "prune", "report"])

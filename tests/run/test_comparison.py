@@ -30,13 +30,6 @@ from pruning_comparison.variants import DENSE, VARIANTS
 MEASURED = ("tokens_per_second", "_s", "peak_memory_bytes", "_in_proportion")
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
-
-
 def small_spec(folder, **changes):
     settings = {
         "model_name": str(folder),

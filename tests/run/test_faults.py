@@ -35,13 +35,6 @@ from pruning_comparison.store.run_folder import latest_run, read_manifest, write
 CELL, OTHER = Cell("baseline", "random", 0, 0.0), Cell("agency", "random", 0, 0.0)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
-
-
 def large(cell, size=400_000):
     return CellResult(cell, "done", texts=[GeneratedText(1.0, 0, "", "x" * size)])
 

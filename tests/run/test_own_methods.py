@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 import yaml
-from builders import save_tiny_model, tiny_gpt2, tiny_spec, unmeasured, write_short_texts
+from builders import tiny_gpt2, tiny_spec, unmeasured
 
 from pruning_comparison import cli
 from pruning_comparison.analysis.margins import Margins
@@ -39,13 +39,6 @@ def score(model, windows, generator):
     # Head (1, 3) is worth most, head (0, 0) least.
     return torch.arange(layers * heads, dtype=torch.float32).view(layers, heads)
 """
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import save_tiny_model, tiny_spec, unmeasured, write_short_texts
+from builders import tiny_spec, unmeasured
 
 from pruning_comparison import cli
 from pruning_comparison.errors import ClusterError, InputError, Interrupted
@@ -44,13 +44,6 @@ class Mortal(launching.Worker):
                 time.sleep(1)  # so that what came before is out
                 os.kill(os.getpid(), signal.SIGKILL)
             yield from super().measure([cell], parts)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 @pytest.fixture(scope="module")

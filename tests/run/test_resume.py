@@ -14,7 +14,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from builders import save_tiny_model, stand_in, stopped, tiny_spec, unmeasured, write_short_texts
+from builders import stand_in, stopped, tiny_spec, unmeasured
 from processes import run_and_log
 
 from pruning_comparison.errors import Interrupted
@@ -28,13 +28,6 @@ from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import Reused
 from pruning_comparison.store.run_folder import read_manifest, write_manifest
 from pruning_comparison.variants import DENSE, VARIANTS
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 def counted(monkeypatch, name):

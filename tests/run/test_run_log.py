@@ -8,7 +8,7 @@ import sys
 from dataclasses import replace
 
 import pytest
-from builders import save_tiny_model, tiny_spec, write_short_texts
+from builders import tiny_spec
 
 from pruning_comparison import cli
 from pruning_comparison.errors import InputError
@@ -20,13 +20,6 @@ from pruning_comparison.store.run_folder import latest_run, read_manifest, write
 
 FAILING = Cell("agency", "magnitude", 0, 50.0)
 PACKAGE = logging.getLogger("pruning_comparison")
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 @pytest.fixture

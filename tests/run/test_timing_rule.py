@@ -6,7 +6,7 @@ import math
 from types import SimpleNamespace
 
 import pytest
-from builders import save_tiny_model, tiny_spec, write_short_texts
+from builders import tiny_spec
 from scipy import stats
 
 from pruning_comparison.errors import InputError
@@ -17,13 +17,6 @@ from pruning_comparison.run.measure_cell import time_level, widest_half_width
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store import RunStore, load_run
 from pruning_comparison.variants import DENSE
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 def timing(variant, repeat, end_to_end=1.0, first=0.1):

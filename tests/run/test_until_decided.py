@@ -6,7 +6,7 @@ import json
 
 import pandas as pd
 import pytest
-from builders import no_model, save_tiny_model, stand_in, tiny_spec, unmeasured, write_short_texts
+from builders import no_model, stand_in, tiny_spec, unmeasured
 
 from pruning_comparison import cli
 from pruning_comparison.analysis import Margins, answer_hypotheses
@@ -17,13 +17,6 @@ from pruning_comparison.run import attempts, looks
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store import CellResult, LookRecord, RunStore, load_run, read_manifest
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
-from builders import save_tiny_model, stand_in, stopped, tiny_spec, write_short_texts
+from builders import stand_in, stopped, tiny_spec
 
 from pruning_comparison import cli
 from pruning_comparison.errors import InputError, Interrupted, StoreError
@@ -102,13 +102,6 @@ def test_the_command_that_would_continue_it_is_refused_in_words(old_run, capsys)
 
 
 # Runs of today's settings, as 0.1.0 would have left them
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory):
-    folder = save_tiny_model(tmp_path_factory.mktemp("model"))
-    write_short_texts(folder / "texts")
-    return folder
 
 
 def age(run):
