@@ -44,7 +44,6 @@ from pruning_comparison.analysis.margins import Margins
 from pruning_comparison.analysis.pairs import slope_weights
 from pruning_comparison.analysis.random_effects import (
     PLANNING,
-    crossed_interval,
     crossed_p_values,
     fit_crossed,
     mean_squares_of,
@@ -142,7 +141,7 @@ def _coverage_of(scenario: tuple[str, str, int, int], count: int, seed: Sequence
             covered += int(inside.sum())
             if first == 0:
                 for matrix, within in zip(values[:3], inside[:3], strict=True):
-                    interval = crossed_interval(matrix)
+                    interval = fit_crossed(matrix).estimate()
                     agree = agree and (interval.ci_low <= 0 <= interval.ci_high) == bool(within)
         stress = name in STRESS or kind == "lognormal 1.0"
         low, high = (0.93, 0.97) if kind == "gauss" else (0.91, 1.0)
@@ -173,7 +172,7 @@ def _bounded_of(scenario: tuple[float, int, int], count: int, seed: Sequence[int
     covered = dict.fromkeys(("uncut", "cut", "logit"), 0)
     outside = 0
     for matrix in values:
-        uncut = crossed_interval(matrix)
+        uncut = fit_crossed(matrix).estimate()
         cut = uncut.within(0.0, 1.0)
         middle = min(max(uncut.estimate, 0.005), 0.995)
         half = (uncut.ci_high - uncut.ci_low) / 2 / (middle * (1 - middle))

@@ -17,7 +17,7 @@ from pruning_comparison.analysis.estimates import (
     observations,
     summarize,
 )
-from pruning_comparison.analysis.random_effects import crossed_interval, crossed_p_values, fit_crossed
+from pruning_comparison.analysis.random_effects import crossed_p_values, fit_crossed
 from pruning_comparison.variants import DENSE
 
 COLUMNS = [
@@ -48,7 +48,8 @@ def test_interval_ends_where_the_mixture_of_student_and_fiducial_says():
     """The fiducial part by plain simulation: chi-squared draws for the three mean squares."""
     generator = np.random.default_rng(1)
     values = generator.standard_normal((4, 1)) + generator.standard_normal((1, 13)) + generator.standard_normal((4, 13))
-    fit, result = fit_crossed(values), crossed_interval(values)
+    fit = fit_crossed(values)
+    result = fit.estimate()
     a, b, e = (
         square * df / generator.chisquare(df, 400_000) for square, df in zip(fit.mean_squares, (3, 12, 36), strict=True)
     )
@@ -66,12 +67,12 @@ def test_one_factor_is_students_interval():
     values = np.array([[1.0, 2.0, 4.0, 9.0]])
     low, high = stats.t.interval(0.95, 3, loc=4.0, scale=stats.sem(values[0]))
     for matrix in (values, values.T):
-        result = crossed_interval(matrix)
+        result = fit_crossed(matrix).estimate()
         assert (result.ci_low, result.ci_high) == pytest.approx((low, high))
 
 
 def test_one_value_has_no_interval():
-    result = crossed_interval(np.array([[2.0]]))
+    result = fit_crossed(np.array([[2.0]])).estimate()
     assert result.estimate == 2.0
     assert math.isnan(result.ci_low)
     assert result.n == 1
@@ -79,7 +80,7 @@ def test_one_value_has_no_interval():
 
 def test_values_that_are_not_finite_are_refused():
     with pytest.raises(ValueError, match="finite"):
-        crossed_interval(np.array([[1.0, math.nan]]))
+        fit_crossed(np.array([[1.0, math.nan]])).estimate()
 
 
 @pytest.mark.parametrize(

@@ -214,11 +214,6 @@ def fit_crossed(values: Array) -> CrossedFit:
     return CrossedFit(mean, variance, df, parts, a, b, (row, column, residual))
 
 
-def crossed_interval(values: Array, confidence: float = 0.95) -> Estimate:
-    """Mean and interval of crossed observations [iterations, clusters], both factors random; see ``fit_crossed``."""
-    return fit_crossed(values).estimate(confidence)
-
-
 def mean_squares_of(values: Array) -> Array:
     """Mean squares [3, N] of iterations, clusters and residual of N matrices [N, a, b]; NaN for a factor with one level."""
     _, a, b = values.shape
