@@ -155,6 +155,19 @@ def test_agency_against_the_baseline_is_the_primary_answer():
     )
 
 
+def test_no_safe_level_is_said_in_words():
+    chips = {
+        chip.id: chip for chip in answered(optimal=[optimum_row("agency", 0.0), optimum_row("baseline", 0.0)]).chips
+    }
+    assert chips["Q2"].number == "no level"
+
+
+def test_one_high_level_is_named():
+    row = verdict_row("E2", "supported", math.log(0.5), math.log(0.4), math.log(0.6))
+    one = [*CURVES[:2], *CURVES[3:5]]
+    assert answered(relative=one, answers=[row]).sentences[1].startswith("With 50 % of the heads pruned, agency's ")
+
+
 def test_there_are_nine_chips_in_order_whatever_was_measured():
     chips = answered().chips
     assert [chip.id for chip in chips] == ["E1", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5"]

@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pruning_comparison.analysis import NO_DIFFERENCE, NOT_ENOUGH, HeadMap
 from pruning_comparison.errors import InputError
@@ -236,9 +237,10 @@ def _verdict_class(verdict: str) -> str:
     return classes.get(verdict, verdict)
 
 
-def _tied(text: str) -> str:
-    """Keep a number and its per cent sign on one line."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+def _tied(text: str) -> Markup:
+    """Keeps a number and its per cent sign, and the name of an option, on one line; escapes everything else."""
+    escaped = str(escape(clean(text).replace(" %", "\N{NO-BREAK SPACE}%")))
+    return Markup(re.sub(r"--[a-z_]+", r"<code>\g<0></code>", escaped))
 
 
 def _sequence(value: Any) -> Sequence[Any]:
