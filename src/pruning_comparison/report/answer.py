@@ -166,12 +166,16 @@ def _rows(relative: pd.DataFrame, optimal: pd.DataFrame) -> list[AnswerRow]:
 
 
 def _leading_method(ranked: pd.DataFrame, rows: Sequence[AnswerRow]) -> str:
-    """The method that sentences are about: the one ranked first within agency, else within any variant, else the first."""
-    methods = ranked[(ranked["compared"] == "method") & (ranked["rank"] == 1)]
-    if len(methods):
-        order = sorted(rows_of(methods), key=lambda row: str(row["within"]) != "agency")
-        return str(order[0]["name"])
-    return rows[0].method if rows else ""
+    """The method that sentences are about: the one ranked first within agency, else within any variant, else the first.
+
+    Random is a control: it is spoken of only where it is decidedly best, or alone.
+    """
+    methods = ranked[ranked["compared"] == "method"]
+    order = sorted(rows_of(methods), key=lambda row: (str(row["within"]) != "agency", float(row["rank"])))
+    for row in order:
+        if row["name"] != "random" or bool(row["decided"]):
+            return str(row["name"])
+    return str(order[0]["name"]) if order else rows[0].method if rows else ""
 
 
 # The sentences
@@ -402,7 +406,9 @@ def _chip(name: str, methods: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
         good = sum(verdict == best for verdict in verdicts.values())
         same = len(set(verdicts.values())) == 1 and len(verdicts) == len(methods)
         label = (
-            f"{worst}: all {len(methods)} methods" if same else f"{best}: {good} of {counted(len(methods), 'method')}"
+            f"{worst}: {'both' if len(methods) == 2 else f'all {len(methods)}'} methods"
+            if same
+            else f"{best}: {good} of {counted(len(methods), 'method')}"
         )
     shown = _shown_row(name, measured, verdicts, worst)
     several = len(methods) > 1
