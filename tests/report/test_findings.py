@@ -98,6 +98,24 @@ def test_perplexity_from_level_0_to_each_level_for_both_without_setting_them_aga
     assert "at 50 %: 90 [80 to 101], n = 15" in found.evidence
 
 
+def test_divergence_from_the_unpruned_model_is_told_beside_perplexity():
+    found = one(
+        "what pruning does to quality",
+        estimates=[
+            estimate("perplexity", "agency", 0, 30.0, 28.0, 32.0),
+            estimate("perplexity", "agency", 50, 45.0, 40.0, 50.0),
+            estimate("kl_to_dense", "agency", 0, 0.0, 0.0, 0.0),
+            estimate("kl_to_dense", "agency", 50, 0.25, 0.2, 0.3),
+        ],
+    )
+    assert found.sentence.endswith(
+        "Its predictions differ from the unpruned model's by 0.25 nats per token at 50 % (KL)."
+    )
+    assert (
+        "divergence from the unpruned model: at 50 %: 0.25 nat/token [0.2 to 0.3 nat/token], n = 15" in found.evidence
+    )
+
+
 def test_without_level_0_nothing_is_said_about_change():
     found = one("what pruning does to quality", estimates=[estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0)])
     assert "Level 0 was not measured, so what pruning changed is not known." in found.sentence

@@ -203,6 +203,22 @@ def test_what_prices_predict_is_told_of_models_that_adapt_and_have_prices(folder
     assert all(torch.equal(heads[name], heads["baseline"]) for name in VARIANTS if name != "baseline-progressive")
 
 
+def test_every_window_says_how_far_the_model_is_from_the_dense_one(folder, tmp_path):
+    spec = small_spec(folder, pruning_methods=("magnitude",), iterations=1)
+    rows = tables(run_comparison(spec, output_dir=tmp_path, raise_failures=True))["measurements"]
+    found = rows[rows["metric"] == "window_kl_nats"].set_index(["variant", "level", "document", "window"])["value"]
+    assert (found.xs(0, level="level") == 0).all()
+    workspace = load_workspace(spec, prepare(spec))
+    for variant in spec.variants:
+        model = build(workspace, Cell(variant, "magnitude", 0, 50.0)).model
+        for window in workspace.inputs.windows:
+            logits = [m(window.ids[None]).logits[0, -window.targets - 1 : -1] for m in (workspace.dense, model)]
+            p, q = (one.double().softmax(-1) for one in logits)
+            by_hand = float((p * (p / q).log()).sum())
+            assert found[variant, 50, window.document, window.index] == pytest.approx(by_hand, rel=1e-3)
+            assert by_hand > 0
+
+
 def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
     """Two methods, two iterations, two levels, two temperatures, two variants of which one adapts."""
     counts = {"streams": 0, "perplexity": 0, "timing": 0, "rankings": []}

@@ -105,8 +105,8 @@ def plain_findings(
 
 
 def _quality_by_level(summary: pd.DataFrame, relative: pd.DataFrame, method: str) -> Finding | None:
-    """What pruning does to perplexity: each variant at each level beside the unpruned model, without setting them against
-    each other.
+    """What pruning does to perplexity and predictions: each variant at each level beside the unpruned model, without setting
+    them against each other.
     """
     sentences, evidence = [], []
     for variant in ("baseline", "agency"):
@@ -115,6 +115,13 @@ def _quality_by_level(summary: pd.DataFrame, relative: pd.DataFrame, method: str
             ratios = _against_dense(relative, "perplexity", method, variant)
             sentences.append(_perplexity_told(summary, ratios, method, variant, rows))
             evidence.append(f"{variant}: {_evidence(rows, False, '1')}")
+            apart = [row for row in _measured(summary, "kl_to_dense", method, variant) if row["level"] > 0]
+            if apart:
+                told = [f"{plain_number(row['estimate'])} nats per token at {per_cent(row['level'])}" for row in apart]
+                sentences.append(f"Its predictions differ from the unpruned model's by {listed(told)} (KL).")
+                evidence.append(
+                    f"{variant}, divergence from the unpruned model: {_evidence(apart, False, 'nat/token')}"
+                )
             if ratios:
                 told = "; ".join(f"at {per_cent(level)} {_times(row)}" for level, row in sorted(ratios.items()))
                 evidence.append(f"{variant}, by pairs: {told}")

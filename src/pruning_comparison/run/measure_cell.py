@@ -249,15 +249,19 @@ def _timed_metrics(*, on_request: bool = False) -> list[str]:
 
 
 def perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
+    """Losses of every evaluation window, and its divergence from the dense model, in one pass; once for each model."""
     if pruned.fingerprint not in workspace._losses:
         workspace._losses[pruned.fingerprint] = measure_perplexity(
-            pruned.model, workspace.inputs.windows, batch_size=workspace.spec.quality_batch_size
+            pruned.model,
+            workspace.inputs.windows,
+            batch_size=workspace.spec.quality_batch_size,
+            dense=workspace.dense_predictions,
         )
     return window_measurements(workspace._losses[pruned.fingerprint])
 
 
 def window_measurements(losses: Iterable[WindowLoss]) -> list[Measurement]:
-    """The sums of every window, from which the report makes perplexity, bits per byte and word perplexity."""
+    """The sums of every window, from which the report makes perplexity, bits per byte, word perplexity and divergence."""
     rows = []
     for loss in losses:
         place: dict[str, Any] = {"document": loss.document, "window": loss.index}
@@ -265,6 +269,9 @@ def window_measurements(losses: Iterable[WindowLoss]) -> list[Measurement]:
         rows.append(_measurement("window_tokens", loss.tokens, **place))
         rows.append(_measurement("window_bytes", loss.text_bytes, **place))
         rows.append(_measurement("window_words", loss.text_words, **place))
+        if loss.kl_nats is not None:
+            reason = "a prediction of the model, or of the dense one, is not a finite number"
+            rows.append(_measurement("window_kl_nats", loss.kl_nats, reason, **place))
     return rows
 
 

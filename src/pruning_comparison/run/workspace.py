@@ -15,7 +15,7 @@ from transformers import PreTrainedModel
 from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, ProgressiveTrajectory
 from pruning_comparison.agency.moments import HeadMoments
 from pruning_comparison.agency.prices_across_layers import measure_prices, observe_for_prices
-from pruning_comparison.measure.perplexity import WindowLoss
+from pruning_comparison.measure.perplexity import DensePredictions, WindowLoss
 from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
 from pruning_comparison.pruning.surgery import converted_copy
@@ -53,6 +53,7 @@ class Workspace:
     _priced: dict[int, PricedHeads] = field(default_factory=dict)
     _negotiated: dict[tuple[str, str, int], NegotiatedTrajectory] = field(default_factory=dict)
     _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
+    _predictions: DensePredictions | None = None
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
 
@@ -94,6 +95,13 @@ class Workspace:
                 self.reference, self.calibration(iteration), batch_size=self.spec.quality_batch_size
             )
         return self._dense_streams[iteration]
+
+    @property
+    def dense_predictions(self) -> DensePredictions:
+        """What the dense model, in the precision that is measured, predicts for the evaluation windows."""
+        if self._predictions is None:
+            self._predictions = DensePredictions(self.dense)
+        return self._predictions
 
     def ranking(self, method: str, iteration: int) -> HeadScores:
         """The method's scores on the dense model, computed once per iteration."""
