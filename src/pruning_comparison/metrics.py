@@ -429,6 +429,14 @@ METRICS: dict[str, Metric] = {
     "recovery_tokens": Metric(
         "recovery_tokens", kind="cost", unit="token", label="Recovery tokens", direction="lower", compared=False
     ),
+    "recovery_learning_rate": Metric(
+        "recovery_learning_rate",
+        kind="cost",
+        unit="1",
+        label="Learning rate of recovery",
+        scale="log",
+        compared=False,
+    ),
     "negotiation_s": Metric(
         "negotiation_s", kind="cost", unit="s", label="Negotiation time", direction="lower", compared=False
     ),
@@ -442,6 +450,16 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         compared=False,
         roles={"main table": 3},  # beside what came out
+    ),
+    "held_out_perplexity": Metric(
+        "held_out_perplexity",
+        kind="cost",
+        unit="1",
+        label="Perplexity on held-out calibration text",
+        direction="lower",
+        scale="log",
+        bounds=(1.0, math.inf),
+        compared=False,
     ),
     "adaptation_peak_memory_bytes": Metric(
         "adaptation_peak_memory_bytes",

@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,9 +25,7 @@ from pruning_comparison.scoring.prices import Prices
 from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.records import GeneratedText, Measurement
-from pruning_comparison.texts import (
-    sample_windows,
-)
+from pruning_comparison.texts import sample_windows, unread_windows
 from pruning_comparison.variants import VARIANTS, Variant
 
 
@@ -39,14 +38,22 @@ class PricedHeads:
     seconds: float
 
 
+HELD_OUT_TOKENS = 2048
+"""Calibration text that nothing reads but choices between models: of recovery's grid, and of the strongest baseline."""
+
+
 @dataclass
 class Workspace:
-    """A loaded comparison: the dense model, its inputs, and what has been computed once and is needed again."""
+    """A loaded comparison: the dense model, its inputs, and what has been computed once and is needed again.
+
+    ``folder`` is the run's, where training is kept from time to time; None where there is none, or none within reach.
+    """
 
     spec: ComparisonSpec
     inputs: Inputs
     reference: PreTrainedModel
     dense: PreTrainedModel
+    folder: Path | None = None
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
@@ -78,6 +85,26 @@ class Workspace:
                 self.inputs.calibration, self.spec.calibration_tokens, self.generator("calibration", iteration)
             )
         return self._calibration[iteration]
+
+    def held_out(self, iteration: int) -> Tensor:
+        """Calibration windows [N, T] that this iteration's scores, prices, adaptation and recovery do not read.
+
+        At most ``HELD_OUT_TOKENS``, and a quarter of what the iteration's sample leaves; none where it leaves nothing.
+        """
+        unread = self._unread(iteration)
+        return unread[len(unread) - self._held_out_count(len(unread)) :]
+
+    def recovery_windows(self, iteration: int) -> Tensor:
+        """Calibration windows [N, T] for recovery to train on, which nothing else reads."""
+        unread = self._unread(iteration)
+        return unread[: len(unread) - self._held_out_count(len(unread))]
+
+    def _unread(self, iteration: int) -> Tensor:
+        generator = self.generator("calibration", iteration)
+        return unread_windows(self.inputs.calibration, self.spec.calibration_tokens, generator)
+
+    def _held_out_count(self, unread: int) -> int:
+        return min(-(-unread // 4), -(-HELD_OUT_TOKENS // self.inputs.calibration.shape[1]))
 
     def score_windows(self, iteration: int) -> Tensor:
         """The part of this iteration's calibration windows that heads are scored on, [N, T]."""
@@ -214,11 +241,11 @@ def negotiation_rules(variant: Variant) -> str:
     return next(name for name, one in VARIANTS.items() if one.negotiates and one.consent == variant.consent)
 
 
-def load_workspace(spec: ComparisonSpec, inputs: Inputs) -> Workspace:
+def load_workspace(spec: ComparisonSpec, inputs: Inputs, folder: Path | None = None) -> Workspace:
     """Loads the weights. Scores and adaptation work in float32 whatever the precision that is measured."""
     torch.set_num_threads(spec.threads)
     loaded: LoadedModel = load_model(inputs.preview, device=spec.device, dtype=torch.float32)
-    return Workspace(spec, inputs, loaded.model, at_precision(loaded.model, spec.precision))
+    return Workspace(spec, inputs, loaded.model, at_precision(loaded.model, spec.precision), folder)
 
 
 def at_precision(model: PreTrainedModel, precision: str, workspace: Workspace | None = None) -> PreTrainedModel:
