@@ -158,8 +158,8 @@ def test_agency_is_compared_with_the_strongest_baseline():
     assert found.heading == "obs: agency and the strongest baseline"
     assert found.sentence == (
         "The best of 6 baselines at each level, chosen on held-out calibration text. Agency's perplexity with heads ranked "
-        "by obs is at 20 % 0.98 times that of baseline by fisher (unclear whether that is a difference) and at 50 % 0.5 times "
-        "that of baseline-progressive by fisher."
+        "by obs is at 20 % 0.98 times that of baseline by fisher (unclear whether that is a difference) and at 50 % 0.5 "
+        "times that of baseline-progressive by fisher."
     )
     assert "at 50 %: 0.5 [0.45 to 0.55], n = 15, lowest perplexity on held-out calibration text" in found.evidence
 

@@ -22,7 +22,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.models.devices import fast_products
+from pruning_comparison.models.devices import gains_from_bfloat16
 from pruning_comparison.models.heads import blocks, mlp_output_projections, output_projections
 from pruning_comparison.spec import AUTO, RECOVERY_GRID, RECOVERY_RATES
 
@@ -217,6 +217,7 @@ class _Training:
     ) -> None:
         self._dense, self._student, self._trained = dense, student, trained
         self._steps, self._rate, self._warmup = steps, learning_rate, max(1, steps // 10)
+        self._in_bfloat16 = gains_from_bfloat16(dense)
         self._optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0)
 
     def step(self, ids: Tensor, number: int) -> Tensor:
@@ -229,7 +230,7 @@ class _Training:
         total = torch.zeros((), device=ids.device)
         rows = max(1, _MOST_LOGITS.get(ids.device.type, 2**26) // (ids.shape[1] * self._dense.config.vocab_size))
         for part in ids.split(rows):
-            with torch.enable_grad(), fast_products(self._dense):
+            with torch.enable_grad(), torch.autocast(ids.device.type, torch.bfloat16, enabled=self._in_bfloat16):
                 with torch.no_grad():
                     targets = self._dense(input_ids=part, use_cache=False).logits.flatten(0, 1)
                 predictions = self._student(input_ids=part, use_cache=False).logits.flatten(0, 1)
