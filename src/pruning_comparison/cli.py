@@ -27,12 +27,15 @@ from pruning_comparison.presets import PRESETS
 from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
+    AUTO,
     BOS_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     LOOKS,
     PRECISIONS,
     PRUNE_UNITS,
+    RECOVERY_GRID,
+    RECOVERY_RATES,
     SCOPES,
     ComparisonSpec,
     available_cores,
@@ -355,7 +358,21 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         type=_whole_number,
         help="steps of distillation from the dense model, the same for every variant",
     )
-    add("recovery_rate", type=float, help="learning rate of the recovery steps")
+    if "recovery_learning_rate" not in without:
+        group.add_argument(
+            "--recovery_learning_rate",
+            "--recovery_rate",
+            dest="recovery_rate",
+            type=_number_or_auto,
+            default=default["recovery_rate"],
+            help="learning rate of the recovery steps, or auto: chosen from "
+            f"{', '.join(f'{rate:g}' for rate in RECOVERY_RATES)} on held-out calibration text, for each model",
+        )
+    add(
+        "recovery_parameters",
+        help=f"{', '.join(RECOVERY_GRID)} or auto: whether recovery trains all weights of the blocks, or output "
+        "projections, norms and biases alone; auto: chosen as the rate is",
+    )
 
     group = parser.add_argument_group("how much is measured")
     add(
@@ -459,6 +476,15 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _number_or_auto(text: str) -> float | str:
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def _margins_of(options: argparse.Namespace) -> dict[str, float]:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pruning_comparison.agency.recovery import recovery_grid
 from pruning_comparison.formatting import format_duration
 from pruning_comparison.measure import FIRST_TOKENS, generate, parameter_bytes, warm_up_tokens
 from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED
@@ -33,6 +34,7 @@ _OVERHEAD_S = 25.0
 
 # Costs in forward passes over the tokens concerned, as processor time of the bundled model had them.
 _ADAPT_PASSES = 0.9
+_DIVERGENCE_PASSES = 0.3
 _SAVED_BY_PRUNING = 0.4
 """Of a model's time, the share that goes to attention: cutting all heads would save it."""
 
@@ -61,7 +63,9 @@ def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, parame
         seconds = {
             "scores and negotiation": counts["score_tokens"] * speeds.per_token_s,
             "adaptation": counts["adaptation_tokens"] * speeds.per_token_s,
-            "perplexity": size * counts["evaluation_tokens"] * speeds.per_token_s,
+            "perplexity": size
+            * (counts["evaluation_tokens"] + _DIVERGENCE_PASSES * counts["compared_tokens"])
+            * speeds.per_token_s,
             "texts": size * (counts["text_steps"] * speeds.text_step_s + counts["text_tokens"] * speeds.per_token_s),
             "timing": size * counts["timed_steps"] * speeds.timed_step_s,
             "loading and report": _OVERHEAD_S,
@@ -104,11 +108,13 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     each = rounds * (FIRST_TOKENS - 1 + spec.num_tokens + warm_up_tokens(spec.num_tokens, measure_peak=False))
     if spec.memory_logging:
         each += spec.num_tokens - warm_up_tokens(spec.num_tokens, measure_peak=False)
-    recovery = 4.0 * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
+    trials = len(recovery_grid(spec.recovery_rate, spec.recovery_parameters))
+    recovery = 4.0 * trials * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
     return {
         "score_tokens": score * iterations * scored,
         "adaptation_tokens": _ADAPT_PASSES * windows * adapted * methods * iterations * len(pruned) + recovery,
         "evaluation_tokens": (models + 1) * float(sum(len(window.ids) for window in inputs.windows)),
+        "compared_tokens": models * float(sum(window.targets for window in inputs.windows)),
         "text_tokens": (models + iterations)
         * len(spec.temperatures)
         * float(sum(prompts) + len(prompts) * spec.num_tokens),

@@ -46,6 +46,7 @@ from pruning_comparison.report.tables import (
     pairs,
     plain_table,
     ranking_table,
+    strongest_table,
 )
 from pruning_comparison.report.verdicts import Verdict
 
@@ -77,6 +78,7 @@ def render_report(
     hero: str | None,
     drawings: Mapping[str, str],
     manifest: Mapping[str, Any],
+    strongest: pd.DataFrame | None = None,
     lines: Sequence[str] = (),
     texts: pd.DataFrame | None = None,
     heads: Sequence[HeadMap] = (),
@@ -89,6 +91,8 @@ def render_report(
     ``hero``, its chart, and ``lines``, at most two, under the chips: the only place where anything may be added to it.
     ``relative`` (``RELATIVE_COLUMNS``) and ``ranked`` (``RANKING_COLUMNS``) are drawn and listed. ``hero`` and ``drawings``
     (by name) are SVG files as text.
+
+    ``strongest`` (``STRONGEST_COLUMNS``) names the strongest baseline of each level and what is held against it.
 
     ``texts`` holds the generated texts, where they were kept; of these the report shows, per
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
@@ -119,6 +123,7 @@ def render_report(
         "explorer_data": explorer,
         "explorer_left_out": explorer_left_out,
         "ranking": ranking_table(ranked, "method"),
+        "strongest": strongest_table(strongest),
         "ranked_variants": ranking_table(ranked, "variant"),
         "started": str(manifest.get("started") or ""),
         "opening": opening(name, summary, cells, manifest),

@@ -39,6 +39,8 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
         "mlp_ridge": spec.mlp_ridge if adapts and spec.adaptation == "refit-mlp" else None,
         "new_bias": spec.new_bias if adapts else None,
         "recovery_steps": spec.recovery_steps or None,
+        "recovery_learning_rate": None if pruned.recovery is None else pruned.recovery.learning_rate,
+        "recovery_parameters": None if pruned.recovery is None else pruned.recovery.parameters,
         "precision": spec.precision,
         "seed": spec.seed,
         "versions": versions(),

@@ -88,7 +88,9 @@ class Worker:
                 f"{node} has another {self._spec.model_name} than the driver. Copy the same files there."
             )
         inputs = Inputs(preview, *self._work["inputs"])
-        self._workspace = load_workspace(self._spec, inputs)
+        folder = self._work["folder"]
+        # A worker that the folder is not shared with keeps no training that is under way.
+        self._workspace = load_workspace(self._spec, inputs, folder if (folder / MANIFEST).is_file() else None)
         return hardware(self._spec)
 
     def measure(self, cells: Sequence[Cell], parts: Mapping[Cell, KeptHeads]) -> Iterator[CellResult | Trouble]:

@@ -21,7 +21,7 @@ def launch_serially(work: Work) -> Iterator[Event]:
     if not work:
         return
     LOGGER.info("loading %s", spec.model_name)
-    workspace = load_workspace(spec, work.inputs)
+    workspace = load_workspace(spec, work.inputs, work.folder)
     for place in spec.levels():
         method, iteration, level = place
         to_time = place in work.timings
