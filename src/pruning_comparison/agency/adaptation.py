@@ -57,6 +57,9 @@ def adapt(
     most_tokens: int | None = None,
     measure_peak: bool = False,
     allow_new_bias: bool = True,
+    parts: int = 1,
+    part_layers: int = 1,
+    lost_ratio: float | None = None,
 ) -> AdaptationCost:
     """Adapts a physically pruned model, in place, to its dense original on the calibration text of ``dense``.
 
@@ -86,6 +89,11 @@ def adapt(
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
     ``most_tokens`` leaves out what comes after the batch that reaches so many.
 
+    With ``parts`` above 1 batches are dealt out in so many, and ``part_layers`` layers after one another are fitted on one
+    part, the next on the next: what a layer makes up for is then error that was not fitted on its text. With a
+    ``lost_ratio`` positions whose stream is that many times longer, or shorter, than the dense model's are left out of the
+    regressions.
+
     Sums accumulate in float64 from products in float32 or better, and are solved in float64; a singular matrix gets more
     ridge until the solution is finite. Layers before the first pruned one are untouched. ValueError for unknown steps.
     """
@@ -102,9 +110,10 @@ def adapt(
             if not changed:
                 _follow(dense, streams, layer)
                 continue
-            added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias)
+            text = _FittedText(layer // part_layers % parts, parts, lost_ratio)
+            added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias, text)
             refits_mlp = steps == "refit-mlp"
-            _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias)
+            _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias, text)
     seconds = time.perf_counter() - started + dense.seconds
     tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
     return AdaptationCost(seconds, tokens, peak.bytes, peak.reason, dense.scratch_bytes)
@@ -131,6 +140,27 @@ def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> 
         if strength > 1e12:
             return weight.double()
         strength *= 10
+
+
+@dataclass(frozen=True)
+class _FittedText:
+    """What a layer is fitted on: one of ``parts`` of the batches, and in them positions that are not lost."""
+
+    part: int
+    parts: int
+    lost_ratio: float | None
+
+    def has(self, number: int, batches: int) -> bool:
+        """Whether a batch is read; with fewer batches than parts all are."""
+        return batches < self.parts or number % self.parts == self.part
+
+    def of(self, x: Tensor, targets: Tensor, dense: Tensor, pruned: Tensor) -> tuple[Tensor, Tensor]:
+        """Of X [B, T, F] and targets [B, T, E] the positions where the two streams [B, T, E] are about as long."""
+        if self.lost_ratio is None:
+            return x, targets
+        ratio = torch.linalg.vector_norm(pruned, dim=-1) / torch.linalg.vector_norm(dense, dim=-1)
+        here = (ratio < self.lost_ratio) & (ratio > 1 / self.lost_ratio)
+        return (x, targets) if bool(here.all()) or not bool(here.any()) else (x[here], targets[here])
 
 
 @dataclass
@@ -240,6 +270,7 @@ def _adapt_attention(
     steps: str,
     ridge: float,
     allow_new_bias: bool,
+    text: _FittedText,
 ) -> list[Tensor]:
     """Adapts one layer's attention; what it then adds to every batch, [B, T, E]."""
     attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
@@ -248,7 +279,8 @@ def _adapt_attention(
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
             target = _attention_target(dense, pruned, layer, number, stream)
-            moments.add(target[..., :0], target)
+            if text.has(number, len(streams)):
+                moments.add(*text.of(target[..., :0], target, stream.hidden + target, stream.hidden))
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -257,7 +289,9 @@ def _adapt_attention(
     for number, stream in enumerate(streams):
         with fast_products(dense.model):
             x = stream.run_to(pruned, layer, projection)
-        moments.add(x, _attention_target(dense, pruned, layer, number, stream))
+        if text.has(number, len(streams)):
+            target = _attention_target(dense, pruned, layer, number, stream)
+            moments.add(*text.of(x, target, stream.hidden + target, stream.hidden))
         inputs.append(x)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
@@ -283,6 +317,7 @@ def _adapt_mlp(
     added: list[Tensor],
     ridge: float | None,
     allow_new_bias: bool,
+    text: _FittedText,
 ) -> None:
     """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
 
@@ -300,8 +335,10 @@ def _adapt_mlp(
         ):
             total = stream.run_apart(pruned, layer)[1].to(stream.hidden)
         z = caught[0].view(*total.shape[:-1], -1)
-        if ridge is not None:
-            moments.add(z, dense.at(number, layer, "after block") - total)
+        if ridge is not None and text.has(number, len(streams)):
+            aim = dense.at(number, layer, "after block")
+            now = total if text.lost_ratio is None else total + z.to(total) @ weight
+            moments.add(*text.of(z, aim - total, aim, now))
         inputs.append(z)
         totals.append(total)
     if ridge is None:
