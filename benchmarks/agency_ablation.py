@@ -40,7 +40,7 @@ from pruning_comparison.agency.regrowth import regrow
 from pruning_comparison.agency.streams import DenseStream
 from pruning_comparison.agency.trajectory import ROUND_LEVEL
 from pruning_comparison.agency.weights_in_context import measured_curves, weights_in_context
-from pruning_comparison.analysis.random_effects import fit_crossed
+from pruning_comparison.analysis.random_effects import fit_crossed, ratio_of
 from pruning_comparison.formatting import unknown_name
 from pruning_comparison.measure.perplexity import EvaluationWindow, evaluation_windows
 from pruning_comparison.methods import method_named
@@ -49,6 +49,7 @@ from pruning_comparison.models.devices import fast_products
 from pruning_comparison.models.heads import head_grid
 from pruning_comparison.models.loading import ModelPreview, load_model, preview_model
 from pruning_comparison.pruning import remove_heads, select_heads
+from pruning_comparison.scoring.ablation import recorded_blocks
 from pruning_comparison.scoring.prices import RIDGE, Prices, elimination, merged
 from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
@@ -67,7 +68,9 @@ class Configuration:
     "context2" (with the other layers cut as at the level, once or twice), "rounds" (measured again on the model that is
     adapted at 30 %). ``swaps`` is how many rounds of regrowth there are. ``ridge``, ``mlp_ridge``, ``parts``,
     ``part_layers`` and ``lost_ratio`` are those of ``adapt``; ``passes`` is how often it runs. ``price_ridge`` is that of
-    prices. ``sampled`` adds so many times the calibration windows of text that the dense model continues them with.
+    prices. ``openings`` adds so many short windows of ``opening_tokens``, from places of the calibration windows drawn at
+    random; in regressions each position counts ``opening_weight``. ``sampled`` adds so many times the calibration windows of
+    text that the dense model continues them with.
     """
 
     method: str = "obs"
@@ -81,6 +84,9 @@ class Configuration:
     parts: int = 1
     part_layers: int = 1
     lost_ratio: float = 0.0
+    openings: int = 0
+    opening_tokens: int = 8
+    opening_weight: float = 1.0
     sampled: float = 0.0
 
     @classmethod
@@ -105,6 +111,8 @@ WEIGHTS = ("half", "curve", "context", "context2", "rounds")
 
 DEFAULT = (
     "reference",
+    "openings=1024",
+    "openings=1024,opening_weight=0.1",
     "lost_ratio=8",
     "weights=context",
     "weights=curve",
@@ -134,7 +142,7 @@ class Bench:
     _moments: HeadMoments | None = None
     _prices: dict[float, Prices] = field(default_factory=dict)
     _scores: dict[tuple[str, float], Tensor] = field(default_factory=dict)
-    _stream: tuple[float, DenseStream] | None = None
+    _stream: tuple[Any, DenseStream] | None = None
     _round: tuple[Any, HeadMoments] | None = None
 
     @contextmanager
@@ -178,19 +186,33 @@ class Bench:
             self._scores[method, 0.0] = found.scores
         return self._scores[method, 0.0]
 
-    def stream(self, sampled: float) -> DenseStream:
+    def stream(self, configuration: Configuration) -> DenseStream:
         """What adaptation aims at; of the last text asked for, since it is large."""
-        if self._stream is None or self._stream[0] != sampled:
-            if self._stream is not None:
-                self._stream[1].close()
-                self._stream = None
-            windows = self.windows
-            if sampled > 0:
+        key = (
+            configuration.sampled, configuration.openings, configuration.opening_tokens, configuration.opening_weight
+        )  # fmt: skip
+        if self._stream is None or self._stream[0] != key:
+            self.close()
+            windows, openings = self.windows, None
+            if configuration.sampled > 0:
                 with self.timed("sampled text"):
-                    more = continued(self.model, windows[: round(sampled * len(windows))], self.generator("sampled"))
-                windows = torch.cat([windows, more])
+                    given = windows[: round(configuration.sampled * len(windows))]
+                    windows = torch.cat([windows, continued(self.model, given, self.generator("sampled"))])
+            if configuration.openings:
+                openings = openings_of(
+                    self.windows, configuration.openings, configuration.opening_tokens, self.generator("openings")
+                )
             with self.timed("dense stream"):
-                self._stream = sampled, DenseStream(self.model, windows, batch_size=BATCH)
+                self._stream = (
+                    key,
+                    DenseStream(
+                        self.model,
+                        windows,
+                        batch_size=BATCH,
+                        openings=openings,
+                        opening_weight=configuration.opening_weight,
+                    ),
+                )
         return self._stream[1]
 
     def keep(self, configuration: Configuration, level: float) -> tuple[Tensor, dict[str, Any]]:
@@ -240,13 +262,13 @@ class Bench:
             fitted, _ = split_windows(self.windows)
             adapted = remove_heads(self.model, keep)
             whole = max(1, len(fitted) // BATCH) * BATCH * fitted.shape[1]
-            adapt(self.stream(0.0), adapted, most_tokens=whole)
+            adapt(self.stream(Configuration()), adapted, most_tokens=whole)
             self._round = adapted, observe_for_prices(adapted, self.windows, batch_size=BATCH)
         return self._round
 
     def build(self, configuration: Configuration, keep: Tensor) -> PreTrainedModel:
         """The model that has lost its other heads, adapted."""
-        stream = self.stream(configuration.sampled)
+        stream = self.stream(configuration)
         pruned = remove_heads(self.model, keep)
         with self.timed("refit"):
             for _ in range(configuration.passes):
@@ -262,8 +284,17 @@ class Bench:
         return pruned
 
     def close(self) -> None:
+        """Lets go of the stream."""
         if self._stream is not None:
             self._stream[1].close()
+            self._stream = None
+
+
+def openings_of(windows: Tensor, count: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Short windows [count, tokens] from places of ``windows`` [N, T] drawn at random."""
+    places = torch.randint(len(windows) * (windows.shape[1] - tokens + 1), (count,), generator=generator)
+    every = windows.unfold(1, tokens, 1).flatten(0, 1)
+    return every[places]
 
 
 def asked(scores: Tensor, prices: Prices, level: float, factor: float) -> Tensor:
@@ -300,10 +331,26 @@ def continued(model: PreTrainedModel, windows: Tensor, generator: torch.Generato
     return torch.cat(pieces)
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """What a model says of the evaluation text, window by window.
+
+    ``losses`` and ``kl`` are nats of negative log-likelihood and of KL(dense || model), summed over scored tokens.
+    ``first_token`` is how long the stream is at a window's first token, in the block where the dense model's is longest,
+    relative to it: models park their attention there. ``strays`` are other positions whose stream is more than ten times as
+    long as the dense model's in some block.
+    """
+
+    losses: Any
+    kl: Any
+    first_token: Any
+    strays: Any
+
+
 @torch.no_grad()
-def outcomes(model: PreTrainedModel, dense: PreTrainedModel, windows: Sequence[EvaluationWindow]) -> tuple[Any, Any]:
-    """Nats of negative log-likelihood and of KL(dense || model), each summed over the scored tokens of every window."""
-    losses, nats = np.zeros(len(windows)), np.zeros(len(windows))
+def outcome_of(model: PreTrainedModel, dense: PreTrainedModel, windows: Sequence[EvaluationWindow]) -> Outcome:
+    """What ``model`` says of the evaluation windows, compared with the ``dense`` one."""
+    found = Outcome(*(np.zeros(len(windows)) for _ in range(4)))
     lengths: dict[int, list[int]] = {}
     for number, window in enumerate(windows):
         lengths.setdefault(len(window.ids), []).append(number)
@@ -311,18 +358,29 @@ def outcomes(model: PreTrainedModel, dense: PreTrainedModel, windows: Sequence[E
         for first in range(0, len(numbers), 4):
             part = numbers[first : first + 4]
             ids = torch.stack([windows[number].ids for number in part]).to(model.device)
-            now = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+            now, norms = said_of(model, ids)
             loss = -now.gather(-1, ids[:, 1:, None])[..., 0]
             if model is dense:
-                divergence = torch.zeros_like(loss)
+                divergence, relative, longest = torch.zeros_like(loss), torch.ones_like(norms), 0
             else:
-                expected = dense(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+                expected, dense_norms = said_of(dense, ids)
                 divergence = (expected.exp() * (expected - now)).sum(-1)
+                relative, longest = norms / dense_norms, int(dense_norms[:, 0, 0].argmax())
             for row, number in enumerate(part):
                 scored = slice(-windows[number].targets, None)
-                losses[number] = float(loss[row, scored].double().sum())
-                nats[number] = float(divergence[row, scored].double().sum())
-    return losses, nats
+                found.losses[number] = float(loss[row, scored].double().sum())
+                found.kl[number] = float(divergence[row, scored].double().sum())
+                found.first_token[number] = float(relative[longest, row, 0])
+                found.strays[number] = int((relative[:, row, 1:] > 10).any(0).sum())
+    return found
+
+
+def said_of(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
+    """Log probabilities [B, T - 1, V] of what follows, and the length of the stream after every block, [L, B, T]."""
+    with recorded_blocks(model) as outputs:
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1].float().log_softmax(-1)
+    after = [output[0] if isinstance(output, tuple) else output for output in outputs]
+    return logits, torch.stack([hidden.float().norm(dim=-1) for hidden in after])
 
 
 def contrasts(found: dict[tuple[str, float], dict[int, Any]], dense: Any, tokens: Any) -> Iterator[dict[str, Any]]:
@@ -335,7 +393,7 @@ def contrasts(found: dict[tuple[str, float], dict[int, Any]], dense: Any, tokens
     def ratio(losses: list[Any], others: list[Any]) -> list[float]:
         rows = [(own - other) / tokens * share for own, other in zip(losses, others, strict=True)]
         estimate = fit_crossed(np.stack(rows)).estimate()
-        return [round(math.exp(min(x, 700)), 4) for x in (estimate.estimate, estimate.ci_low, estimate.ci_high)]
+        return [round(ratio_of(x), 4) for x in (estimate.estimate, estimate.ci_low, estimate.ci_high)]
 
     for (name, level), by_sample in found.items():
         samples = sorted(by_sample)
@@ -398,7 +456,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preview.tokenizer, window=options.window, stride=options.window, tokens=options.eval_tokens,
     )  # fmt: skip
     tokens = np.array([window.targets for window in evaluation])
-    dense, _ = outcomes(model, model, evaluation)
+    dense = outcome_of(model, model, evaluation).losses
     say(
         model=preview.name, device=options.device, windows=len(evaluation), eval_tokens=int(tokens.sum()),
         dense_perplexity=round(math.exp(dense.sum() / tokens.sum()), 4), seconds=round(time.perf_counter() - started, 1),
@@ -429,23 +487,31 @@ def main(arguments: Sequence[str] | None = None) -> None:
                     with bench.timed("model"):
                         pruned = bench.build(configuration, keep)
                     with bench.timed("evaluation"):
-                        losses, nats = outcomes(pruned, model, evaluation)
+                        outcome = outcome_of(pruned, model, evaluation)
                     del pruned
                 except Exception:
                     say(sample=sample, configuration=name, level=level, failed=traceback.format_exc())
                     break
-                found.setdefault((name, level), {})[sample] = losses
+                found.setdefault((name, level), {})[sample] = outcome.losses
+                excess = outcome.losses - dense
+                figures = {
+                    "ratio": ratio_of(excess.sum() / tokens.sum()),
+                    "worst_window": ratio_of((excess / tokens).max()),
+                    "kl": outcome.kl.sum() / tokens.sum(),
+                }
                 say(
                     sample=sample, configuration=name, level=level,
-                    ratio=round(math.exp(min((losses - dense).sum() / tokens.sum(), 700)), 4),
-                    kl=round(nats.sum() / tokens.sum(), 4), **said, lost=(~keep).sum(1).tolist(),
+                    **{key: round(float(value), 4) for key, value in figures.items()},
+                    first_token=np.quantile(outcome.first_token, [0, 0.5, 1]).round(2).tolist(),
+                    strays=int(outcome.strays.sum()), **said, lost=(~keep).sum(1).tolist(),
                     seconds=round(time.perf_counter() - begun, 1), parts=dict(parts),
                 )  # fmt: skip
                 if options.to:
                     with options.to.open("a") as file:
                         row = {"sample": sample, "configuration": name, "level": level, "keep": keep.int().tolist()}
-                        row |= {"losses": losses.tolist(), "kl": nats.tolist(), "tokens": tokens.tolist()}
-                        file.write(json.dumps(row | {"dense": dense.tolist()}) + "\n")
+                        row |= {one.name: getattr(outcome, one.name).tolist() for one in fields(outcome)}
+                        row |= {"dense": dense.tolist(), "tokens": tokens.tolist()}
+                        file.write(json.dumps(row) + "\n")
         bench.close()
     for line in contrasts(found, dense, tokens):
         say(**line)

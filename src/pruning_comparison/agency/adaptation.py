@@ -171,14 +171,14 @@ class _Moments:
     float32 would lose in the mean what the regression needs of the spread. Moving to any other centre later is exact.
     """
 
-    samples: int = 0
+    samples: float = 0.0
     shifts: tuple[Tensor, Tensor] | None = None
     sums: tuple[Tensor, Tensor] = field(init=False)
     gram: Tensor = field(init=False)
     cross: Tensor = field(init=False)
 
-    def add(self, x: Tensor, targets: Tensor) -> None:
-        """Adds samples of ``x`` [.., F] and ``targets`` [.., E]."""
+    def add(self, x: Tensor, targets: Tensor, weight: float = 1.0) -> None:
+        """Adds samples of ``x`` [.., F] and ``targets`` [.., E], each of which counts ``weight`` times."""
         x, targets = x.flatten(0, -2), targets.flatten(0, -2)
         if self.shifts is None:
             self.shifts = x.to(targets.dtype).mean(0), targets.mean(0)
@@ -187,13 +187,13 @@ class _Moments:
             self.cross = x.new_zeros(x.shape[1], targets.shape[1], dtype=torch.float64)
         # In float32 or better, whatever x is in: the shifts are. Each further copy of x would cost as much as a product.
         x, targets = x - self.shifts[0], targets - self.shifts[1]
-        self.samples += len(x)
+        self.samples += weight * len(x)
         self.sums = (
-            self.sums[0] + x.sum(0, dtype=torch.float64),
-            self.sums[1] + targets.sum(0, dtype=torch.float64),
+            self.sums[0] + weight * x.sum(0, dtype=torch.float64),
+            self.sums[1] + weight * targets.sum(0, dtype=torch.float64),
         )
-        self.gram += _gram(x).double()
-        self.cross += (x.T @ targets).double()
+        self.gram += weight * _gram(x).double()
+        self.cross += weight * (x.T @ targets).double()
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Means of X [F] and of T [E], float64."""
@@ -280,7 +280,7 @@ def _adapt_attention(
         for number, stream in enumerate(streams):
             target = _attention_target(dense, pruned, layer, number, stream)
             if text.has(number, len(streams)):
-                moments.add(*text.of(target[..., :0], target, stream.hidden + target, stream.hidden))
+                moments.add(*text.of(target[..., :0], target, stream.hidden + target, stream.hidden), stream.weight)
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -291,7 +291,7 @@ def _adapt_attention(
             x = stream.run_to(pruned, layer, projection)
         if text.has(number, len(streams)):
             target = _attention_target(dense, pruned, layer, number, stream)
-            moments.add(*text.of(x, target, stream.hidden + target, stream.hidden))
+            moments.add(*text.of(x, target, stream.hidden + target, stream.hidden), stream.weight)
         inputs.append(x)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
@@ -338,7 +338,7 @@ def _adapt_mlp(
         if ridge is not None and text.has(number, len(streams)):
             aim = dense.at(number, layer, "after block")
             now = total if text.lost_ratio is None else total + z.to(total) @ weight
-            moments.add(*text.of(z, aim - total, aim, now))
+            moments.add(*text.of(z, aim - total, aim, now), stream.weight)
         inputs.append(z)
         totals.append(total)
     if ridge is None:

@@ -83,33 +83,31 @@ def divergences(
 
     A trial holds cuts by number of the layer, which take the place of the base's. ``reference`` is the model itself, without
     any cut, if None. ``exclude_first`` leaves the first position of every window out. Blocks before a trial's first cut are
-    not run again. Where the device gains from it blocks run in bfloat16, and logits in the precision of the weights: rounded
-    to bfloat16 they would differ by a twentieth of a nat between two runs, more than many a cut costs.
+    not run again. Where the device gains from it blocks run in bfloat16. Logits are not rounded to it: they would differ by
+    a twentieth of a nat between two runs, more than many a cut costs.
     """
-    known = dict(base or {})
+    known, judged_by = dict(base or {}), reference or model
     at_once = 1 if model.device.type == "cpu" else _WINDOWS_AT_ONCE
     of_base, of_trials = [], []
     for batch in windows.split(at_once):
         ids = batch.to(model.device)
         with fast_products(model), ExitStack() as stack:
-            stack.enter_context(_exact_logits(model))
-            if reference is not None and reference is not model:
-                stack.enter_context(_exact_logits(reference))
-            if known or (reference is not None and reference is not model):
-                expected = _log_probabilities(reference or model, ids, exclude_first)
+            logits = _Logits()
+            for one in {id(one): one for one in (judged_by, model)}.values():
+                stack.enter_context(logits.of(one))
+            with recorded_blocks(judged_by) as outputs:
+                expected = _log_probabilities(judged_by, ids, exclude_first)
+            likely = expected.exp()
+            if known or judged_by is not model:
                 with _projecting(model, known), recorded_blocks(model) as outputs:
-                    now = _log_probabilities(model, ids, exclude_first)
-                of_base.append(_divergence(expected, now))
+                    of_base.append(_divergence(likely, expected, _log_probabilities(model, ids, exclude_first)))
             else:
-                with recorded_blocks(model) as outputs:
-                    expected = _log_probabilities(model, ids, exclude_first)
                 of_base.append(torch.zeros(len(batch), dtype=torch.float64))
-            row = []
-            for trial in trials:
+            row = torch.zeros(len(trials), len(batch), dtype=torch.float64)
+            for number, trial in enumerate(trials):
                 with resumed_at(model, min(trial), outputs), _projecting(model, {**known, **trial}):
-                    now = _log_probabilities(model, ids, exclude_first)
-                row.append(_divergence(expected, now))
-            of_trials.append(torch.stack(row) if row else torch.zeros(0, len(batch), dtype=torch.float64))
+                    row[number] = _divergence(likely, expected, _log_probabilities(model, ids, exclude_first))
+            of_trials.append(row)
     return torch.cat(of_base), torch.cat(of_trials, 1)
 
 
@@ -143,22 +141,43 @@ def _projecting(model: PreTrainedModel, cuts: Mapping[int, Cut]) -> Iterator[Non
             del projection.forward
 
 
-@contextmanager
-def _exact_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, logits are computed in the precision of the weights whatever the blocks are computed in."""
-    head: Any = model.get_output_embeddings()
-    plain = head.forward
+class _Logits:
+    """Logits in the precision of the weights, whatever the blocks are computed in; the first ones are the reference.
 
-    def forward(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            logits: Tensor = plain(x.to(head.weight.dtype))
-            return logits
+    Multiplying out a vocabulary takes most of a pass that is resumed in the middle. Where blocks run in half precision only
+    the reference is multiplied in full, and of every other pass what differs from it in half precision as well: the rounding
+    is then relative to the difference.
+    """
 
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
+    def __init__(self) -> None:
+        self._first: tuple[Tensor, Tensor] | None = None
+        self._rounded: dict[int, Tensor] = {}
+
+    @contextmanager
+    def of(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within it, a model's logits are these. All models share one matrix from the stream to logits."""
+        head: Any = model.get_output_embeddings()
+        plain = head.forward
+
+        def forward(x: Tensor) -> Tensor:
+            where = x.device.type
+            half = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
+            with torch.autocast(where, enabled=False):
+                x = x.to(head.weight.dtype)
+                if self._first is None or half is None:
+                    logits: Tensor = plain(x)
+                    self._first = self._first or (x, logits)
+                    return logits
+                start, logits = self._first
+                if id(head) not in self._rounded:
+                    self._rounded[id(head)] = head.weight.to(half)
+                return logits + nn.functional.linear((x - start).to(half), self._rounded[id(head)])
+
+        head.forward = forward
+        try:
+            yield
+        finally:
+            del head.forward
 
 
 def _log_probabilities(model: PreTrainedModel, ids: Tensor, exclude_first: bool) -> Tensor:
@@ -167,7 +186,11 @@ def _log_probabilities(model: PreTrainedModel, ids: Tensor, exclude_first: bool)
     return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
 
 
-def _divergence(expected: Tensor, now: Tensor) -> Tensor:
-    """KL(expected || now) of log probabilities [B, T, V], mean over positions, float64 [B] on the CPU."""
-    nats = nn.functional.kl_div(now, expected, reduction="none", log_target=True)
-    return nats.sum((1, 2), dtype=torch.float64).cpu() / nats.shape[1]
+def _divergence(likely: Tensor, expected: Tensor, now: Tensor) -> Tensor:
+    """KL(expected || now) of log probabilities [B, T, V], mean over positions, float64 [B] on the CPU; ``now`` is used up.
+
+    ``likely`` are the expected probabilities themselves.
+    """
+    # In place: fresh memory of this size costs as much as filling it.
+    nats = torch.sub(expected, now, out=now).mul_(likely)
+    return nats.sum(-1).mean(1, dtype=torch.float64).cpu()
