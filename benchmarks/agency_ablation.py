@@ -67,10 +67,10 @@ class Configuration:
     factor of the limit. ``weights`` of layers: "half" (half of one layer is cut), "curve" (at three sizes), "context" and
     "context2" (with the other layers cut as at the level, once or twice), "rounds" (measured again on the model that is
     adapted at 30 %). ``swaps`` is how many rounds of regrowth there are. ``ridge``, ``mlp_ridge``, ``parts``,
-    ``part_layers`` and ``lost_ratio`` are those of ``adapt``; ``passes`` is how often it runs. ``price_ridge`` is that of
-    prices. ``openings`` adds so many short windows of ``opening_tokens``, from places of the calibration windows drawn at
-    random; in regressions each position counts ``opening_weight``. ``sampled`` adds so many times the calibration windows of
-    text that the dense model continues them with.
+    ``part_layers``, ``lost_ratio``, ``error_share`` and ``longest`` are those of ``adapt``; ``passes`` is how often it runs.
+    ``price_ridge`` is that of prices. ``openings`` adds so many short windows of ``opening_tokens``, from places of the
+    calibration windows drawn at random; in regressions each position counts ``opening_weight``. ``sampled`` adds so many
+    times the calibration windows of text that the dense model continues them with.
     """
 
     method: str = "obs"
@@ -84,6 +84,8 @@ class Configuration:
     parts: int = 1
     part_layers: int = 1
     lost_ratio: float = 0.0
+    error_share: float = 1.0
+    longest: float = 0.0
     openings: int = 0
     opening_tokens: int = 8
     opening_weight: float = 1.0
@@ -111,8 +113,8 @@ WEIGHTS = ("half", "curve", "context", "context2", "rounds")
 
 DEFAULT = (
     "reference",
-    "openings=1024",
-    "openings=1024,opening_weight=0.1",
+    "openings=1024,longest=10",
+    "openings=1024,opening_weight=0.06",
     "lost_ratio=8",
     "weights=context",
     "weights=curve",
@@ -125,6 +127,7 @@ DEFAULT = (
     "ridge=0.3",
     "price_ridge=0.01",
     "price_ridge=0.1",
+    "error_share=0.9",
     "passes=2",
     "weights=context2",
     "sampled=1",
@@ -280,6 +283,8 @@ class Bench:
                     parts=configuration.parts,
                     part_layers=configuration.part_layers,
                     lost_ratio=configuration.lost_ratio or None,
+                    error_share=configuration.error_share,
+                    longest=configuration.longest or None,
                 )
         return pruned
 

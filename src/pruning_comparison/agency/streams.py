@@ -155,6 +155,13 @@ class DenseStream:
             return self._kept[batch][layer, place]
         return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
 
+    def before(self, batch: int, layer: int) -> Tensor:
+        """The stream [B, T, E] of a batch that enters a block."""
+        if layer == 0:
+            return self._starts[batch].hidden
+        total, norm = self.at(batch, layer - 1, "after block"), last_norms(self.model)[layer - 1]
+        return total if norm is None else norm(total)
+
     def close(self) -> None:
         """Removes the scratch file."""
         if self._scratch is not None:
