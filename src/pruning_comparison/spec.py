@@ -64,6 +64,9 @@ class Cell(NamedTuple):
 class ComparisonSpec:
     """Every setting that can change a result. InputError, naming option and value, for what cannot work.
 
+    ``precision`` is what models are measured in, ``prepare_precision`` what matrix products are taken in while scores, prices
+    and adaptation are made, from float32 weights and with sums in float32 or better.
+
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
@@ -81,6 +84,7 @@ class ComparisonSpec:
     model_name: str = "gpt2"
     device: str = "cpu"
     precision: Precision = "float32"
+    prepare_precision: Precision = "float32"
     pruning_levels: tuple[float, ...] = (0.0, 20.0, 40.0, 60.0, 80.0)
     pruning_methods: tuple[str, ...] = ("entropy",)
     variants: tuple[str, ...] = ("baseline", "agency")
@@ -131,6 +135,7 @@ class ComparisonSpec:
             variant_named(name)
         for field, allowed in (
             ("precision", PRECISIONS),
+            ("prepare_precision", PRECISIONS),
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
             ("prune_unit", PRUNE_UNITS),
