@@ -6,11 +6,13 @@ that is handed some from here and some from there fails as CUDA's do.
 
 from __future__ import annotations
 
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from unittest import mock
 
 import pytest
 import torch
 from builders import FAMILIES, tiny_gpt2, tiny_model, tiny_spec
+from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
@@ -75,18 +77,22 @@ def dispatched(function, args, kwargs):
             if isinstance(leaf, torch.Tensor) and not isinstance(leaf, Elsewhere) and leaf.ndim > 0
         ]  # fmt: skip
         if strangers:
-            raise RuntimeError(f"{function}: expected all tensors to be on the same device; {strangers[0].shape} is not")
+            raise RuntimeError(
+                f"{function}: expected all tensors to be on the same device; {strangers[0].shape} is not"
+            )
     plain = {**kwargs}
     if target is not None:
         plain["device"] = torch.device("cpu")
     bare_args, bare = tree_map(lambda leaf: leaf.held if isinstance(leaf, Elsewhere) else leaf, (args, plain))
-    result = function(*bare_args, **bare)
+    with torch.inference_mode(False):  # what wraps a tensor cannot be of that kind
+        result = function(*bare_args, **bare)
     if function is aten.copy_.default or function._schema.name.endswith("_") or "out" in kwargs:
         return kwargs.get("out", args[0])
     stays = target == THERE if target is not None else there
     if not stays or function is aten._local_scalar_dense.default:
         return result
-    return tree_map(lambda leaf: Elsewhere(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
+    with torch.inference_mode(False):
+        return tree_map(lambda leaf: Elsewhere(leaf) if isinstance(leaf, torch.Tensor) else leaf, result)
 
 
 class Guard(TorchDispatchMode):
@@ -98,31 +104,33 @@ class Guard(TorchDispatchMode):
 
 @contextmanager
 def another_device():
-    with Guard():
+    """Within it there is a device beside the host, called ``THERE``."""
+    tensor, autocast = torch.tensor, torch.autocast
+
+    def made(*arguments, device=None, **more):
+        found = tensor(*arguments, **more)
+        return found if device is None else found.to(device)
+
+    def cast(device_type, *arguments, **more):
+        return nullcontext() if device_type == THERE.type else autocast(device_type, *arguments, **more)
+
+    with Guard(), mock.patch.object(torch, "tensor", made), mock.patch.object(torch, "autocast", cast):
         yield
 
 
 def moved(model):
-    """The model with all its tensors elsewhere."""
+    """The model with all its tensors elsewhere; what is shared stays shared."""
+    known = {}
     for module in model.modules():
         for name, parameter in module._parameters.items():
-            if parameter is not None and not isinstance(parameter, Elsewhere):
-                module._parameters[name] = PARAMETERS.setdefault(
-                    id(parameter), torch.nn.Parameter(Elsewhere(parameter.data), requires_grad=False)
-                )
+            if parameter is not None:
+                if id(parameter) not in known:
+                    known[id(parameter)] = parameter, nn.Parameter(Elsewhere(parameter.data), requires_grad=False)
+                module._parameters[name] = known[id(parameter)][1]
         for name, buffer in module._buffers.items():
-            if buffer is not None and not isinstance(buffer, Elsewhere):
+            if buffer is not None:
                 module._buffers[name] = Elsewhere(buffer)
     return model
-
-
-PARAMETERS = {}
-
-
-@pytest.fixture(autouse=True)
-def nothing_remembered():
-    yield
-    PARAMETERS.clear()
 
 
 def test_the_stand_in_refuses_what_a_gpu_refuses():

@@ -64,8 +64,8 @@ class Cell(NamedTuple):
 class ComparisonSpec:
     """Every setting that can change a result. InputError, naming option and value, for what cannot work.
 
-    ``precision`` is what models are measured in, ``prepare_precision`` what matrix products are taken in while scores, prices
-    and adaptation are made, from float32 weights and with sums in float32 or better.
+    ``precision`` is what models are measured in, ``prepare_precision`` what matrix products are taken in while scores,
+    prices and adaptation are made, from float32 weights and with sums in float32 or better.
 
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.

@@ -24,6 +24,7 @@ from pruning_comparison.models.heads import attentions, blocks, last_norms
 
 Place = Literal["after attention", "after block"]
 
+
 class _Stop(Exception):
     """Ends a forward pass as soon as what it was run for is known."""
 

@@ -172,8 +172,8 @@ def decode_step(
     """What makes the next token's logits of this model, or None where only its own forward can be trusted to.
 
     That is on a CPU in float32, or on a CUDA GPU in any precision, for a family in ``STEP_LAYOUTS``, without hooks, in
-    layers whose cache keeps all tokens. Its logits are compared with the model's own on a few tokens before it is handed out.
-    ``reordered`` holds weights that were put in another order, by the identity of the parameter: models that share
+    layers whose cache keeps all tokens. Its logits are compared with the model's own on a few tokens before it is handed
+    out. ``reordered`` holds weights that were put in another order, by the identity of the parameter: models that share
     parameters share those as well.
 
     ``static`` says whether its cache stays in its place, so that the step can be replayed as a CUDA graph; by default on a

@@ -133,7 +133,7 @@ MOST_STREAM_BYTES = 256 * 2**20
 """A dense stream larger than this, in float32, does not stay in the memory of a host."""
 
 STREAM_SHARE = 0.4
-"""Of a GPU's free memory, for dense streams: walking a pruned model beside them takes half as much again, and models some."""
+"""Of a GPU's free memory, for dense streams: walking a pruned model beside them takes half as much again."""
 
 
 def _cpu_features() -> set[str]:

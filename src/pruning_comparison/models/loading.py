@@ -177,9 +177,7 @@ def preview_model(model_name: str) -> ModelPreview:
         return ModelPreview(model_name, str(path), *gguf.read_header(path), title=gguf.SMOLLM2_TITLE)
     if model_name.endswith(gguf.SUFFIX) and kind_of(model_name, "--model_name") == "file":
         path = Path(model_name)
-        return ModelPreview(
-            model_name, str(path), *gguf.read_header(path), title=f"{path.stem}, dequantised from GGUF"
-        )
+        return ModelPreview(model_name, str(path), *gguf.read_header(path), title=f"{path.stem}, dequantised from GGUF")
     folder = bundled_model_folder() if model_name == BUNDLED else Path(model_name)
     if model_name == BUNDLED or kind_of(model_name, "--model_name") == "folder":
         _check_local_folder(folder, model_name)
