@@ -5,9 +5,9 @@
     python benchmarks/gpu.py --small --device=cpu --output=FOLDER     (everything in small: shows that it works)
 
 Parts: ``machine`` (what it is, bandwidth of a large copy, rates of large products), ``parity`` (masked equals compact,
-recorded steps equal the forward, GPU equals CPU), ``decoding`` (tokens per second of ours, of ``generate`` and of ``generate``
-compiled with a static cache, dense and with half of the heads gone, at batch 1 and 16), ``trajectory`` (time and peak memory
-of agency at several levels), ``comparison`` (the main script's command, with fewer levels, prompts and tokens).
+recorded steps equal the forward, GPU equals CPU), ``decoding`` (tokens per second of ours, of ``generate`` and of
+``generate`` compiled with a static cache, dense and with half of the heads gone, at batch 1 and 16), ``trajectory`` (time
+and peak memory of agency at several levels), ``comparison`` (the main script's command with fewer levels, prompts, tokens).
 
 Each job is a process of its own, because one failure on a GPU spoils all that follows in the same process, and ends when
 its time is over. Every result is written to ``results.jsonl`` in the output folder as soon as it is known; ``table.txt`` has

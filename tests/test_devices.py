@@ -188,16 +188,19 @@ def test_masked_models_and_recovery_too(elsewhere):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_of_every_family_are_cut_and_decoded_there(family):
+def test_models_of_every_family_are_cut_and_decode_there(family):
     keep = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1]], dtype=torch.bool)
+    dense = tiny_model(family)
     with another_device():
-        dense = moved(tiny_model(family))
+        moved(dense)
         compact = remove_heads(dense, keep)
         masked = masked_copy(dense, compact, keep)
         for model in (compact, masked, converted_copy(compact, torch.bfloat16)):
             draws = torch.stack([common_uniforms(0, 0, row, 4) for row in range(2)])
             gates = mask_heads(model, keep) if model is masked else None
-            found = generate(model, [[1, 2, 3], [4]], 4, temperatures=[0.0, 0.7], uniforms=draws, check_finite=True)
+            found = generate(
+                model, [[1, 2, 3], [4, 5, 6]], 4, temperatures=[0.0, 0.7], uniforms=draws, check_finite=True
+            )
             assert found.tokens.shape == (2, 4)
             if gates is not None:
                 gates.remove()

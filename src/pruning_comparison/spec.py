@@ -331,6 +331,10 @@ TEXT_AXES = frozenset(
 )  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32"}
+"""Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
+the identity of a run, so that such a run is still the same run."""
+_NO_DEFAULT = object()
 
 
 PROTOCOL_REVISION = 2
@@ -412,7 +416,11 @@ def identity(
     without: Collection[str] = (),
 ) -> str:
     """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
-    counted = {key: value for key, value in settings.items() if key not in NAMES_OF_FILES and key not in without}
+    counted = {
+        key: value
+        for key, value in settings.items()
+        if key not in NAMES_OF_FILES and key not in without and LATER_SETTINGS.get(key, _NO_DEFAULT) != value
+    }
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 
