@@ -16,7 +16,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves, tree_map
 
-from pruning_comparison.measure.generation import common_uniforms, generate
+from pruning_comparison.measure.generation import GenerationUnderWay, common_uniforms, generate
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.models import load_model
 from pruning_comparison.models.loading import LoadedModel
@@ -188,7 +188,9 @@ def test_masked_models_and_recovery_too(elsewhere):
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_models_of_every_family_are_cut_and_decode_there(family):
+def test_models_of_every_family_are_cut_and_decode_there(family, monkeypatch):
+    # The stand-in loses tensors that torch makes in inference mode.
+    monkeypatch.setattr(GenerationUnderWay, "advance", GenerationUnderWay.advance.__wrapped__)
     keep = torch.tensor([[1, 1, 0, 1, 0, 0], [0, 0, 0, 0, 0, 0], [1, 0, 1, 1, 0, 1]], dtype=torch.bool)
     dense = tiny_model(family)
     with another_device():
@@ -198,9 +200,7 @@ def test_models_of_every_family_are_cut_and_decode_there(family):
         for model in (compact, masked, converted_copy(compact, torch.bfloat16)):
             draws = torch.stack([common_uniforms(0, 0, row, 4) for row in range(2)])
             gates = mask_heads(model, keep) if model is masked else None
-            found = generate(
-                model, [[1, 2, 3], [4, 5, 6]], 4, temperatures=[0.0, 0.7], uniforms=draws, check_finite=True
-            )
+            found = generate(model, [[1, 2, 3], [4]], 4, temperatures=[0.0, 0.7], uniforms=draws, check_finite=True)
             assert found.tokens.shape == (2, 4)
             if gates is not None:
                 gates.remove()

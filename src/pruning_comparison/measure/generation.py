@@ -85,7 +85,7 @@ def sampler(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """``sample`` with what depends on the temperatures alone worked out once."""
     drawing = temperatures > 0
     all_draw, none_draws = bool(drawing.all()), not bool(drawing.any())
-    divisors = temperatures.where(drawing, 1.0).unsqueeze(1)
+    divisors = temperatures.masked_fill(~drawing, 1.0).unsqueeze(1)
 
     def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
         if none_draws:

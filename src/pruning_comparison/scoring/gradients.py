@@ -65,7 +65,8 @@ def gate_gradients(model: PreTrainedModel, windows: Tensor, *, batch_size: int) 
 def _windows_at_once(model: PreTrainedModel, windows: Tensor, batch_size: int) -> int:
     """How many of ``windows`` [N, T] are differentiated at once: at most ``batch_size``, at least one."""
     most = _MOST_LOGIT_BYTES_ON_GPU if model.device.type == "cuda" else _MOST_LOGIT_BYTES
-    return max(1, min(batch_size, most // (4 * windows.shape[1] * model.config.get_text_config().vocab_size)))
+    logit_bytes = 4 * windows.shape[1] * int(model.config.get_text_config().vocab_size)
+    return max(1, min(batch_size, most // logit_bytes))
 
 
 def _batch_gate_gradients(model: PreTrainedModel, ids: Tensor) -> Tensor:
