@@ -328,7 +328,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
 
     group = parser.add_argument_group("what is pruned, and how")
-    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
+    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, smollm2-135m, or a .gguf file of it")
     add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
     add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
     add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
@@ -423,6 +423,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     group = parser.add_argument_group("where it is measured")
     add("device", default=None, help="cpu, cuda or cuda:N; by default the best available")
     add("precision", default=None, help=f"{', '.join(PRECISIONS)}; by default float16 on a GPU and float32 elsewhere")
+    add(
+        "prepare_precision",
+        help=f"{', '.join(PRECISIONS)}: of matrix products while heads are scored and survivors adapt; weights stay float32",
+    )
     add("threads", type=_whole_number, default=None, help="CPU threads; by default all cores")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
     add("launcher", default="serial", help=f"{' or '.join(LAUNCHERS)}: one process, or workers on a Ray cluster")

@@ -74,6 +74,9 @@ class Cell(NamedTuple):
 class ComparisonSpec:
     """Every setting that can change a result. InputError, naming option and value, for what cannot work.
 
+    ``precision`` is what models are measured in, ``prepare_precision`` what matrix products are taken in while scores,
+    prices and adaptation are made, from float32 weights and with sums in float32 or better.
+
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
@@ -94,6 +97,7 @@ class ComparisonSpec:
     model_name: str = "gpt2"
     device: str = "cpu"
     precision: Precision = "float32"
+    prepare_precision: Precision = "float32"
     pruning_levels: tuple[float, ...] = (0.0, 20.0, 40.0, 60.0, 80.0)
     pruning_methods: tuple[str, ...] = ("entropy",)
     variants: tuple[str, ...] = ("baseline", "agency")
@@ -145,6 +149,7 @@ class ComparisonSpec:
             variant_named(name)
         for field, allowed in (
             ("precision", PRECISIONS),
+            ("prepare_precision", PRECISIONS),
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
             ("prune_unit", PRUNE_UNITS),
@@ -349,6 +354,10 @@ TEXT_AXES = frozenset(
 )  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32"}
+"""Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
+the identity of a run, so that such a run is still the same run."""
+_NO_DEFAULT = object()
 
 
 PROTOCOL_REVISION = 2
@@ -430,7 +439,11 @@ def identity(
     without: Collection[str] = (),
 ) -> str:
     """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
-    counted = {key: value for key, value in settings.items() if key not in NAMES_OF_FILES and key not in without}
+    counted = {
+        key: value
+        for key, value in settings.items()
+        if key not in NAMES_OF_FILES and key not in without and LATER_SETTINGS.get(key, _NO_DEFAULT) != value
+    }
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

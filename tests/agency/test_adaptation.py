@@ -202,7 +202,7 @@ def test_unknown_steps_are_refused(model):
 
 def test_a_stream_in_a_scratch_file_adapts_as_one_in_memory(model, monkeypatch, tmp_path):
     in_memory = DenseStream(model, WINDOWS, batch_size=5)
-    monkeypatch.setattr("pruning_comparison.agency.streams.MOST_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("pruning_comparison.models.devices.MOST_STREAM_BYTES", 0)
     on_disk = DenseStream(model, WINDOWS, batch_size=5, scratch_folder=tmp_path)
     # Two places for each layer, two bytes for each number.
     assert (in_memory.scratch_bytes, on_disk.scratch_bytes) == (0, 2 * LAYERS * WINDOWS.numel() * WIDTH * 2)

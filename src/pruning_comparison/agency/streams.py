@@ -19,13 +19,10 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.models.devices import fast_products
+from pruning_comparison.models.devices import fast_products, room_for_streams_bytes
 from pruning_comparison.models.heads import attentions, blocks, last_norms
 
 Place = Literal["after attention", "after block"]
-
-MOST_BYTES_IN_MEMORY = 256 * 2**20
-"""A dense stream larger than this, in float32, goes to a scratch file, in float16."""
 
 
 class _Stop(Exception):
@@ -78,9 +75,10 @@ class Stream:
 class DenseStream:
     """What the dense model's residual stream is after attention and after the MLP of every block, over calibration text.
 
-    It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. A
-    large one is kept in a scratch file, which ``scratch_bytes`` reports and ``close`` (or the end of the process) removes:
-    memory then holds one batch at a time. In a file values are in float16, each piece scaled by a power of two.
+    It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. It
+    stays on the model's device while it fits (``room_for_streams_bytes``). A larger one is kept in a scratch file, which
+    ``scratch_bytes`` reports and ``close`` (or the end of the process) removes: memory then holds one batch at a time. In a
+    file values are in float16, each piece scaled by a power of two.
     """
 
     def __init__(
@@ -121,7 +119,7 @@ class DenseStream:
         layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
         size = 2 * layers * sum(batch.numel() for batch in batches) * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
-        self._scratch = _Scratch(scratch_folder) if size > MOST_BYTES_IN_MEMORY else None
+        self._scratch = _Scratch(scratch_folder) if size > room_for_streams_bytes(model.device) else None
         with torch.no_grad(), fast_products(model):
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)

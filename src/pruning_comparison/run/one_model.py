@@ -20,8 +20,9 @@ from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import kl_of, measure_perplexity, perplexity_of
 from pruning_comparison.models import ModelPreview
+from pruning_comparison.models.devices import prepare_in
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
-from pruning_comparison.pruning.surgery import converted_copy
+from pruning_comparison.pruning.surgery import converted_copy, sharing_copy
 from pruning_comparison.run.cell import build
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, nothing_pruned
 from pruning_comparison.run.measure_cell import time_level
@@ -84,6 +85,9 @@ def prune(
     check_enough(windows, spec.calibration_tokens)
     with _in_evaluation_mode(model):
         reference = model if model.dtype == torch.float32 else converted_copy(model, torch.float32)
+        if spec.prepare_precision != "float32":
+            reference = sharing_copy(reference)  # how it is prepared is noted on it, and the caller's stays as it is
+            prepare_in(reference, spec.prepare_precision)
         workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}, bos), reference, model)
         # What pruning leaves alone is shared until here.
         pruned = copy.deepcopy(build_one(workspace).model)

@@ -19,6 +19,7 @@ from pruning_comparison.agency.prices_across_layers import measure_prices, obser
 from pruning_comparison.measure.perplexity import DensePredictions, WindowLoss
 from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
+from pruning_comparison.models.devices import asked_products, prepare_in
 from pruning_comparison.pruning.surgery import converted_copy
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together
 from pruning_comparison.scoring.prices import Prices
@@ -216,9 +217,10 @@ class Workspace:
             group_size=self.group_size,
             prices=lambda: self._prices_of(model, iteration),
         )
-        return score_heads(
-            self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
-        )
+        with asked_products(model):
+            return score_heads(
+                self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
+            )
 
     def _prices_of(self, model: PreTrainedModel, iteration: int) -> Prices:
         """The prices of the dense model's heads, or of those that one which has lost heads physically still has."""
@@ -242,9 +244,12 @@ def negotiation_rules(variant: Variant) -> str:
 
 
 def load_workspace(spec: ComparisonSpec, inputs: Inputs, folder: Path | None = None) -> Workspace:
-    """Loads the weights. Scores and adaptation work in float32 whatever the precision that is measured."""
+    """Loads the weights. Scores, prices and adaptation start from float32 weights whatever precision is measured, and their
+    matrix products are in the spec's ``prepare_precision``.
+    """
     torch.set_num_threads(spec.threads)
     loaded: LoadedModel = load_model(inputs.preview, device=spec.device, dtype=torch.float32)
+    prepare_in(loaded.model, spec.prepare_precision)
     return Workspace(spec, inputs, loaded.model, at_precision(loaded.model, spec.precision), folder)
 
 

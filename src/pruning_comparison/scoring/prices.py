@@ -162,7 +162,7 @@ class Prices:
         prices = torch.full((len(self.layers), self.n_heads), torch.nan, dtype=torch.float64)
         for layer, of_layer in enumerate(self.layers):
             if of_layer is not None:
-                prices[layer, list(of_layer.heads)] = self.weights[layer] * of_layer.costs.cpu()
+                prices[layer, list(of_layer.heads)] = self.weights[layer] * of_layer.costs
         return prices
 
     def withdraw(self, layer: int, head: int) -> Prices:
@@ -251,10 +251,10 @@ _LEAST_SCALE = 1e-100
 
 
 def _block_costs(inverse: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """tr(W_h' [P_hh]^-1 W_h) for every head, [H]; squares of a Cholesky solve, so never negative."""
+    """tr(W_h' [P_hh]^-1 W_h) for every head, [H] on the CPU; squares of a Cholesky solve, so never negative."""
     size = len(inverse) // heads
     blocks = inverse.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     factors = torch.linalg.cholesky(blocks)
     solved = torch.linalg.solve_triangular(factors, weight.view(heads, size, -1), upper=False)
-    costs: Tensor = solved.square().sum((1, 2))
+    costs: Tensor = solved.square().sum((1, 2)).cpu()
     return costs
