@@ -28,6 +28,7 @@ from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
     BOS_RULES,
+    CONSENT_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     LOOKS,
@@ -338,6 +339,11 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         "values",
     )
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads are pruned first under entropy")
+    add(
+        "consent",
+        help=f"{', '.join(CONSENT_RULES)}: whether a head that is asked refuses by its price, or by its price over the "
+        "decoding time or the cache bytes that its going saves",
+    )
     add(
         "adaptation",
         help=f"{', '.join(ADAPTATIONS)}: how far the surviving heads adapt, each step including those before it",

@@ -22,6 +22,7 @@ PruneUnit = Literal["head", "kv_group"]
 EntropyDirection = Literal["auto", "high", "low"]
 BosRule = Literal["auto", "always", "never"]
 Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
+ConsentRule = Literal["quality", "time", "cache"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -30,6 +31,7 @@ PRUNE_UNITS: tuple[PruneUnit, ...] = get_args(PruneUnit)
 ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
 BOS_RULES: tuple[BosRule, ...] = get_args(BosRule)
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
+CONSENT_RULES: tuple[ConsentRule, ...] = get_args(ConsentRule)
 
 LOOKS = (3, 6, 12)
 """Iterations after which a run that goes on until it has decided is looked at. Each look may err in a third of the runs that
@@ -67,6 +69,9 @@ class ComparisonSpec:
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
+    ``consent`` says what a head that is asked to leave is held by: its price ("quality"), or its price over the decoding
+    time, or the cache bytes, that its going saves.
+
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
 
@@ -94,6 +99,7 @@ class ComparisonSpec:
     scope: Scope = "model"
     prune_unit: PruneUnit = "head"
     entropy_direction: EntropyDirection = "auto"
+    consent: ConsentRule = "quality"
     seed: int = 0
     prompt_file: str | None = None
     eval_text: str = "bundled:held_out"
@@ -136,6 +142,7 @@ class ComparisonSpec:
             ("prune_unit", PRUNE_UNITS),
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
+            ("consent", CONSENT_RULES),
             ("bos", BOS_RULES),
         ):
             value = getattr(self, field)
