@@ -117,6 +117,16 @@ def sample_windows(available: Tensor, tokens: int, generator: torch.Generator) -
     return available[torch.randperm(len(available), generator=generator)[: -(-tokens // available.shape[1])]]
 
 
+def unsampled_windows(available: Tensor, sampled: int, tokens: int, generator: torch.Generator) -> Tensor:
+    """Windows [N, window] that ``sample_windows``, of so many ``sampled`` tokens, leaves out: the last of its order.
+
+    As many as hold ``tokens``, or all that there are. The generator must be in the state that the sample was drawn in.
+    """
+    size = available.shape[1]
+    left = torch.randperm(len(available), generator=generator)[-(-sampled // size) :]
+    return available[left[max(0, len(left) - -(-tokens // size)) :]]
+
+
 def check_enough(available: Tensor, tokens: int) -> None:
     """InputError where the windows [M, window] do not hold ``tokens``."""
     if available.numel() < tokens:

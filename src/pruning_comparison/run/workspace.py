@@ -26,9 +26,7 @@ from pruning_comparison.scoring.prices import Prices
 from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.records import GeneratedText, Measurement
-from pruning_comparison.texts import (
-    sample_windows,
-)
+from pruning_comparison.texts import sample_windows, unsampled_windows
 from pruning_comparison.variants import VARIANTS, Variant
 
 
@@ -80,6 +78,11 @@ class Workspace:
                 self.inputs.calibration, self.spec.calibration_tokens, self.generator("calibration", iteration)
             )
         return self._calibration[iteration]
+
+    def unread_windows(self, iteration: int, tokens: int) -> Tensor:
+        """Calibration windows [N, T] that are not in this iteration's sample, at most ``tokens``: nothing has read them."""
+        generator = self.generator("calibration", iteration)
+        return unsampled_windows(self.inputs.calibration, self.spec.calibration_tokens, tokens, generator)
 
     def score_windows(self, iteration: int) -> Tensor:
         """The part of this iteration's calibration windows that heads are scored on, [N, T]."""
