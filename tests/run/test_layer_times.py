@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+
+import pandas as pd
 import pytest
 import torch
 from builders import save_tiny_model, tiny_gpt2, tiny_model, tiny_spec, unmeasured, write_short_texts
@@ -10,6 +13,7 @@ from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.measure.generation import Timing
 from pruning_comparison.models.heads import HeadGrid, head_grid, kept_heads
 from pruning_comparison.pruning import remove_heads
+from pruning_comparison.report.write import write_results
 from pruning_comparison.run import attempts as measuring
 from pruning_comparison.run import layer_times, workspace
 from pruning_comparison.run.comparison import run_comparison
@@ -188,3 +192,21 @@ def test_everyone_who_consents_anyway_is_not_held_by_anything(folder, clock):
 
     assert torch.equal(keep("time"), keep("quality"))
     assert not clock
+
+
+def test_the_report_shows_fronts_layer_times_and_what_heads_were_held_by(folder, tmp_path, clock, no_charts):
+    run = run_comparison(timed(folder), output_dir=tmp_path)
+    page = write_results(run, save_outputs=False).read_text("utf-8")
+    assert "What speed and memory cost" in page
+    assert "Layer times by heads of a layer" in page
+    assert re.search(r'<th scope="row">consent</th><td><bdi>time</bdi></td>', page)
+    assert pd.read_csv(run / "layer_times.csv").to_dict("list") == {
+        "heads": [*EMPTYING],
+        "seconds": [*EMPTYING.values()],
+    }
+    points = pd.read_csv(run / "fronts.csv")
+    assert points["variant"].tolist() == ["dense", "agency", "agency", "baseline", "baseline"]
+    assert points["level"].tolist() == [0, 25, 50, 25, 50]
+    # 8 heads of 8 numbers of 4 bytes, keys and values of 1,000 tokens, of which a quarter and a half go.
+    assert points["cache_bytes"].tolist() == [512_000, 384_000, 256_000, 384_000, 256_000]
+    assert points["on_cache_front"].iloc[0]
