@@ -23,6 +23,7 @@ EntropyDirection = Literal["auto", "high", "low"]
 BosRule = Literal["auto", "always", "never"]
 Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
 RecoveryParameters = Literal["all", "restricted", "auto"]
+ConsentRule = Literal["quality", "time", "cache"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -31,6 +32,7 @@ PRUNE_UNITS: tuple[PruneUnit, ...] = get_args(PruneUnit)
 ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
 BOS_RULES: tuple[BosRule, ...] = get_args(BosRule)
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
+CONSENT_RULES: tuple[ConsentRule, ...] = get_args(ConsentRule)
 
 AUTO = "auto"
 RECOVERY_RATES = (1e-4, 3e-4, 1e-3)
@@ -80,6 +82,9 @@ class ComparisonSpec:
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
+    ``consent`` says what a head that is asked to leave is held by: its price ("quality"), or its price over the decoding
+    time, or the cache bytes, that its going saves.
+
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
 
@@ -111,6 +116,7 @@ class ComparisonSpec:
     scope: Scope = "model"
     prune_unit: PruneUnit = "head"
     entropy_direction: EntropyDirection = "auto"
+    consent: ConsentRule = "quality"
     seed: int = 0
     prompt_file: str | None = None
     eval_text: str = "bundled:held_out"
@@ -156,6 +162,7 @@ class ComparisonSpec:
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
             ("recovery_parameters", (*RECOVERY_GRID, AUTO)),
+            ("consent", CONSENT_RULES),
             ("bos", BOS_RULES),
         ):
             value = getattr(self, field)
