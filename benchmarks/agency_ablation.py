@@ -142,6 +142,7 @@ class Bench:
     windows: Tensor
     generator: Callable[[str], torch.Generator]
     note: Callable[[str, float], None]
+    score_tokens: int
     _moments: HeadMoments | None = None
     _prices: dict[float, Prices] = field(default_factory=dict)
     _scores: dict[tuple[str, float], Tensor] = field(default_factory=dict)
@@ -185,7 +186,8 @@ class Bench:
         if (method, 0.0) not in self._scores:
             settings = ScoreSettings(batch_size=BATCH, generator=self.generator("random ranking"))
             with self.timed(f"scores by {method}"):
-                found = score_heads(method_named(method), self.model, self.windows, settings)
+                windows = self.windows[: -(-self.score_tokens // self.windows.shape[1])]
+                found = score_heads(method_named(method), self.model, windows, settings)
             self._scores[method, 0.0] = found.scores
         return self._scores[method, 0.0]
 
@@ -422,6 +424,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration_text", default="bundled:calibration")
     parser.add_argument("--eval_text", default="bundled:validation")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--score_tokens", type=int, default=8192, help="that other methods than obs read")
     parser.add_argument("--eval_tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--samples", default="0", help="numbers of calibration samples, comma-separated")
@@ -479,7 +482,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def note(what: str, seconds: float, parts: dict[str, float] = parts) -> None:
             parts[what] = round(parts.get(what, 0.0) + seconds, 2)
 
-        bench = Bench(model, windows, generator, note)
+        bench = Bench(model, windows, generator, note, options.score_tokens)
         for name, configuration in chosen.items():
             if time.perf_counter() - started > options.time_limit_s:
                 say(sample=sample, configuration=name, skipped="time limit")
