@@ -67,10 +67,10 @@ class Configuration:
     factor of the limit. ``weights`` of layers: "half" (half of one layer is cut), "curve" (at three sizes), "context" and
     "context2" (with the other layers cut as at the level, once or twice), "rounds" (measured again on the model that is
     adapted at 30 %). ``swaps`` is how many rounds of regrowth there are. ``ridge``, ``mlp_ridge``, ``parts``,
-    ``part_layers``, ``lost_ratio``, ``error_share`` and ``longest`` are those of ``adapt``; ``passes`` is how often it runs.
-    ``price_ridge`` is that of prices. ``openings`` adds so many short windows of ``opening_tokens``, from places of the
-    calibration windows drawn at random; in regressions each position counts ``opening_weight``. ``sampled`` adds so many
-    times the calibration windows of text that the dense model continues them with.
+    ``part_layers``, ``lost_ratio``, ``error_share``, ``longest`` and ``sinks_apart`` are those of ``adapt``; ``passes`` is
+    how often it runs. ``price_ridge`` is that of prices. ``openings`` adds so many short windows of ``opening_tokens``, from
+    places of the calibration windows drawn at random; in regressions each position counts ``opening_weight``. ``sampled``
+    adds so many times the calibration windows of text that the dense model continues them with.
     """
 
     method: str = "obs"
@@ -86,6 +86,7 @@ class Configuration:
     lost_ratio: float = 0.0
     error_share: float = 1.0
     longest: float = 0.0
+    sinks_apart: int = 0
     openings: int = 0
     opening_tokens: int = 8
     opening_weight: float = 1.0
@@ -113,23 +114,25 @@ WEIGHTS = ("half", "curve", "context", "context2", "rounds")
 
 DEFAULT = (
     "reference",
-    "openings=1024,longest=10",
-    "openings=1024,opening_weight=0.06",
-    "lost_ratio=8",
-    "weights=context",
-    "weights=curve",
-    "weights=rounds",
+    "sinks_apart=1",
     "swaps=3",
-    "parts=2",
+    "weights=context",
+    "openings=1024,opening_weight=0.06",
+    "openings=1024,opening_weight=0.06,sinks_apart=1",
     "mlp_ridge=0.1",
     "mlp_ridge=1",
     "ridge=0.03",
     "ridge=0.3",
+    "weights=rounds",
+    "weights=curve",
+    "lost_ratio=8",
+    "longest=30",
     "price_ridge=0.01",
     "price_ridge=0.1",
-    "error_share=0.9",
-    "passes=2",
     "weights=context2",
+    "error_share=0.9",
+    "parts=2",
+    "passes=2",
     "sampled=1",
 )
 
@@ -287,6 +290,7 @@ class Bench:
                     lost_ratio=configuration.lost_ratio or None,
                     error_share=configuration.error_share,
                     longest=configuration.longest or None,
+                    sinks_apart=bool(configuration.sinks_apart),
                 )
         return pruned
 
