@@ -67,10 +67,10 @@ class Configuration:
     factor of the limit. ``weights`` of layers: "half" (half of one layer is cut), "curve" (at three sizes), "context" and
     "context2" (with the other layers cut as at the level, once or twice), "rounds" (measured again on the model that is
     adapted at 30 %). ``swaps`` is how many rounds of regrowth there are. ``ridge``, ``mlp_ridge``, ``parts``,
-    ``part_layers``, ``lost_ratio``, ``error_share`` and ``longest`` are those of ``adapt``; ``passes`` is how often it runs.
-    ``price_ridge`` is that of prices. ``openings`` adds so many short windows of ``opening_tokens``, from places of the
-    calibration windows drawn at random; in regressions each position counts ``opening_weight``. ``sampled`` adds so many
-    times the calibration windows of text that the dense model continues them with.
+    ``part_layers``, ``lost_ratio``, ``error_share``, ``longest`` and ``sinks_apart`` are those of ``adapt``; ``passes`` is
+    how often it runs. ``price_ridge`` is that of prices. ``openings`` adds so many short windows of ``opening_tokens``, from
+    places of the calibration windows drawn at random; in regressions each position counts ``opening_weight``. ``sampled``
+    adds so many times the calibration windows of text that the dense model continues them with.
     """
 
     method: str = "obs"
@@ -86,6 +86,7 @@ class Configuration:
     lost_ratio: float = 0.0
     error_share: float = 1.0
     longest: float = 0.0
+    sinks_apart: int = 0
     openings: int = 0
     opening_tokens: int = 8
     opening_weight: float = 1.0
@@ -113,23 +114,25 @@ WEIGHTS = ("half", "curve", "context", "context2", "rounds")
 
 DEFAULT = (
     "reference",
-    "openings=1024,longest=10",
-    "openings=1024,opening_weight=0.06",
-    "lost_ratio=8",
-    "weights=context",
-    "weights=curve",
-    "weights=rounds",
+    "sinks_apart=1",
     "swaps=3",
-    "parts=2",
+    "weights=context",
+    "openings=1024,opening_weight=0.06",
+    "openings=1024,opening_weight=0.06,sinks_apart=1",
     "mlp_ridge=0.1",
     "mlp_ridge=1",
     "ridge=0.03",
     "ridge=0.3",
+    "weights=rounds",
+    "weights=curve",
+    "lost_ratio=8",
+    "longest=30",
     "price_ridge=0.01",
     "price_ridge=0.1",
-    "error_share=0.9",
-    "passes=2",
     "weights=context2",
+    "error_share=0.9",
+    "parts=2",
+    "passes=2",
     "sampled=1",
 )
 
@@ -142,6 +145,7 @@ class Bench:
     windows: Tensor
     generator: Callable[[str], torch.Generator]
     note: Callable[[str, float], None]
+    score_tokens: int
     _moments: HeadMoments | None = None
     _prices: dict[float, Prices] = field(default_factory=dict)
     _scores: dict[tuple[str, float], Tensor] = field(default_factory=dict)
@@ -185,7 +189,8 @@ class Bench:
         if (method, 0.0) not in self._scores:
             settings = ScoreSettings(batch_size=BATCH, generator=self.generator("random ranking"))
             with self.timed(f"scores by {method}"):
-                found = score_heads(method_named(method), self.model, self.windows, settings)
+                windows = self.windows[: -(-self.score_tokens // self.windows.shape[1])]
+                found = score_heads(method_named(method), self.model, windows, settings)
             self._scores[method, 0.0] = found.scores
         return self._scores[method, 0.0]
 
@@ -285,6 +290,7 @@ class Bench:
                     lost_ratio=configuration.lost_ratio or None,
                     error_share=configuration.error_share,
                     longest=configuration.longest or None,
+                    sinks_apart=bool(configuration.sinks_apart),
                 )
         return pruned
 
@@ -422,6 +428,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--calibration_text", default="bundled:calibration")
     parser.add_argument("--eval_text", default="bundled:validation")
     parser.add_argument("--tokens", type=int, default=16384)
+    parser.add_argument("--score_tokens", type=int, default=8192, help="that other methods than obs read")
     parser.add_argument("--eval_tokens", type=int, default=4096)
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--samples", default="0", help="numbers of calibration samples, comma-separated")
@@ -479,7 +486,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         def note(what: str, seconds: float, parts: dict[str, float] = parts) -> None:
             parts[what] = round(parts.get(what, 0.0) + seconds, 2)
 
-        bench = Bench(model, windows, generator, note)
+        bench = Bench(model, windows, generator, note, options.score_tokens)
         for name, configuration in chosen.items():
             if time.perf_counter() - started > options.time_limit_s:
                 say(sample=sample, configuration=name, skipped="time limit")

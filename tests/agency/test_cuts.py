@@ -82,13 +82,13 @@ def test_weights_of_a_model_that_has_been_pruned_are_what_a_cut_adds(measured):
     other = changed(measured, {0: (1,)})
     found = layer_weights(other, moments, layers, FRESH, reference=model)
     expected = []
-    for number, layer in enumerate(layers):
+    # Of the layers that are still whole: the first one's moments are not the other model's.
+    for number, layer in list(enumerate(layers))[1:]:
         curve = layer.cheapest_first()
-        # The cut is made on top of the other model, whose own cut in the first layer it takes the place of.
         cuts = ({0: (1,)}, {0: (1,), number: curve.first(curve.half)})
         before, after = (torch.tensor(divergence(model, changed(measured, one))).mean() for one in cuts)
         expected.append(max(float(after - before) / curve.sums[curve.half], 0.0))
-    assert found.tolist() == pytest.approx(expected, rel=1e-4)
+    assert found[1:].tolist() == pytest.approx(expected, rel=1e-4)
     assert max(expected) > 0
 
 

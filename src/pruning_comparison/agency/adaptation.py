@@ -62,6 +62,7 @@ def adapt(
     lost_ratio: float | None = None,
     error_share: float = 1.0,
     longest: float | None = None,
+    sinks_apart: bool = False,
 ) -> AdaptationCost:
     """Adapts a physically pruned model, in place, to its dense original on the calibration text of ``dense``.
 
@@ -112,7 +113,7 @@ def adapt(
             if not changed:
                 _follow(dense, streams, layer)
                 continue
-            text = _FittedText(layer // part_layers % parts, parts, lost_ratio, 1 - error_share, longest)
+            text = _FittedText(layer // part_layers % parts, parts, lost_ratio, 1 - error_share, longest, sinks_apart)
             added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias, text)
             refits_mlp = steps == "refit-mlp"
             _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias, text)
@@ -153,6 +154,7 @@ class _FittedText:
     lost_ratio: float | None
     given_up: float = 0.0
     longest: float | None = None
+    sinks_apart: bool = False
 
     def has(self, number: int, batches: int) -> bool:
         """Whether a batch is read; with fewer batches than parts all are."""
@@ -189,6 +191,7 @@ class _Moments:
     sums: tuple[Tensor, Tensor] = field(init=False)
     gram: Tensor = field(init=False)
     cross: Tensor = field(init=False)
+    apart: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
 
     def add(self, x: Tensor, targets: Tensor, weight: float | Tensor = 1.0) -> None:
         """Adds samples of ``x`` [.., F] and ``targets`` [.., E], each of which counts ``weight`` (one, or [..]) times."""
@@ -219,6 +222,28 @@ class _Moments:
         self.gram += weight * _gram(x).double()
         self.cross += weight * (x.T @ targets).double()
 
+    def set_apart(
+        self, sinks: Tensor, x: Tensor, targets: Tensor, dense: Tensor, pruned: Tensor, weight: float
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """Keeps the rows at ``sinks`` (bool [B, T]) for later; x, targets and both streams without them."""
+        if not bool(sinks.any()):
+            return x, targets, dense, pruned
+        self.apart.append((x[sinks], targets[sinks], weight))
+        rest = ~sinks
+        return x[rest], targets[rest], dense[rest], pruned[rest]
+
+    def _add_those_apart(self, weight: Tensor) -> None:
+        """Adds the rows kept for later; their target is what ``weight`` gives, moved for all alike to where the mean is."""
+        if not self.apart:
+            return
+        x = torch.cat([rows for rows, _, _ in self.apart]).to(self.apart[0][1].dtype)
+        targets = torch.cat([rows for _, rows, _ in self.apart])
+        counts = torch.cat([rows.new_full((len(rows),), count) for _, rows, count in self.apart])
+        own = x @ weight.to(x.dtype)
+        lacking = ((targets - own) * counts[:, None]).sum(0) / counts.sum()
+        self.add(x, own + lacking, counts)
+        self.apart = []
+
     def means(self) -> tuple[Tensor, Tensor]:
         """Means of X [F] and of T [E], float64."""
         assert self.shifts is not None
@@ -241,6 +266,7 @@ class _Moments:
         self, weight: Tensor, steps: str, ridge: float, head_size: int, with_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The adapted weight [F, E] and bias [E], float64."""
+        self._add_those_apart(weight)
         solution = weight.double()
         if steps != "bias":
             gram, cross = self.products(centred=with_bias)
@@ -317,13 +343,16 @@ def _adapt_attention(
     inputs = []
     for number, stream in enumerate(streams):
         with fast_products(dense.model):
-            x = stream.run_to(pruned, layer, projection)
+            x = caught = stream.run_to(pruned, layer, projection)
         if text.has(number, len(streams)):
             target = _attention_target(dense, pruned, layer, number, stream)
             if text.given_up:
                 target = target - text.given_up * (dense.before(number, layer) - stream.hidden)
-            moments.add(*text.of(x, target, stream.hidden + target, stream.hidden, stream.weight))
-        inputs.append(x)
+            full, rest = stream.hidden + target, stream.hidden
+            if text.sinks_apart:
+                x, target, full, rest = moments.set_apart(dense.sinks[number], x, target, full, rest, stream.weight)
+            moments.add(*text.of(x, target, full, rest, stream.weight))
+        inputs.append(caught)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
     solution = moments.solve(input_major_weight(projection), steps, ridge, head_size, with_bias)
@@ -372,7 +401,10 @@ def _adapt_mlp(
             target = aim - total
             if text.given_up:
                 target = target - text.given_up * (dense.at(number, layer, "after attention") - total)
-            moments.add(*text.of(z, target, aim, now, stream.weight))
+            read = z
+            if text.sinks_apart:
+                read, target, aim, now = moments.set_apart(dense.sinks[number], z, target, aim, now, stream.weight)
+            moments.add(*text.of(read, target, aim, now, stream.weight))
         inputs.append(z)
         totals.append(total)
     if ridge is None:

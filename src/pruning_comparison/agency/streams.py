@@ -25,6 +25,13 @@ from pruning_comparison.models.heads import attentions, blocks, last_norms
 Place = Literal["after attention", "after block"]
 
 
+SINK_RATIO = 10.0
+"""A position whose stream is in some block so many times longer than that of the median position is a sink.
+
+Models park attention on such positions, mostly the first token, and write next to nothing there otherwise.
+"""
+
+
 class _Stop(Exception):
     """Ends a forward pass as soon as what it was run for is known."""
 
@@ -120,15 +127,19 @@ class DenseStream:
         size = 2 * layers * sum(batch.numel() for batch in batches) * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
         self._scratch = _Scratch(scratch_folder) if size > room_for_streams_bytes(model.device) else None
+        self.sinks: list[Tensor] = []
         with torch.no_grad(), fast_products(model):
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)
+                longest = start.hidden.new_zeros(start.hidden.shape[:2])
                 for layer in range(layers):
                     before = stream.hidden
                     after, total, added = stream.run_apart(model, layer)
                     stream.hidden = after.to(model.dtype)
                     self._keep(number, layer, "after attention", before + added)
                     self._keep(number, layer, "after block", total.to(model.dtype))
+                    longest = torch.maximum(longest, torch.linalg.vector_norm(total.to(model.dtype), dim=-1))
+                self.sinks.append(longest > SINK_RATIO * longest.median())
         self.seconds = time.perf_counter() - started
 
     @property
