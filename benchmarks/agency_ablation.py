@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency import streams
 from pruning_comparison.agency.adaptation import adapt
 from pruning_comparison.agency.consent import negotiate, quota_of_level
 from pruning_comparison.agency.moments import HeadMoments
@@ -55,7 +54,6 @@ from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
 BATCH = 8
-GPU_STREAM_BYTES = 48 * 2**30
 ROUND_AT = 30.0
 
 
@@ -458,8 +456,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         preview = ModelPreview(gguf.SMOLLM2, str(options.model_path), *gguf.read_header(options.model_path))
     model = load_model(preview, device=options.device).model
-    if options.device != "cpu":
-        streams.MOST_BYTES_IN_MEMORY = GPU_STREAM_BYTES
     torch.set_num_threads(1)
     calibration = whole_windows(
         load_documents(options.calibration_text, option="--calibration_text"), preview.tokenizer, options.window
