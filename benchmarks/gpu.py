@@ -379,7 +379,7 @@ def step_against_forward(model: Any, ids: torch.Tensor) -> dict[str, Any]:
         past_key_values=static.cache, use_cache=True,
     )  # fmt: skip
     static.begin(first, positions[:, first], visible[:, :first])
-    found = torch.stack([static(both[:, at]).float() for at in range(first, length - 1)], 1)
+    found = torch.stack([static(both[:, at]).float().clone() for at in range(first, length - 1)], 1)
     whole = model(input_ids=both, attention_mask=visible, position_ids=positions, use_cache=False).logits
     expected = whole[:, first : length - 1].float()
     targets = both[:, first + 1 :]
