@@ -56,6 +56,7 @@ from pruning_comparison.spec import Cell, ComparisonSpec, available_cores
 from pruning_comparison.store import load_run
 
 PARTS = ("machine", "parity", "decoding", "trajectory", "comparison")
+REPEATED = ("output", "runs", "device", "model_path", "calibration_text", "eval_text")
 LEAST_S = 8.0
 """A job with less time than this is not begun."""
 
@@ -131,6 +132,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--calibration_text", default="bundled:calibration")
     parser.add_argument("--eval_text", default="bundled:held_out")
     parser.add_argument("--small", action="store_true", help="the bundled model alone, and little of everything")
+    parser.add_argument("--only", default=None, help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     unknown = sorted(set(options.parts.split(",")) - set(PARTS))
     if unknown:
@@ -141,6 +143,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     if options.jobs is not None:
         jobs = [job for job in jobs if job.name in options.jobs.split(",")]
     deadline = time.monotonic() + 60 * options.minutes
+    if options.only is not None:
+        job = next(job for job in jobs if job.name == options.only)
+        work(Context(options, job, deadline))
+        return 0
     for job in jobs:
         context = Context(options, job, min(deadline, time.monotonic() + job.most_s))
         if context.left() < LEAST_S:
@@ -178,6 +184,18 @@ def run_apart(context: Context) -> None:
 
 def _work(context: Context) -> None:
     os.setsid()
+    if torch.cuda._is_in_bad_fork():  # an import has asked for GPUs: begin anew, as the same process
+        options = [f"--{name}={value}" for name, value in vars(context.options).items() if name in REPEATED and value]
+        options += ["--small"] if context.small else []
+        os.execv(
+            sys.executable,
+            [sys.executable, __file__, *options, f"--only={context.job.name}", f"--minutes={context.left() / 60}"],
+        )
+    work(context)
+
+
+def work(context: Context) -> None:
+    """Does a job, here."""
     torch.set_num_threads(1 if context.small else min(available_cores(), 16))
     try:
         context.job.work(context)
@@ -535,7 +553,7 @@ def profile_of_a_step(model: Any) -> dict[str, Any]:
 
 def stock_generate(model: Any, ids: torch.Tensor, tokens: int, **settings: Any) -> Callable[[], Any]:
     there = ids.to(model.device)
-    fixed = {"max_new_tokens": tokens, "min_new_tokens": tokens, "do_sample": False, "pad_token_id": 0, **settings}
+    fixed = {"max_new_tokens": tokens, "do_sample": False, "eos_token_id": None, "pad_token_id": 0, **settings}
     return lambda: model.generate(there, attention_mask=torch.ones_like(there), **fixed)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
 from contextlib import nullcontext
 
 import pytest
@@ -383,6 +384,24 @@ def test_what_an_earlier_text_left_in_the_cache_does_not_spread(model):
     step._static_steps[0][0].end()
     expected = generate(model, [[1, 2, 3]], 6, temperatures=[0.0])
     assert torch.equal(generate(model, [[1, 2, 3]], 6, temperatures=[0.0], step=step).tokens, expected.tokens)
+
+
+def test_a_static_step_keeps_its_rotations_and_nobody_keeps_it():
+    """A longer text makes longer tables; what was recorded before goes on reading its own. No garbage is left to collect."""
+    step = static_step_of(tiny_model("llama"))
+    owner = token_ids()
+    short = step.reserved(owner, 2, 8)
+    before = short._step.rotations
+    step.reserved(owner, 2, 300)
+    assert short._step.rotations is before
+    assert step.rotations is not before
+    gone = weakref.ref(short)
+    gc.disable()
+    try:
+        del step, short
+        assert gone() is None
+    finally:
+        gc.enable()
 
 
 def test_a_full_static_cache_says_so(model):

@@ -10,13 +10,14 @@ R rotary features, T time, V vocabulary.
 
 from __future__ import annotations
 
+import copy
 import gc
 import logging
 import math
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -203,7 +204,7 @@ def decode_step(
     return None
 
 
-@cache
+@lru_cache
 def _warn_once(message: str) -> None:
     LOGGER.warning(message)
 
@@ -341,7 +342,10 @@ class StaticStep:
     def __init__(self, step: DecodeStep, rows: int, capacity: int) -> None:
         self.rows, self.capacity = rows, capacity
         self.ended = False
-        self._step = step
+        step.reserve(capacity)
+        # What is recorded reads weights and rotations where they are now. A copy keeps them, but not what keeps this step.
+        self._step = copy.copy(step)
+        self._step._static_steps = []
         like = step.embedding
         device = like.device
         sizes = [
@@ -364,9 +368,6 @@ class StaticStep:
         self._hidden = like.new_full((), -torch.inf)
         self._slots = torch.arange(capacity, device=device)
         self._graph: Any = None
-        step.reserve(capacity)
-        # A recorded step reads them where they are, even after a longer text has made the step's own longer.
-        self._rotations = (step.rotations, step.partner)
         if device.type == "cuda":
             self._try_to_record(device)
 
@@ -465,7 +466,7 @@ class StaticStep:
             size, difference = float(plain.abs().max()), float((self._logits - plain).abs().max())
         torch.cuda.current_stream().wait_stream(aside)
         # Logits that are no numbers either way are found out where they are compared with the model's.
-        if difference > CLOSE[plain.dtype] * size:
+        if math.isfinite(size) and not difference <= CLOSE[plain.dtype] * size:
             raise RuntimeError(f"a replay differs by {difference:.3g} from a plain call, whose largest is {size:.3g}")
         self._graph = graph
 
