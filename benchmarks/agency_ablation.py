@@ -118,14 +118,15 @@ class Configuration:
 
 WEIGHTS = ("half", "curve", "context", "context2", "rounds")
 
-FIRST_TOKENS = "openings=4096,opening_tokens=1,opening_weight=0.5,openings_to_sink=1"
-"""Windows of one token, up to where first tokens become long. In 65,536 tokens they count for 3 %."""
+FIRST_TOKENS = "openings=4096,opening_tokens=1,opening_weight=1,openings_to_sink=1"
+"""Windows of one token, up to where first tokens become long. In 65,536 tokens they count for 6 %."""
 
 DEFAULT = (
     "reference",
     FIRST_TOKENS,
     "weights=rounds",
     f"weights=rounds,{FIRST_TOKENS}",
+    f"fresh_window=128,{FIRST_TOKENS}",
     "fresh_window=128",
     "weights=context",
     "mlp_ridge=1",
