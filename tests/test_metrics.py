@@ -175,15 +175,16 @@ def test_timings_that_were_not_asked_for_are_not_missing():
     ]  # fmt: skip
 
 
-def test_records_and_analysis_need_no_torch():
+def test_records_analysis_and_report_need_no_torch():
+    """A report is drawn in seconds; loading torch and transformers would take as long again."""
     code = """
         import sys
         import pruning_comparison.analysis.between_runs, pruning_comparison.analysis.hypotheses
-        import pruning_comparison.progress
+        import pruning_comparison.progress, pruning_comparison.report.write
         from pruning_comparison.metrics import of_kind
         for metric in of_kind("loss"):
             metric.function()
-        sys.exit("torch" in sys.modules)
+        sys.exit("torch" in sys.modules or "transformers" in sys.modules)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 

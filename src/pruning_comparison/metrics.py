@@ -392,6 +392,14 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         alike=("length", "tokenizer"),
     ),
+    "cache_bytes_1000": Metric(
+        "cache_bytes_1000",
+        kind="size",
+        unit="byte",
+        label="Key-value cache in bytes, at 1,000 tokens",
+        short_label="Key-value cache, 1,000 tokens",
+        direction="lower",
+    ),
     "peak_memory_bytes": Metric(
         "peak_memory_bytes",
         kind="memory",

@@ -23,6 +23,7 @@ EntropyDirection = Literal["auto", "high", "low"]
 BosRule = Literal["auto", "always", "never"]
 Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
 RecoveryParameters = Literal["all", "restricted", "auto"]
+ConsentRule = Literal["quality", "time", "cache"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
 EXECUTIONS: tuple[Execution, ...] = get_args(Execution)
@@ -31,6 +32,7 @@ PRUNE_UNITS: tuple[PruneUnit, ...] = get_args(PruneUnit)
 ENTROPY_DIRECTIONS: tuple[EntropyDirection, ...] = get_args(EntropyDirection)
 BOS_RULES: tuple[BosRule, ...] = get_args(BosRule)
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
+CONSENT_RULES: tuple[ConsentRule, ...] = get_args(ConsentRule)
 
 AUTO = "auto"
 RECOVERY_RATES = (1e-4, 3e-4, 1e-3)
@@ -74,8 +76,14 @@ class Cell(NamedTuple):
 class ComparisonSpec:
     """Every setting that can change a result. InputError, naming option and value, for what cannot work.
 
+    ``precision`` is what models are measured in, ``prepare_precision`` what matrix products are taken in while scores,
+    prices and adaptation are made, from float32 weights and with sums in float32 or better.
+
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
+
+    ``consent`` says what a head that is asked to leave is held by: its price ("quality"), or its price over the decoding
+    time, or the cache bytes, that its going saves.
 
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
@@ -94,6 +102,7 @@ class ComparisonSpec:
     model_name: str = "gpt2"
     device: str = "cpu"
     precision: Precision = "float32"
+    prepare_precision: Precision = "float32"
     pruning_levels: tuple[float, ...] = (0.0, 20.0, 40.0, 60.0, 80.0)
     pruning_methods: tuple[str, ...] = ("entropy",)
     variants: tuple[str, ...] = ("baseline", "agency")
@@ -107,6 +116,7 @@ class ComparisonSpec:
     scope: Scope = "model"
     prune_unit: PruneUnit = "head"
     entropy_direction: EntropyDirection = "auto"
+    consent: ConsentRule = "quality"
     seed: int = 0
     prompt_file: str | None = None
     eval_text: str = "bundled:held_out"
@@ -145,12 +155,14 @@ class ComparisonSpec:
             variant_named(name)
         for field, allowed in (
             ("precision", PRECISIONS),
+            ("prepare_precision", PRECISIONS),
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
             ("prune_unit", PRUNE_UNITS),
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
             ("recovery_parameters", (*RECOVERY_GRID, AUTO)),
+            ("consent", CONSENT_RULES),
             ("bos", BOS_RULES),
         ):
             value = getattr(self, field)
@@ -349,6 +361,10 @@ TEXT_AXES = frozenset(
 )  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32"}
+"""Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
+the identity of a run, so that such a run is still the same run."""
+_NO_DEFAULT = object()
 
 
 PROTOCOL_REVISION = 2
@@ -430,7 +446,11 @@ def identity(
     without: Collection[str] = (),
 ) -> str:
     """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
-    counted = {key: value for key, value in settings.items() if key not in NAMES_OF_FILES and key not in without}
+    counted = {
+        key: value
+        for key, value in settings.items()
+        if key not in NAMES_OF_FILES and key not in without and LATER_SETTINGS.get(key, _NO_DEFAULT) != value
+    }
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -23,6 +23,7 @@ from pruning_comparison.analysis.estimates import (
     observations,
     summarize,
 )
+from pruning_comparison.analysis.fronts import FRONT_COLUMNS, find_fronts
 from pruning_comparison.analysis.head_maps import (
     AGREEMENT_COLUMNS,
     SIGNALS,
@@ -98,6 +99,7 @@ __all__ = [
     "CONTRAST_COLUMNS",
     "EQUAL_COLUMNS",
     "ERROR_RATE",
+    "FRONT_COLUMNS",
     "HYPOTHESIS_COLUMNS",
     "LOOKS",
     "MISSING_COLUMNS",
@@ -145,6 +147,7 @@ __all__ = [
     "detectable_by_rules",
     "differences",
     "draw_fits",
+    "find_fronts",
     "first_levels",
     "level_of",
     "limits",

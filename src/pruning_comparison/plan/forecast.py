@@ -192,13 +192,30 @@ def available_bytes() -> int | None:
 
 
 def _memory_bytes(spec: ComparisonSpec, inputs: Inputs, parameters: int) -> int:
-    """The reference in float32, a full-size working copy, a model per variant in its precision, and the largest logits."""
+    """The reference in float32, a full-size working copy, a model per variant in its precision, the largest logits, and
+    prices with what they are made of."""
     width = 4 if spec.precision == "float32" else 2
     measured = len(spec.variants) + (0 if spec.precision == "float32" else 1)
     window = min(max(spec.eval_window, spec.calibration_window), inputs.preview.context)
     logits = spec.quality_batch_size * window * int(inputs.preview.config.vocab_size) * 4 * 2
     libraries = 500_000_000
-    return int(libraries + parameters * (8 + measured * width) + logits)
+    return int(libraries + parameters * (8 + measured * width) + logits + _prices_bytes(spec, inputs))
+
+
+def _prices_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:
+    """Of moments and prices, where any heads are priced: in float64, per layer with F features and embedding size E.
+
+    Moments are products of two halves of the text, F x F each. Prices are an inverse, F x F, and a weight, F x E; a path on
+    which heads are asked has its own beside those of the dense model.
+    """
+    asked = any(variant_named(name).negotiates for name in spec.variants)
+    if not asked and PRICED not in spec.pruning_methods:
+        return 0
+    grid = inputs.preview.grid
+    features = grid.n_heads * grid.head_size
+    width = int(inputs.preview.config.get_text_config().hidden_size)
+    prices = features * (features + width)
+    return 8 * grid.n_layers * (2 * features**2 + prices * (2 if asked else 1))
 
 
 def _disk_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:

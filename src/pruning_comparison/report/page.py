@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pruning_comparison.analysis import NO_DIFFERENCE, NOT_ENOUGH, HeadMap
 from pruning_comparison.errors import InputError
@@ -40,6 +41,7 @@ from pruning_comparison.report.tables import (
     agreement_table,
     answers_table,
     equal_table,
+    fronts_table,
     method_tables,
     optimum_table,
     pairs,
@@ -74,6 +76,8 @@ def render_report(
     answer: Answer,
     relative: pd.DataFrame,
     ranked: pd.DataFrame,
+    points: pd.DataFrame | None = None,
+    layer_times: pd.DataFrame | None = None,
     hero: str | None,
     drawings: Mapping[str, str],
     manifest: Mapping[str, Any],
@@ -131,6 +135,8 @@ def render_report(
         "exploratory": answers_table(answers[exploratory], "Exploratory contrasts"),
         "optimum": optimum_table(optimal),
         "equal": equal_table(equal),
+        "fronts": None if points is None else fronts_table(points),
+        "layer_times": None if layer_times is None else plain_table(layer_times, "Layer times by heads of a layer"),
         "margin_words": format_margins(manifest.get("margins")),
         "findings": findings,
         "head_maps": drawn,
@@ -169,7 +175,10 @@ def _chart_values(charts: Mapping[str, Chart], left_out: Sequence[str]) -> dict[
     """The charts where the template wants them: the ranking beside its table, those of heads beside the maps."""
     return {
         "ranking_chart": charts.get("rankings"),
-        "charts": [chart for key, chart in charts.items() if key != "rankings" and not key.startswith("head_")],
+        "front_chart": charts.get("fronts"),
+        "charts": [
+            chart for key, chart in charts.items() if key not in ("rankings", "fronts") and not key.startswith("head_")
+        ],
         "head_charts": [chart for key, chart in charts.items() if key.startswith("head_")],
         "charts_left_out": left_out,
     }
@@ -241,9 +250,10 @@ def _verdict_class(verdict: str) -> str:
     return classes.get(verdict, verdict)
 
 
-def _tied(text: str) -> str:
-    """Keep a number and its per cent sign on one line."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+def _tied(text: str) -> Markup:
+    """Keeps a number and its per cent sign, and the name of an option, on one line; escapes everything else."""
+    escaped = str(escape(clean(text).replace(" %", "\N{NO-BREAK SPACE}%")))
+    return Markup(re.sub(r"--[a-z_]+", r"<code>\g<0></code>", escaped))
 
 
 def _sequence(value: Any) -> Sequence[Any]:

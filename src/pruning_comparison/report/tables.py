@@ -316,6 +316,46 @@ def equal_table(equal: pd.DataFrame) -> Table | None:
     )  # fmt: skip
 
 
+def fronts_table(points: pd.DataFrame) -> Table | None:
+    """Every variant and level with what it costs in perplexity and what it brings in speed and cache."""
+    if points.empty:
+        return None
+    several = points["method"].nunique() > 1
+
+    def ratio(row: Mapping[str, Any], value: str, stem: str) -> TableCell:
+        ends = {"estimate": row[value], "ci_low": row[f"{stem}_low"], "ci_high": row[f"{stem}_high"]}
+        return TableCell(_times(row[value]), _ratio_interval(ends, ""), _sort_key(row[value]))
+
+    def figure(row: Mapping[str, Any], value: str, stem: str, unit: str) -> TableCell:
+        if pd.isna(row[value]):
+            return TableCell("missing", tone="muted")
+        ends = {"ci_low": row[f"{stem}_low"], "ci_high": row[f"{stem}_high"]}
+        return TableCell(with_unit(float(row[value]), unit), _format_interval(ends, unit), _sort_key(row[value]))
+
+    rows = []
+    for row in rows_of(points):
+        on = [what for what, front in (("speed", "on_speed_front"), ("cache", "on_cache_front")) if row[front]]
+        rows.append(
+            TableRow(
+                TableCell(str(row["variant"])),
+                (
+                    *([TableCell(str(row["method"]))] if several else []),
+                    TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
+                    ratio(row, "perplexity_ratio", "perplexity"),
+                    ratio(row, "speed_ratio", "speed"),
+                    figure(row, "tokens_per_second", "tokens_per_second", "token/s"),
+                    figure(row, "cache_bytes", "cache", "byte"),
+                    TableCell(" and ".join(on) or "no", tone="" if on else "muted"),
+                ),
+            )
+        )
+    columns = (
+        "Variant", *(["Method"] if several else []), "Level", "Perplexity, times dense", "Speed, times dense",
+        "Tokens per second", "Key-value cache at 1,000 tokens", "On the front",
+    )  # fmt: skip
+    return Table("Perplexity, speed and cache of every variant and level", columns, tuple(rows))
+
+
 def variants_in(table: pd.DataFrame) -> list[str]:
     return sorted((str(variant) for variant in table["variant"].dropna().unique()), key=variant_order)
 

@@ -17,7 +17,7 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import FIRST_TOKENS, Timing, common_uniforms, generate, time_generation
-from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
+from pruning_comparison.measure.memory import cache_bytes_after, decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import WindowLoss, measure_perplexity, window_losses
 from pruning_comparison.measure.text_quality import (
     WrittenText,
@@ -95,6 +95,7 @@ def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel
     size = [
         _measurement("parameter_bytes", parameter_bytes(pruned.model)),
         _measurement("decode_bytes", decode_bytes(pruned.model)),
+        _measurement("cache_bytes_1000", cache_bytes_after(pruned.model)),
         _measurement("prefill_flops", mean(prefill_flops(pruned.model, len(p)) for p in prompts)),
     ]
     rows = [*text_measurements, *size, *_cost_measurements(pruned)]

@@ -37,6 +37,7 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
         "adaptation": spec.adaptation if adapts else "none",
         "ridge": spec.ridge if adapts else None,
         "mlp_ridge": spec.mlp_ridge if adapts and spec.adaptation == "refit-mlp" else None,
+        "consent": spec.consent if variant_named(cell.variant).negotiates and spec.consent != "quality" else None,
         "new_bias": spec.new_bias if adapts else None,
         "recovery_steps": spec.recovery_steps or None,
         "recovery_learning_rate": None if pruned.recovery is None else pruned.recovery.learning_rate,
