@@ -2,7 +2,7 @@
 
     python benchmarks/recovery.py --calibration_text=TRAIN --valid_text=VALID --eval_text=TEST [--device=cuda] [--steps=300]
         [--model_path=smollm2-135m] [--variants=agency:obs,...] [--levels=50,30,70] [--tokens=16384] [--samples=1]
-        [--rates=1e-4,3e-4,1e-3] [--parameters=all,restricted] [--minutes=N]
+        [--rates=1e-4,3e-4,1e-3] [--parameters=all,restricted] [--batch_size=8,1] [--minutes=N]
 
 Each variant is made at each level as a comparison makes it, and measured on TEST beside the dense model. At the first of the
 levels every rate and every set of parameters of recovery's grid, or of the part of it that ``--rates`` and ``--parameters``
@@ -42,6 +42,9 @@ from pruning_comparison.spec import RECOVERY_GRID, RECOVERY_RATES, Cell, Compari
 from pruning_comparison.texts import load_documents
 
 VARIANTS = "agency:obs,baseline:obs,baseline:fisher,agency-adaptation:fisher"
+
+BATCH = 8
+"""Windows that are read at once wherever nothing is trained."""
 
 
 class Text:
@@ -83,7 +86,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--grid_steps", type=int, default=None, help="steps of each choice; by default as many")
     parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RECOVERY_RATES), help="to choose from")
     parser.add_argument("--parameters", default=",".join(RECOVERY_GRID), help="to choose from")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
+    parser.add_argument("--batch_size", default="8", help="windows per step; of several each is tried at every level")
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens, beside those of recovery")
     parser.add_argument("--samples", type=int, default=1, help="calibration samples")
     parser.add_argument("--window", type=int, default=512)
@@ -110,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         variants=tuple(dict.fromkeys(variant for variant, _ in places)), iterations=options.samples,
         calibration_text=options.calibration_text, calibration_tokens=options.tokens, calibration_window=options.window,
         eval_text=options.eval_text, eval_tokens=options.eval_tokens, eval_window=options.window, eval_stride=options.window,
-        quality_batch_size=options.batch_size, max_prompts=1, num_tokens=2,
+        quality_batch_size=BATCH, max_prompts=1, num_tokens=2,
     )  # fmt: skip
     inputs = prepare(spec, identify=False)
     workspace = load_workspace(spec, inputs)
-    test = Text(workspace, inputs.windows, options.batch_size)
-    valid = Text(workspace, _windows(inputs, options.valid_text, options.valid_tokens, spec), options.batch_size)
+    test = Text(workspace, inputs.windows, BATCH)
+    valid = Text(workspace, _windows(inputs, options.valid_text, options.valid_tokens, spec), BATCH)
     say(
         model=options.model_path, device=spec.device, gpu=_gpu(spec.device), torch=torch.__version__,
         dense_perplexity=test.dense_perplexity, valid_dense_perplexity=valid.dense_perplexity,
@@ -147,7 +150,8 @@ class Bench:
         self._grid = [
             (float(rate), which) for which in options.parameters.split(",") for rate in options.rates.split(",")
         ]
-        self._chosen: dict[tuple[str, str], tuple[float, str]] = {}
+        self._batches = [int(batch) for batch in options.batch_size.split(",")]
+        self._chosen: dict[tuple[str, str, int], tuple[float, str]] = {}
         self._refit_s: list[float] = []
         self._found: dict[tuple[Any, ...], list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]] = {}
 
@@ -160,57 +164,62 @@ class Bench:
         if pruned.cost is not None:
             self._refit_s.append(refit_s)
         self._tell(cell, "pruned", pruned.model, 0, make_s=make_s, refit_s=refit_s, negotiation_s=pruned.negotiation_s)
-        steps, told = self._options.steps, {"make_s": make_s, "refit_s": refit_s}
-        place = (cell.variant, cell.method)
-        trained = None if place in self._chosen else self._choose(cell, pruned)
+        told = {"make_s": make_s, "refit_s": refit_s}
+        for batch in self._batches:
+            self._recover(cell, pruned, batch, equal_seconds=first and pruned.cost is None, **told)
+
+    def _recover(self, cell: Cell, pruned: PrunedModel, batch: int, *, equal_seconds: bool, **told: Any) -> None:
+        """Measures a cell's model after steps of ``batch`` windows and, if asked to, after as many more as a refit takes."""
+        steps, place = self._options.steps, (cell.variant, cell.method, batch)
+        trained = None if place in self._chosen else self._choose(cell, pruned, batch)
         if trained is None:
-            trained = self._train(cell, pruned, steps, *self._chosen[place])
-        self._tell_recovered(cell, "recovered", trained, steps, **told)
+            trained = self._train(cell, pruned, steps, batch, *self._chosen[place])
+        self._tell_recovered(cell, "recovered", trained, steps, batch, **told)
         seconds = trained[1]
         del trained
-        if first and pruned.cost is None and self._refit_s:
-            # What a refit takes, the baseline may train for.
-            more = int(sum(self._refit_s) / len(self._refit_s) / (seconds / steps))
-            trained = self._train(cell, pruned, steps + more, *self._chosen[place])
-            self._tell_recovered(cell, "recovered, equal seconds", trained, steps + more, **told)
+        if equal_seconds and self._refit_s:
+            steps += int(sum(self._refit_s) / len(self._refit_s) / (seconds / steps))
+            trained = self._train(cell, pruned, steps, batch, *self._chosen[place])
+            self._tell_recovered(cell, "recovered, equal seconds", trained, steps, batch, **told)
 
     def summarise(self) -> None:
         """Every configuration over all samples."""
-        for (variant, method, level, what), samples in self._found.items():
+        for (variant, method, level, what, batch), samples in self._found.items():
             if len(samples) > 1:
-                place = {"variant": variant, "method": method, "level": level, "what": what, "samples": len(samples)}
+                place = {"variant": variant, "method": method, "level": level, "what": what, "batch_size": batch}
+                place["samples"] = len(samples)
                 logs, divergences = (np.stack([sample[part] for sample in samples]) for part in (0, 1))
                 self._say(**place, **_figures(logs, divergences))
 
-    def _choose(self, cell: Cell, pruned: PrunedModel) -> tuple[PreTrainedModel, float] | None:
+    def _choose(self, cell: Cell, pruned: PrunedModel, batch: int) -> tuple[PreTrainedModel, float] | None:
         """Chooses rate and parameters by divergence on the validation text. The model so trained and what that took, in
         seconds; None where the choice was made by fewer steps."""
         steps = self._options.grid_steps or self._options.steps
         least, best = math.inf, None
         for rate, parameters in self._grid:
-            trained = self._train(cell, pruned, steps, rate, parameters)
+            trained = self._train(cell, pruned, steps, batch, rate, parameters)
             log, divergence = self._valid.figures(trained[0])
             found = float(divergence.mean())
             self._say(
-                **_place(cell), what="trial", learning_rate=rate, parameters=parameters, steps=steps,
+                **_place(cell), what="trial", learning_rate=rate, parameters=parameters, steps=steps, batch_size=batch,
                 seconds=round(trained[1], 2), valid_times_dense=math.exp(float(log.mean())), valid_kl_nats=found,
             )  # fmt: skip
             if best is None or found < least:
                 least = found if math.isfinite(found) else math.inf
-                self._chosen[cell.variant, cell.method] = rate, parameters
+                self._chosen[cell.variant, cell.method, batch] = rate, parameters
                 best = trained
             del trained
         return best if steps == self._options.steps else None
 
     def _tell_recovered(
-        self, cell: Cell, what: str, trained: tuple[PreTrainedModel, float], steps: int, **told: Any
+        self, cell: Cell, what: str, trained: tuple[PreTrainedModel, float], steps: int, batch: int, **told: Any
     ) -> None:
-        rate, parameters = self._chosen[cell.variant, cell.method]
-        student, seconds = trained
-        self._tell(cell, what, student, steps, learning_rate=rate, parameters=parameters, recovery_s=seconds, **told)
+        rate, parameters = self._chosen[cell.variant, cell.method, batch]
+        told |= {"batch_size": batch, "learning_rate": rate, "parameters": parameters, "recovery_s": trained[1]}
+        self._tell(cell, what, trained[0], steps, **told)
 
     def _train(
-        self, cell: Cell, pruned: PrunedModel, steps: int, rate: float, parameters: str
+        self, cell: Cell, pruned: PrunedModel, steps: int, batch: int, rate: float, parameters: str
     ) -> tuple[PreTrainedModel, float]:
         if torch.cuda.is_available():
             torch.cuda.empty_cache()
@@ -219,7 +228,7 @@ class Bench:
             pruned.model,
             self._workspace.recovery_windows(cell.iteration),
             steps=steps,
-            batch_size=self._options.batch_size,
+            batch_size=batch,
             learning_rate=rate,
             parameters=parameters,
             generator=self._workspace.generator("recovery", cell.iteration),
@@ -229,7 +238,8 @@ class Bench:
 
     def _tell(self, cell: Cell, what: str, model: PreTrainedModel, steps: int, **told: Any) -> None:
         log, divergence = self._test.figures(model)
-        self._found.setdefault((cell.variant, cell.method, cell.level, what), []).append((log, divergence))
+        key = (cell.variant, cell.method, cell.level, what, told.get("batch_size"))
+        self._found.setdefault(key, []).append((log, divergence))
         rounded = {name: round(value, 2) if name.endswith("_s") and value else value for name, value in told.items()}
         self._say(
             **_place(cell), what=what, steps=steps, **rounded, **_figures(log[None], divergence[None]),

@@ -82,9 +82,11 @@ def test_every_variant_chooses_once_and_is_measured_at_every_level(benchmark, fo
 
 def test_of_a_grid_that_is_restricted_the_best_trial_is_what_is_reported(benchmark, folder, capsys):
     """Where trials are as long as recovery the chosen one is not trained again: it is the same model."""
-    small = ["--levels=50", "--grid_steps=3", "--parameters=all"]
+    small = ["--levels=50", "--grid_steps=3", "--parameters=all", "--batch_size=2,1"]
     benchmark.main(options(folder, "--variants=baseline:magnitude", "--rates=0.001,0.003", *small))
-    _, _, *trials, recovered = lines(capsys)
+    _, _, *trials, recovered, small_first, small_second, small_recovered = lines(capsys)
+    assert [one["batch_size"] for one in (small_first, small_second, small_recovered)] == [1, 1, 1]
+    assert small_recovered["by_window"] != recovered["by_window"]
     assert [(one["learning_rate"], one["parameters"]) for one in trials] == [(0.001, "all"), (0.003, "all")]
     best = min(trials, key=lambda one: one["valid_kl_nats"])
     assert (recovered["what"], recovered["steps"], recovered["recovery_s"]) == ("recovered", 3, best["seconds"])

@@ -151,11 +151,39 @@ def changed_by(mask, layer):
     return not bool(mask[: layer + 1].all())
 
 
-@pytest.mark.parametrize("steps", ["bias", "gate"])
-def test_smaller_steps_are_the_brute_force_solution(model, steps):
+@pytest.mark.parametrize("allow_new_bias", [True, False])
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied", "first layer emptied"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
+def test_a_bias_alone_is_what_the_lost_heads_add_on_average_in_the_dense_model(family, name, allow_new_bias):
+    """An et al. (2024): old bias + mean over tokens of the dense model's features of lost heads, times their rows of W."""
+    model, mask = tiny_model(family), random_masks(3, 6)[name]
+    compact = remove_heads(model, mask)
+    weights = [None if one is None else input_major_weight(one).clone() for one in output_projections(compact)]
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="bias", allow_new_bias=allow_new_bias)
+    for layer in range(3):
+        projection = output_projections(model)[layer]
+        features = caught(projection, lambda: model(WINDOWS)).double()
+        rows = torch.cat(
+            [torch.arange(len(features[0])).view(6, -1)[head] for head in range(6) if not mask[layer, head]]
+            or [torch.arange(0)]
+        )
+        added = features.mean(0)[rows] @ input_major_weight(projection).double()[rows]
+        old = getattr(projection, "bias", None)
+        after = output_projections(compact)[layer]
+        bias = getattr(attentions(compact)[layer] if after is None else after, "bias", None)
+        if old is None and (not allow_new_bias or not len(rows)):
+            assert bias is None
+        else:
+            expected = added if old is None else old.double() + added
+            torch.testing.assert_close(bias.double(), expected, rtol=1e-3, atol=1e-4)
+        if after is not None:
+            assert torch.equal(input_major_weight(after), weights[layer])
+
+
+def test_gates_are_the_brute_force_solution(model):
     mask = MASKS["uneven"]
     compact, original = remove_heads(model, mask), remove_heads(model, mask)
-    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps=steps, ridge=0.05)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="gate", ridge=0.05)
     changed = [layer for layer in range(LAYERS) if changed_by(mask, layer)]
     assert changed
     for layer in changed:
@@ -164,17 +192,14 @@ def test_smaller_steps_are_the_brute_force_solution(model, steps):
             block.ln_1, lambda: compact(WINDOWS)
         )
         x, old = caught(block.attn.c_proj, lambda: compact(WINDOWS)), original.transformer.h[layer].attn.c_proj.weight
-        expected = old.double()
-        if steps == "gate":
-            written = torch.stack(
-                [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
-            )  # [S, E, heads]
-            centred = (written - written.mean(0)).flatten(0, 1)
-            goal = (targets - targets.mean(0)).flatten()[:, None]
-            ones = torch.ones(centred.shape[1], 1)
-            gates = brute_force(centred, goal, ones, 0.05, centre=False)[0]
-            assert gates.min() > 0
-            expected = expected * torch.tensor(gates).repeat_interleave(SIZE, 0)
+        written = torch.stack(
+            [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
+        )  # [S, E, heads]
+        centred = (written - written.mean(0)).flatten(0, 1)
+        goal = (targets - targets.mean(0)).flatten()[:, None]
+        gates = brute_force(centred, goal, torch.ones(centred.shape[1], 1), 0.05, centre=False)[0]
+        assert gates.min() > 0
+        expected = old.double() * torch.tensor(gates).repeat_interleave(SIZE, 0)
         bias = targets.double().mean(0) - x.double().mean(0) @ expected
         torch.testing.assert_close(block.attn.c_proj.weight.double(), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(block.attn.c_proj.bias.double(), bias, rtol=1e-3, atol=1e-4)

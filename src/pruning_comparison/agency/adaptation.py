@@ -77,9 +77,11 @@ def adapt(
     far adaptation goes:
 
     * "none": nothing is changed;
-    * "bias": a constant, mean(T) - mean(X) W, on attention's output projection (bias compensation; An et al. 2024, FLAP);
-    * "gate": also a gate for each surviving head, fitted by least squares and folded into its weights (mask tuning; Kwon et
-      al. 2022). It may exceed 1;
+    * "bias": a constant on the output projections of layers that have lost heads, the mean over the text of what these heads
+      add in the *dense* model, mean(X_lost) W_lost (bias compensation; An et al. 2024, FLAP). What earlier layers have lost
+      is not made up for: each layer is taken by itself;
+    * "gate": the constant mean(T) - mean(X) W, and a gate for each surviving head, fitted by least squares and folded into
+      its weights (mask tuning; Kwon et al. 2022). It may exceed 1;
     * "refit": also attention's whole output projection, W [F, E], from X [S, F], the surviving heads' outputs in the
       *pruned* model, centred:
 
@@ -111,6 +113,14 @@ def adapt(
         for layer in range(len(blocks(pruned))):
             changed = changed or _is_pruned(dense.model, pruned, layer)
             if not changed:
+                _follow(dense, streams, layer)
+                continue
+            if steps == "bias":
+                # On the dense stream T is what all heads add, and X what the survivors do: the difference is the lost ones'.
+                if _is_pruned(dense.model, pruned, layer):
+                    _adapt_attention(
+                        dense, pruned, layer, streams, steps, ridge, allow_new_bias, _FittedText(0, 1, None)
+                    )
                 _follow(dense, streams, layer)
                 continue
             text = _FittedText(layer // part_layers % parts, parts, lost_ratio, 1 - error_share, longest, sinks_apart)
