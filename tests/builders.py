@@ -100,6 +100,16 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "gpt_neox",
         {"num_attention_heads": 6, "intermediate_size": 40, "use_parallel_residual": False, "attention_bias": False},
     ),
+    "phi3": (
+        "phi3",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "partial_rotary_factor": 0.5,
+            "attention_dropout": 0.0,
+        },
+    ),
     "opt": ("opt", {"num_attention_heads": 6, "ffn_dim": 40, "dropout": 0.0}),
     "opt with norms after": (
         "opt",
@@ -113,6 +123,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
     ),
 }
 """Model type and settings of a small config for everything that a family can do differently."""
+
+ATTEND_AS_LLAMA = frozenset({"phi3"})
+"""Of ``FAMILIES``: those whose attention function is Llama's. What concerns that function alone is tested with Llama."""
+
+ATTENTIONS = tuple(family for family in FAMILIES if family not in ATTEND_AS_LLAMA)
 
 
 def tiny_model(family: str, *, layers: int = 3, width: int = 48, seed: int = 0, **settings: Any) -> PreTrainedModel:

@@ -207,7 +207,7 @@ def test_parameter_and_cache_bytes_fall_as_computed_by_hand(family, name):
         grid.head_size,
         {name.rsplit(".", 2)[1] for name, _ in model.named_parameters() if name.endswith("bias")},
     )
-    qkv_bias = int(bool(biases & {"c_attn", "q_proj", "query_key_value"}))
+    qkv_bias = int(bool(biases & {"c_attn", "q_proj", "query_key_value", "qkv_proj"}))
     query_heads_gone = int((~keep).sum())
     kv_left = kv_heads_left(model, keep)
     kv_heads_gone = LAYERS * grid.n_kv_heads - sum(kv_left)
@@ -417,7 +417,7 @@ def test_every_family_can_be_previewed(family, tmp_path):
 def test_what_is_not_supported_says_what_is():
     config = tiny_model("llama").config
     with pytest.raises(
-        UnsupportedModelError, match=r"gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3.*adding-a-family"
+        UnsupportedModelError, match=r"gpt2, gpt_neox, llama, mistral, opt, phi3, qwen2, qwen3.*adding-a-family"
     ):
         check_supported(type("Config", (), {"model_type": "martian"}))
     config.num_key_value_heads = 4

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import FAMILIES, GROUPS_OF_TWO_AND_THREE, LargestTensor, tiny_gpt2, tiny_model
+from builders import ATTENTIONS, GROUPS_OF_TWO_AND_THREE, LargestTensor, tiny_gpt2, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,7 +30,7 @@ MASKS = {
     "emptied layer": EMPTIED,
     "last layer emptied": LAST_EMPTIED,
 }
-families = pytest.mark.parametrize("family", FAMILIES)
+families = pytest.mark.parametrize("family", ATTENTIONS)
 masks = pytest.mark.parametrize("keep", MASKS.values(), ids=list(MASKS))
 
 

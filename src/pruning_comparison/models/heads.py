@@ -52,7 +52,8 @@ class FamilyLayout:
     that is false where the block's last norm, named ``last_norm``, comes after that sum; None where no norm does.
 
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
-    counts: "heads" (query heads), "width" (their features) or "groups" (query heads per key-value head). ``parallel`` is the
+    counts: "heads" (query heads), "width" (their features), "kv_heads" or "groups" (query heads per key-value head); one
+    that begins with ``config.`` is read from the config, and a smaller layer sees another there. ``parallel`` is the
     config attribute that says that attention and MLP read the same input and are added up together; None if they never do.
 
     ``reads`` names the config attributes that the family's attention takes its sizes from where they are set: ``head_dim``,
@@ -131,6 +132,25 @@ LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
             attention_norm="self_attn_layer_norm",
             norm_after="do_layer_norm_before",
             last_norm="final_layer_norm",
+        ),
+        "phi3": FamilyLayout(
+            layers="model.layers",
+            attention="self_attn",
+            query="qkv_proj",
+            key="qkv_proj",
+            value="qkv_proj",
+            output="o_proj",
+            fused="parts",
+            sizes=MappingProxyType(
+                {
+                    "config.num_attention_heads": "heads",
+                    "num_key_value_heads": "kv_heads",
+                    "num_key_value_groups": "groups",
+                }
+            ),
+            mlp_output="mlp.down_proj",
+            attention_norm="input_layernorm",
+            reads=("head_dim", "num_key_value_heads"),
         ),
         "qwen2": _LLAMA,
         "qwen3": _LLAMA,
@@ -332,12 +352,22 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
     set_projection(output, input_major_weight(output)[rows], None)
     group_sizes = live_groups(grid, keep)
     even = len(set(group_sizes)) == 1
-    sizes = {"heads": sum(group_sizes), "width": len(rows), "groups": group_sizes[0] if even else 1}
+    sizes = {
+        "heads": sum(group_sizes),
+        "width": len(rows),
+        "kv_heads": len(group_sizes),
+        "groups": group_sizes[0] if even else 1,
+    }
+    of_config = {}
     for attribute, what in layout.sizes.items():
-        setattr(attention, attribute, sizes[what])
+        if attribute.startswith("config."):
+            of_config[attribute.removeprefix("config.")] = sizes[what]
+        else:
+            setattr(attention, attribute, sizes[what])
     if not even:
         attention.register_buffer("kv_index", _kv_index(grid, keep, output.weight.device), persistent=False)
-        attention.config = _UnevenGroupsConfig(attention.config)
+    if of_config or not even:
+        attention.config = _LayerConfig(attention.config, of_config, even)
 
 
 def live_groups(grid: HeadGrid, keep: Tensor) -> list[int]:
@@ -500,24 +530,29 @@ def _part_columns(layout: FamilyLayout, grid: HeadGrid) -> dict[str, Tensor]:
     return columns
 
 
-class _UnevenGroupsConfig:
-    """The model's config as a layer with uneven groups sees it: everything the same, but attention is called through us.
+class _LayerConfig:
+    """The model's config as a smaller layer sees it: the same but for ``sizes``, and where its key-value groups are not
+    even, attention is called through us.
 
     It refers to the model's own config, so that changing the attention implementation of that model, and of no other, is
     seen here as well. A copy of the model copies both together.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, sizes: Mapping[str, int], even: bool) -> None:
         self.model_config = config
+        self.even = even
+        vars(self).update(sizes)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "model_config":
+        if name.startswith("__") or name in ("model_config", "even"):
             raise AttributeError(name)
         return getattr(self.model_config, name)
 
     @property
     def _attn_implementation(self) -> str:
-        stock = self.model_config._attn_implementation
+        stock: str = self.model_config._attn_implementation
+        if self.even:
+            return stock
         name = f"uneven groups, {stock}"
         if name not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend_in_uneven_groups, stock))
