@@ -100,6 +100,17 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "gpt_neox",
         {"num_attention_heads": 6, "intermediate_size": 40, "use_parallel_residual": False, "attention_bias": False},
     ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [1],
+        },
+    ),
     "phi3": (
         "phi3",
         {
@@ -124,7 +135,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Model type and settings of a small config for everything that a family can do differently."""
 
-ATTEND_AS_LLAMA = frozenset({"phi3"})
+ATTEND_AS_LLAMA = frozenset({"phi3", "qwen3_moe"})
 """Of ``FAMILIES``: those whose attention function is Llama's. What concerns that function alone is tested with Llama."""
 
 ATTENTIONS = tuple(family for family in FAMILIES if family not in ATTEND_AS_LLAMA)

@@ -11,11 +11,11 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ PRUNED = "pruned_"
 
 MODELING_FILE = "modeling_pruned_heads.py"
 """What this file is called beside the weights of a pruned model."""
+
+
+Part = Literal["attention", "mlp"]
 
 
 class UnsupportedModelError(ValueError):
@@ -48,8 +51,13 @@ class FamilyLayout:
     ``attention_norm`` names the norm of a block whose output attention reads and nothing else, so that it leaves with the
     last head; None where something else reads it too.
 
-    ``mlp_output`` leads from a block to the projection that writes what the MLP adds. ``norm_after`` is the config attribute
+    ``mlp_output`` leads from a block to the projection that writes what the MLP adds. Where a block has what ``experts``
+    leads to, its MLP is a mixture of experts, and no single projection does. ``norm_after`` is the config attribute
     that is false where the block's last norm, named ``last_norm``, comes after that sum; None where no norm does.
+
+    ``attention_output_norm`` and ``mlp_output_norm`` name norms of a block through which what attention, and the MLP, has
+    written passes before it is added to the residual stream; None where it is added as it is. ``multiplier`` is the config
+    attribute that it is multiplied by.
 
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
     counts: "heads" (query heads), "width" (their features), "kv_heads" or "groups" (query heads per key-value head); one
@@ -73,6 +81,10 @@ class FamilyLayout:
     parallel: str | None = None
     norm_after: str | None = None
     last_norm: str | None = None
+    experts: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
+    multiplier: str | None = None
     reads: tuple[str, ...] = ()
 
 
@@ -154,6 +166,7 @@ LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
         ),
         "qwen2": _LLAMA,
         "qwen3": _LLAMA,
+        "qwen3_moe": replace(_LLAMA, experts="mlp.experts"),
     }
 )
 """FamilyLayout by the ``model_type`` of the Hugging Face config."""
@@ -258,10 +271,25 @@ def output_projections(model: PreTrainedModel) -> list[nn.Module | None]:
     return [None if isinstance(a, EmptiedAttention) else a.get_submodule(name) for a in attentions(model)]
 
 
-def mlp_output_projections(model: PreTrainedModel) -> list[nn.Module]:
-    """The projection of every layer that writes what its MLP adds to the residual stream."""
-    name = layout_of(model).mlp_output
-    return [block.get_submodule(name) for block in blocks(model)]
+def mlp_output_projections(model: PreTrainedModel) -> list[nn.Module | None]:
+    """The projection of every layer that writes what its MLP adds to the residual stream; None for a mixture of experts."""
+    layout = layout_of(model)
+    return [
+        None
+        if layout.experts is not None and _has_module(block, layout.experts)
+        else block.get_submodule(layout.mlp_output)
+        for block in blocks(model)
+    ]
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model with this config has layers whose MLP is a mixture of experts, counted without making its weights."""
+    layout = LAYOUTS[str(family_of(config))]
+    if layout.experts is None:
+        return False
+    with torch.device("meta"):
+        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[str(family_of(config))]](config)
+    return None in mlp_output_projections(model)
 
 
 def last_norms(model: PreTrainedModel) -> list[nn.Module | None]:
@@ -269,6 +297,19 @@ def last_norms(model: PreTrainedModel) -> list[nn.Module | None]:
     layout = layout_of(model)
     after = layout.norm_after is not None and not getattr(model.config, layout.norm_after)
     return [block.get_submodule(layout.last_norm) if after and layout.last_norm else None for block in blocks(model)]
+
+
+def norms_of_outputs(model: PreTrainedModel, part: Part) -> list[nn.Module | None]:
+    """The norm of every layer through which what attention, or the MLP, writes passes before it is added; None if none."""
+    layout = layout_of(model)
+    name = layout.attention_output_norm if part == "attention" else layout.mlp_output_norm
+    return [None if name is None else block.get_submodule(name) for block in blocks(model)]
+
+
+def residual_multiplier(model: PreTrainedModel) -> float:
+    """What the output of attention and MLP is multiplied by before it is added to the residual stream."""
+    attribute = layout_of(model).multiplier
+    return 1.0 if attribute is None else float(getattr(model.config, attribute))
 
 
 def input_major_weight(projection: nn.Module) -> Tensor:
@@ -497,6 +538,10 @@ def _read(config: Any, attribute: str) -> Any:
     return getattr(config, attribute, None) if attribute in LAYOUTS[str(family_of(config))].reads else None
 
 
+def _has_module(block: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in block.named_modules())
+
+
 def _readers(grid: HeadGrid, keep: Tensor) -> Tensor:
     """How many of the kept query heads (bool [H]) read each key-value head: int64 [K]."""
     return keep.view(grid.n_kv_heads, grid.group_size).sum(1)
@@ -694,6 +739,8 @@ def _give_biases(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"{field} must be different layers from 0 to {len(found) - 1}, not {layers!r}")
         for layer in layers:
             owner = found[layer]
+            if owner is None:
+                raise UnsupportedModelError(f"{field} names layer {layer}, whose MLP is a mixture of experts")
             if getattr(owner, "bias", None) is None:
                 width, like = model.config.hidden_size, next(model.parameters())
                 owner.bias = nn.Parameter(torch.zeros(width, dtype=like.dtype, device=like.device), requires_grad=False)
