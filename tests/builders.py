@@ -111,6 +111,28 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "mlp_only_layers": [1],
         },
     ),
+    "smollm3": ("smollm3", {**GROUPED, "num_key_value_heads": 3, "no_rope_layers": [1, 0, 1]}),
+    "granite": (
+        "granite",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "ministral": (
+        "ministral",
+        {
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
     "phi3": (
         "phi3",
         {
@@ -135,7 +157,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Model type and settings of a small config for everything that a family can do differently."""
 
-ATTEND_AS_LLAMA = frozenset({"phi3", "qwen3_moe"})
+ATTEND_AS_LLAMA = frozenset({"granite", "ministral", "phi3", "qwen3_moe", "smollm3"})
 """Of ``FAMILIES``: those whose attention function is Llama's. What concerns that function alone is tested with Llama."""
 
 ATTENTIONS = tuple(family for family in FAMILIES if family not in ATTEND_AS_LLAMA)

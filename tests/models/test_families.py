@@ -19,6 +19,7 @@ from builders import (
 )
 
 from pruning_comparison.agency import DenseStream, adapt
+from pruning_comparison.errors import InputError
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import generate
 from pruning_comparison.measure.memory import cache_bytes, decode_bytes, parameter_bytes
@@ -28,6 +29,7 @@ from pruning_comparison.models.heads import (
     UnsupportedModelError,
     attentions,
     check_supported,
+    has_experts,
     head_grid,
     head_parameters,
     input_major_weight,
@@ -44,12 +46,20 @@ from pruning_comparison.pruning.surgery import (
     sharing_copy,
 )
 from pruning_comparison.run.comparison import run_comparison
+from pruning_comparison.run.inputs import prepare_pruning
 from pruning_comparison.scoring.weights import score_magnitude
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.journal import RunStore
 
 LAYERS, HEADS, WIDTH = 3, 6, 48
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+SLIDING = {
+    "mistral with a window": (True, True, True),
+    "qwen3 with windows": (False, True, True),
+    "ministral": (False, True, True),
+}
+"""Which layers of a family see a window of five tokens."""
+
 families = pytest.mark.parametrize("family", FAMILIES)
 masks = pytest.mark.parametrize("name", MASKS)
 
@@ -225,8 +235,8 @@ def test_parameter_and_cache_bytes_fall_as_computed_by_hand(family, name):
     _, cache = stepwise_logits(compact, tokens)
     batch, length = tokens.shape
     kept_tokens = [length] * LAYERS
-    if "window" in family:  # a window of 5 tokens needs the 4 before the newest; the first layer of "windows" is full
-        kept_tokens = [length if "windows" in family else 4, 4, 4]
+    if family in SLIDING:  # a window of 5 tokens needs the 4 before the newest
+        kept_tokens = [4 if sliding else length for sliding in SLIDING[family]]
     assert cache_bytes(cache) == sum(
         4 * 2 * batch * count * size * heads for count, heads in zip(kept_tokens, kv_left, strict=True)
     )
@@ -414,11 +424,20 @@ def test_every_family_can_be_previewed(family, tmp_path):
     )
 
 
+def test_refitting_the_mlps_of_experts_is_refused_before_any_weight_is_read(tmp_path):
+    save_tiny_model(tmp_path, model=tiny_model("qwen3_moe", vocab_size=257))
+    settings = {"model_name": str(tmp_path), "calibration_tokens": 64, "calibration_window": 32}
+    with pytest.raises(InputError, match=r"mixtures of experts\. Give --adaptation=refit"):
+        prepare_pruning(ComparisonSpec(variants=("agency",), **settings))
+    texts = write_short_texts(tmp_path)
+    for allowed in ({"variants": ("agency",), "adaptation": "refit"}, {"variants": ("baseline",)}):
+        prepare_pruning(ComparisonSpec(**allowed, **settings, **texts))
+    assert not has_experts(tiny_model("qwen3_moe", num_experts=0).config)
+
+
 def test_what_is_not_supported_says_what_is():
     config = tiny_model("llama").config
-    with pytest.raises(
-        UnsupportedModelError, match=r"gpt2, gpt_neox, .*llama, mistral, .*opt, phi3, qwen2, qwen3, .*adding-a-family"
-    ):
+    with pytest.raises(UnsupportedModelError, match=rf"{', '.join(sorted(LAYOUTS))}.*adding-a-family"):
         check_supported(type("Config", (), {"model_type": "martian"}))
     config.num_key_value_heads = 4
     with pytest.raises(UnsupportedModelError, match="6 query heads and 4 key-value heads"):

@@ -104,6 +104,9 @@ _LLAMA = FamilyLayout(
 
 LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
     {
+        "granite": replace(_LLAMA, multiplier="residual_multiplier"),
+        "ministral": _LLAMA,
+        "smollm3": _LLAMA,
         "gpt2": FamilyLayout(
             layers="transformer.h",
             attention="attn",
@@ -221,6 +224,11 @@ def check_supported(config: Any) -> None:
         raise UnsupportedModelError(
             f"the config has {heads} query heads and {kv_heads} key-value heads, which do not divide evenly. "
             "Check num_attention_heads and num_key_value_heads in config.json."
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(
+            "the model's attention looks ahead (use_bidirectional_attention); only causal language models can be compared. "
+            "Choose one whose config has it off."
         )
     if model_type == "mistral" and len(set(getattr(config, "layer_types", None) or ())) > 1:
         raise UnsupportedModelError(
