@@ -32,6 +32,7 @@ from pruning_comparison.models.heads import (
     LAYOUTS,
     PRUNED,
     EmptiedAttention,
+    attention_implementation,
     attention_outputs,
     attentions,
     family_of,
@@ -376,7 +377,7 @@ def _filled(model_class: Any, config: Any, weights: Mapping[str, Tensor], dtype:
             config=config,
             state_dict=dict(weights),
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention_implementation(config),
             output_loading_info=True,
         )
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind])

@@ -59,6 +59,9 @@ class FamilyLayout:
     written passes before it is added to the residual stream; None where it is added as it is. ``multiplier`` is the config
     attribute that it is multiplied by.
 
+    ``soft_cap`` is the config attribute that bounds the scores of attention, which transformers does in its eager
+    implementation alone.
+
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
     counts: "heads" (query heads), "width" (their features), "kv_heads" or "groups" (query heads per key-value head); one
     that begins with ``config.`` is read from the config, and a smaller layer sees another there. ``parallel`` is the
@@ -85,6 +88,7 @@ class FamilyLayout:
     attention_output_norm: str | None = None
     mlp_output_norm: str | None = None
     multiplier: str | None = None
+    soft_cap: str | None = None
     reads: tuple[str, ...] = ()
 
 
@@ -102,8 +106,12 @@ _LLAMA = FamilyLayout(
     reads=("head_dim", "num_key_value_heads"),
 )
 
+_GEMMA = replace(_LLAMA, attention_output_norm="post_attention_layernorm", mlp_output_norm="post_feedforward_layernorm")
+
 LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
     {
+        "gemma2": replace(_GEMMA, soft_cap="attn_logit_softcapping"),
+        "gemma3_text": _GEMMA,
         "granite": replace(_LLAMA, multiplier="residual_multiplier"),
         "ministral": _LLAMA,
         "smollm3": _LLAMA,
@@ -295,8 +303,9 @@ def has_experts(config: Any) -> bool:
     layout = LAYOUTS[str(family_of(config))]
     if layout.experts is None:
         return False
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[str(family_of(config))]]
     with torch.device("meta"):
-        model: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[str(family_of(config))]](config)
+        model = model_class(config)
     return None in mlp_output_projections(model)
 
 
@@ -305,6 +314,12 @@ def last_norms(model: PreTrainedModel) -> list[nn.Module | None]:
     layout = layout_of(model)
     after = layout.norm_after is not None and not getattr(model.config, layout.norm_after)
     return [block.get_submodule(layout.last_norm) if after and layout.last_norm else None for block in blocks(model)]
+
+
+def attention_implementation(config: Any) -> str:
+    """The name of transformers' attention that computes what the family means: "sdpa", or "eager" where only that does."""
+    soft_cap = LAYOUTS[str(family_of(config))].soft_cap
+    return "sdpa" if soft_cap is None or getattr(config, soft_cap, None) is None else "eager"
 
 
 def norms_of_outputs(model: PreTrainedModel, part: Part) -> list[nn.Module | None]:

@@ -37,6 +37,7 @@ from pruning_comparison.models.heads import (
     PRUNED,
     HeadGrid,
     UnsupportedModelError,
+    attention_implementation,
     check_supported,
     head_grid,
     input_major_weight,
@@ -228,7 +229,7 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",
+                attn_implementation=attention_implementation(preview.config),
                 output_loading_info=True,
                 # Upstream's error speaks of a report that is not shown; ours names tensor, shapes and config field.
                 ignore_mismatched_sizes=True,

@@ -50,6 +50,7 @@ def attend_with_entropies(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its entropies in nats: query [B, H, T, D], key and value [B, K, S, D] to [B, T, H, D] and [B, H, T].
@@ -58,6 +59,8 @@ def attend_with_entropies(
     softmax, the entropy is
 
         H(p) = -sum p (s - m) - log(max p),   since p = exp(s - m) / Z and so max p = 1 / Z.
+
+    ``softcap`` bounds the scores smoothly before the mask is added, to softcap tanh(s / softcap).
 
     Both terms are at least 0, so nothing cancels, and no logarithm is taken for each key. Maps are made for a block of
     queries at a time, against the keys that any of them sees. Everything is in float32 where the model computes in less.
@@ -93,6 +96,8 @@ def attend_with_entropies(
             sizes = (*asked.shape[:2], seen.stop - seen.start)
             scores, maps = (buffer[: sizes[0] * sizes[1] * sizes[2]].view(sizes) for buffer in buffers)
             torch.bmm(asked, keys[:, seen].transpose(1, 2), out=scores)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
             if mask is not None and masked.stop > masked.start:
                 inside = slice(masked.start - seen.start, masked.stop - seen.start)
                 scores.view(*shape, -1)[..., inside] += mask[(*some, slice(None), queries, masked)]
