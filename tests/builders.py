@@ -134,6 +134,19 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
             "query_pre_attn_scalar": 3,
         },
     ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
+    "olmo2": ("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40}),
     "smollm3": ("smollm3", {**GROUPED, "num_key_value_heads": 3, "no_rope_layers": [1, 0, 1]}),
     "granite": (
         "granite",
@@ -180,7 +193,7 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Model type and settings of a small config for everything that a family can do differently."""
 
-ATTEND_AS_LLAMA = frozenset({"gemma3", "granite", "ministral", "phi3", "qwen3_moe", "smollm3"})
+ATTEND_AS_LLAMA = frozenset({"gemma3", "granite", "ministral", "olmo2", "phi3", "qwen3_moe", "smollm3"})
 """Of ``FAMILIES``: those whose attention function is Llama's. What concerns that function alone is tested with Llama."""
 
 ATTENTIONS = tuple(family for family in FAMILIES if family not in ATTEND_AS_LLAMA)

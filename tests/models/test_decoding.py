@@ -28,7 +28,7 @@ from pruning_comparison.pruning.surgery import converted_copy, mask_heads, remov
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 BY_THEIR_OWN_FORWARD = {"mistral with a window", "qwen3 with windows", "opt with norms after"}
 """Caches that forget, and tokens that are embedded narrowly."""
-WITHOUT_A_STEP = {"gemma2", "gemma3_text", "granite", "ministral", "phi3", "qwen3_moe", "smollm3"}
+WITHOUT_A_STEP = {"gemma2", "gemma3_text", "gpt_oss", "granite", "ministral", "olmo2", "phi3", "qwen3_moe", "smollm3"}
 """Model types that nobody has described a step for: they decode by their own forward."""
 MODELS = {
     **{

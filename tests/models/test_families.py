@@ -59,10 +59,11 @@ SLIDING = {
     "ministral": (False, True, True),
     "gemma2": (True, False, True),
     "gemma3": (True, False, True),
+    "gpt_oss": (True, False, True),
 }
 """Which layers of a family see a window of five tokens."""
 
-EAGER_ALONE = {"gemma2"}
+EAGER_ALONE = {"gemma2", "gpt_oss"}
 
 families = pytest.mark.parametrize("family", FAMILIES)
 masks = pytest.mark.parametrize("name", MASKS)
@@ -177,7 +178,8 @@ def test_an_emptied_layer_skips_the_norm_that_only_its_attention_read(family):
     before = {"gpt2": "ln_1", "opt": "self_attn_layer_norm", "opt with norms after": "self_attn_layer_norm"}
     name = before.get(family, "input_layernorm")
     called = sum(call.endswith(name) for call in calls)
-    assert called == (LAYERS if family == "opt with norms after" else LAYERS - 1)
+    # OPT with norms after its sums keeps it, OLMo 2 has none.
+    assert called == {"opt with norms after": LAYERS, "olmo2": 0}.get(family, LAYERS - 1)
 
 
 def test_a_decoding_step_over_uneven_groups_copies_no_keys(monkeypatch):
@@ -226,13 +228,17 @@ def test_parameter_and_cache_bytes_fall_as_computed_by_hand(family, name):
     kv_left = kv_heads_left(model, keep)
     kv_heads_gone = LAYERS * grid.n_kv_heads - sum(kv_left)
     # A query head has E * D query weights and D * E output weights, a key-value head twice E * D; each with its biases.
-    per_query_head = 2 * WIDTH * size + qkv_bias * size
+    per_query_head = 2 * WIDTH * size + qkv_bias * size + (family == "gpt_oss")  # a sink
     per_kv_head = 2 * (WIDTH * size + qkv_bias * size)
+    if family == "olmo2":  # queries and keys stay, for the norms that run over all of them, until the layer is empty
+        per_query_head, per_kv_head = WIDTH * size, WIDTH * size
     # A layer without heads also loses the query and key norms, D weights each, and the norm before its attention, E weights
     # and, where norms have them, E biases. OPT with norms after its sums keeps that: it is not before attention.
     emptied = int((~keep.any(1)).sum())
     norm = {"gpt2": 2, "gpt_neox": 2, "gpt_neox in sequence": 2, "opt": 2, "opt with norms after": 0}.get(family, 1)
     norms_gone = ((2 * size if family.startswith(("qwen3", "gemma3")) else 0) + norm * WIDTH) * emptied
+    if family == "olmo2":
+        norms_gone = emptied * (HEADS + grid.n_kv_heads) * (WIDTH * size + size)
     gone = query_heads_gone * per_query_head + kv_heads_gone * per_kv_head + norms_gone
     assert parameter_bytes(model) - parameter_bytes(compact) == 4 * gone
     tokens = token_ids()

@@ -60,7 +60,10 @@ class FamilyLayout:
     attribute that it is multiplied by.
 
     ``soft_cap`` is the config attribute that bounds the scores of attention, which transformers does in its eager
-    implementation alone.
+    implementation alone. ``sinks`` names a parameter of attention with a number for each query head; those of heads that go
+    are cut, and only the eager implementation reads them. ``joint_norms`` names norms that run over the queries, and the
+    keys, of all heads together: what they divide by is the dense model's only if all queries and keys are made, so these
+    projections stay whole, and those of heads that have gone are dropped behind the norm.
 
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
     counts: "heads" (query heads), "width" (their features), "kv_heads" or "groups" (query heads per key-value head); one
@@ -89,6 +92,8 @@ class FamilyLayout:
     mlp_output_norm: str | None = None
     multiplier: str | None = None
     soft_cap: str | None = None
+    sinks: str | None = None
+    joint_norms: tuple[str, str] | None = None
     reads: tuple[str, ...] = ()
 
 
@@ -113,7 +118,9 @@ LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
         "gemma2": replace(_GEMMA, soft_cap="attn_logit_softcapping"),
         "gemma3_text": _GEMMA,
         "granite": replace(_LLAMA, multiplier="residual_multiplier"),
+        "gpt_oss": replace(_LLAMA, experts="mlp.experts", sinks="sinks"),
         "ministral": _LLAMA,
+        "olmo2": replace(_GEMMA, attention_norm=None, joint_norms=("q_norm", "k_norm")),
         "smollm3": _LLAMA,
         "gpt2": FamilyLayout(
             layers="transformer.h",
@@ -318,8 +325,9 @@ def last_norms(model: PreTrainedModel) -> list[nn.Module | None]:
 
 def attention_implementation(config: Any) -> str:
     """The name of transformers' attention that computes what the family means: "sdpa", or "eager" where only that does."""
-    soft_cap = LAYOUTS[str(family_of(config))].soft_cap
-    return "sdpa" if soft_cap is None or getattr(config, soft_cap, None) is None else "eager"
+    layout = LAYOUTS[str(family_of(config))]
+    capped = layout.soft_cap is not None and getattr(config, layout.soft_cap, None) is not None
+    return "eager" if capped or layout.sinks is not None else "sdpa"
 
 
 def norms_of_outputs(model: PreTrainedModel, part: Part) -> list[nn.Module | None]:
@@ -381,12 +389,15 @@ def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -
 def kept_columns(layout: FamilyLayout, grid: HeadGrid, keep: Tensor) -> dict[str, Tensor]:
     """What a layer keeps of the projections that make queries, keys and values: sorted indices of their outputs, by name.
 
-    ``keep`` bool [H]. A key-value head is kept as long as any query head that reads it is.
+    ``keep`` bool [H]. A key-value head is kept as long as any query head that reads it is. Projections that stay whole are
+    not named.
     """
     read = _readers(grid, keep) > 0
     kept = {"query": keep, "key": read, "value": read}
     left: dict[str, list[Tensor]] = {}
     for part, columns in _part_columns(layout, grid).items():
+        if layout.joint_norms is not None and part != "value":
+            continue
         left.setdefault(getattr(layout, part), []).append(columns[kept[part]].flatten())
     return {name: torch.cat(indices).sort().values for name, indices in left.items()}
 
@@ -414,6 +425,13 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
         set_projection(projection, input_major_weight(projection)[:, columns], bias)
     rows = head_columns(keep, grid.head_size).to(output.weight.device)
     set_projection(output, input_major_weight(output)[rows], None)
+    if layout.sinks is not None:
+        sinks = attention.get_parameter(layout.sinks)
+        kept = sinks[head_columns(keep, 1).to(sinks.device)].detach().clone()
+        setattr(attention, layout.sinks, nn.Parameter(kept, requires_grad=False))
+    if layout.joint_norms is not None:
+        for name, heads in zip(layout.joint_norms, (keep, _readers(grid, keep) > 0), strict=True):
+            attention.get_submodule(name).register_forward_hook(_Kept(head_columns(heads, grid.head_size)))
     group_sizes = live_groups(grid, keep)
     even = len(set(group_sizes)) == 1
     sizes = {
@@ -432,6 +450,18 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
         attention.register_buffer("kv_index", _kv_index(grid, keep, output.weight.device), persistent=False)
     if of_config or not even:
         attention.config = _LayerConfig(attention.config, of_config, even)
+
+
+class _Kept:
+    """A forward hook that hands on the features with the given indices, int64, of a module's output [.., F]."""
+
+    def __init__(self, indices: Tensor) -> None:
+        self.indices = indices
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if self.indices.device != output.device:
+            self.indices = self.indices.to(output.device)
+        return output.index_select(-1, self.indices)
 
 
 def live_groups(grid: HeadGrid, keep: Tensor) -> list[int]:
