@@ -26,6 +26,7 @@ from pruning_comparison.measure.memory import cache_bytes, decode_bytes, paramet
 from pruning_comparison.models import load_model, preview_model
 from pruning_comparison.models.heads import (
     LAYOUTS,
+    NOT_YET,
     UnsupportedModelError,
     attentions,
     check_supported,
@@ -449,6 +450,13 @@ def test_what_is_not_supported_says_what_is():
     config = tiny_model("llama").config
     with pytest.raises(UnsupportedModelError, match=rf"{', '.join(sorted(LAYOUTS))}.*adding-a-family"):
         check_supported(type("Config", (), {"model_type": "martian"}))
+    with pytest.raises(UnsupportedModelError, match=r"'falcon' is not supported yet: .*cache"):
+        check_supported(type("Config", (), {"model_type": "falcon"}))
+    assert not set(NOT_YET) & set(LAYOUTS)
+    ahead = tiny_model("gemma3").config
+    ahead.use_bidirectional_attention = True
+    with pytest.raises(UnsupportedModelError, match="looks ahead"):
+        check_supported(ahead)
     config.num_key_value_heads = 4
     with pytest.raises(UnsupportedModelError, match="6 query heads and 4 key-value heads"):
         check_supported(config)

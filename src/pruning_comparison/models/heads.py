@@ -113,81 +113,106 @@ _LLAMA = FamilyLayout(
 
 _GEMMA = replace(_LLAMA, attention_output_norm="post_attention_layernorm", mlp_output_norm="post_feedforward_layernorm")
 
+_DESCRIBED = {
+    "gemma2": replace(_GEMMA, soft_cap="attn_logit_softcapping"),
+    "gemma3_text": _GEMMA,
+    "granite": replace(_LLAMA, multiplier="residual_multiplier"),
+    "gpt_oss": replace(_LLAMA, experts="mlp.experts", sinks="sinks"),
+    "ministral": _LLAMA,
+    "olmo2": replace(_GEMMA, attention_norm=None, joint_norms=("q_norm", "k_norm")),
+    "smollm3": _LLAMA,
+    "gpt2": FamilyLayout(
+        layers="transformer.h",
+        attention="attn",
+        query="c_attn",
+        key="c_attn",
+        value="c_attn",
+        output="c_proj",
+        fused="parts",
+        sizes=MappingProxyType({"num_heads": "heads", "split_size": "width"}),
+        mlp_output="mlp.c_proj",
+        attention_norm="ln_1",
+    ),
+    "gpt_neox": FamilyLayout(
+        layers="gpt_neox.layers",
+        attention="attention",
+        query="query_key_value",
+        key="query_key_value",
+        value="query_key_value",
+        output="dense",
+        fused="heads",
+        sizes=MappingProxyType({}),
+        mlp_output="mlp.dense_4h_to_h",
+        attention_norm="input_layernorm",
+        parallel="use_parallel_residual",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "opt": FamilyLayout(
+        layers="model.decoder.layers",
+        attention="self_attn",
+        query="q_proj",
+        key="k_proj",
+        value="v_proj",
+        output="out_proj",
+        fused=None,
+        sizes=MappingProxyType({"num_heads": "heads"}),
+        mlp_output="fc2",
+        attention_norm="self_attn_layer_norm",
+        norm_after="do_layer_norm_before",
+        last_norm="final_layer_norm",
+    ),
+    "phi3": FamilyLayout(
+        layers="model.layers",
+        attention="self_attn",
+        query="qkv_proj",
+        key="qkv_proj",
+        value="qkv_proj",
+        output="o_proj",
+        fused="parts",
+        sizes=MappingProxyType(
+            {
+                "config.num_attention_heads": "heads",
+                "num_key_value_heads": "kv_heads",
+                "num_key_value_groups": "groups",
+            }
+        ),
+        mlp_output="mlp.down_proj",
+        attention_norm="input_layernorm",
+        reads=("head_dim", "num_key_value_heads"),
+    ),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": replace(_LLAMA, experts="mlp.experts"),
+}
+
 LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
+    {family: layout for family, layout in sorted(_DESCRIBED.items()) if family in CONFIG_MAPPING}
+)
+"""FamilyLayout by the ``model_type`` of the Hugging Face config, of those that the installed transformers has."""
+
+
+_LATENT = "it has latent attention, whose heads share one compressed key and value (MLA)"
+_LINEAR = "some of its layers have linear or gated attention, which has no heads of this kind"
+
+NOT_YET: Mapping[str, str] = MappingProxyType(
     {
-        "gemma2": replace(_GEMMA, soft_cap="attn_logit_softcapping"),
-        "gemma3_text": _GEMMA,
-        "granite": replace(_LLAMA, multiplier="residual_multiplier"),
-        "gpt_oss": replace(_LLAMA, experts="mlp.experts", sinks="sinks"),
-        "ministral": _LLAMA,
-        "olmo2": replace(_GEMMA, attention_norm=None, joint_norms=("q_norm", "k_norm")),
-        "smollm3": _LLAMA,
-        "gpt2": FamilyLayout(
-            layers="transformer.h",
-            attention="attn",
-            query="c_attn",
-            key="c_attn",
-            value="c_attn",
-            output="c_proj",
-            fused="parts",
-            sizes=MappingProxyType({"num_heads": "heads", "split_size": "width"}),
-            mlp_output="mlp.c_proj",
-            attention_norm="ln_1",
-        ),
-        "gpt_neox": FamilyLayout(
-            layers="gpt_neox.layers",
-            attention="attention",
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="heads",
-            sizes=MappingProxyType({}),
-            mlp_output="mlp.dense_4h_to_h",
-            attention_norm="input_layernorm",
-            parallel="use_parallel_residual",
-        ),
-        "llama": _LLAMA,
-        "mistral": _LLAMA,
-        "opt": FamilyLayout(
-            layers="model.decoder.layers",
-            attention="self_attn",
-            query="q_proj",
-            key="k_proj",
-            value="v_proj",
-            output="out_proj",
-            fused=None,
-            sizes=MappingProxyType({"num_heads": "heads"}),
-            mlp_output="fc2",
-            attention_norm="self_attn_layer_norm",
-            norm_after="do_layer_norm_before",
-            last_norm="final_layer_norm",
-        ),
-        "phi3": FamilyLayout(
-            layers="model.layers",
-            attention="self_attn",
-            query="qkv_proj",
-            key="qkv_proj",
-            value="qkv_proj",
-            output="o_proj",
-            fused="parts",
-            sizes=MappingProxyType(
-                {
-                    "config.num_attention_heads": "heads",
-                    "num_key_value_heads": "kv_heads",
-                    "num_key_value_groups": "groups",
-                }
-            ),
-            mlp_output="mlp.down_proj",
-            attention_norm="input_layernorm",
-            reads=("head_dim", "num_key_value_heads"),
-        ),
-        "qwen2": _LLAMA,
-        "qwen3": _LLAMA,
-        "qwen3_moe": replace(_LLAMA, experts="mlp.experts"),
+        "bloom": "the slopes of its positions (ALiBi) belong to heads, and a smaller layer would need those of its own",
+        "deepseek_v2": _LATENT,
+        "deepseek_v3": _LATENT,
+        "falcon": "its fused projection is in an order of its own, and its cache holds keys and values once for every head",
+        "falcon_h1": _LINEAR,
+        "gemma3": "it reads images too; its text model alone, of the type gemma3_text, is supported",
+        "gptj": "nobody has described its attention and parallel blocks yet",
+        "jamba": _LINEAR,
+        "minimax": _LINEAR,
+        "mpt": "the slopes of its positions (ALiBi) belong to heads, and a smaller layer would need those of its own",
+        "olmo3": "its sliding layers have not been checked yet; OLMo 2 is supported",
+        "qwen3_5": _LINEAR,
+        "qwen3_next": _LINEAR,
     }
 )
-"""FamilyLayout by the ``model_type`` of the Hugging Face config."""
+"""Model types that people ask for and that cannot be pruned yet, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -220,8 +245,9 @@ def check_supported(config: Any) -> None:
     """Raises UnsupportedModelError where the config's architecture has no layout, or has parts that pruning would break."""
     model_type = family_of(config)
     if model_type not in LAYOUTS:
+        reason = f" yet: {NOT_YET[model_type]}" if model_type in NOT_YET else ""
         raise UnsupportedModelError(
-            f"architecture {model_type!r} is not supported. Supported model types: {', '.join(sorted(LAYOUTS))}. "
+            f"architecture {model_type!r} is not supported{reason}. Supported model types: {', '.join(sorted(LAYOUTS))}. "
             f"Choose a model of one of these families; {FAMILY_PAGE} in the repository shows how one is added."
         )
     if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):

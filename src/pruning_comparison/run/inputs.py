@@ -41,12 +41,13 @@ class Inputs:
     bos: int | None = None
 
 
-def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
+def prepare(spec: ComparisonSpec, *, identify: bool = True, weights: bool = True) -> Inputs:
     """Reads config, tokenizer and texts, and checks that they fit the spec. InputError where they do not.
 
-    ``identify`` also takes the content hashes, which reads the weights of a local model through once.
+    ``identify`` also takes the content hashes, which reads the weights of a local model through once. Without ``weights`` a
+    model may be a folder with a config alone, which is all that a plan needs.
     """
-    preview = preview_model(spec.model_name)
+    preview = preview_model(spec.model_name, weights=weights)
     _check_levels(spec, preview.grid)
     _check_adaptation(spec, preview)
     bos = preview.bos(spec.bos)
