@@ -245,7 +245,7 @@ def check_supported(config: Any) -> None:
     """Raises UnsupportedModelError where the config's architecture has no layout, or has parts that pruning would break."""
     model_type = family_of(config)
     if model_type not in LAYOUTS:
-        reason = f" yet: {NOT_YET[model_type]}" if model_type in NOT_YET else ""
+        reason = f" yet: {NOT_YET[model_type]}" if model_type is not None and model_type in NOT_YET else ""
         raise UnsupportedModelError(
             f"architecture {model_type!r} is not supported{reason}. Supported model types: {', '.join(sorted(LAYOUTS))}. "
             f"Choose a model of one of these families; {FAMILY_PAGE} in the repository shows how one is added."
