@@ -728,7 +728,7 @@ def _plan(options: argparse.Namespace) -> int:
     from pruning_comparison.plan.plan import format_plan, plan_cost, plan_run
     from pruning_comparison.run.inputs import prepare
 
-    inputs = prepare(spec, identify=False)
+    inputs = prepare(spec, identify=False, weights=False)
     plan = {**plan_run(spec, Margins(**margins), inputs), "expected": plan_cost(spec, inputs)}
     print(json.dumps(plan, indent=1, allow_nan=False) if options.json else format_plan(plan))
     return 0

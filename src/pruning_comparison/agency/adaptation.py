@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.before_norms import added_to_stream, output_that_adds
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
 from pruning_comparison.measure.memory import PeakMemory
 from pruning_comparison.models.devices import fast_products
@@ -88,6 +89,10 @@ def adapt(
       ridge regression towards the original weights (Hoerl and Kennard 1970, shrunk to a prior other than zero);
     * "refit-mlp": the MLP's output projection as well, with ``mlp_ridge``.
 
+    Where a norm or a factor comes between what attention or the MLP writes and what is added to the stream (Gemma 2 and 3,
+    OLMo 2, Granite), T is what has to enter it (``before_norms``). A mixture of experts has no one projection to refit:
+    "refit-mlp" is refused for it.
+
     A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
     ``most_tokens`` leaves out what comes after the batch that reaches so many.
@@ -102,6 +107,11 @@ def adapt(
     """
     if steps not in ADAPTATIONS:
         raise ValueError(f"unknown adaptation {steps!r}; choose one of {', '.join(ADAPTATIONS)}")
+    if steps == "refit-mlp" and None in mlp_output_projections(pruned):
+        raise ValueError(
+            "refit-mlp needs one projection that writes what the MLP adds, and this model has mixtures of experts; "
+            "choose refit"
+        )
     if steps == "none":
         return AdaptationCost(0.0, 0, None, "nothing was adapted")
     started = time.perf_counter()
@@ -327,7 +337,7 @@ def _adapt_attention(
     allow_new_bias: bool,
     text: _FittedText,
 ) -> list[Tensor]:
-    """Adapts one layer's attention; what it then adds to every batch, [B, T, E]."""
+    """Adapts one layer's attention; what it then writes for every batch, [B, T, E]."""
     attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
     moments = _Moments()
     if projection is None:
@@ -360,9 +370,10 @@ def _adapt_attention(
 
 
 def _attention_target(dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream) -> Tensor:
-    """What the pruned layer's attention should add to one batch, [B, T, E]."""
+    """What the pruned layer's attention should write for one batch, [B, T, E]."""
     if not has_parallel_blocks(pruned):
-        return dense.at(number, layer, "after attention") - stream.hidden
+        wanted = dense.at(number, layer, "after attention") - stream.hidden
+        return output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
     silent = torch.zeros_like(stream.hidden)
     with replaced_output(attentions(pruned)[layer], (silent, None)), fast_products(dense.model):
         without_attention = stream.run(pruned, layer)
@@ -381,9 +392,14 @@ def _adapt_mlp(
 ) -> None:
     """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
 
-    ``added`` is what attention adds to every batch.
+    ``added`` is what attention writes for every batch.
     """
     projection, norm = mlp_output_projections(pruned)[layer], last_norms(pruned)[layer]
+    if projection is None:
+        for stream, attention_adds in zip(streams, added, strict=True):
+            with replaced_output(attentions(pruned)[layer], (attention_adds, None)), fast_products(dense.model):
+                stream.hidden = stream.run(pruned, layer).to(stream.hidden)
+        return
     weight, old_bias = input_major_weight(projection), getattr(projection, "bias", None)
     moments = _Moments()
     inputs, totals = [], []
@@ -401,6 +417,7 @@ def _adapt_mlp(
             target = aim - total
             if text.given_up:
                 target = target - text.given_up * (dense.at(number, layer, "after attention") - total)
+            target = output_that_adds(pruned, layer, "mlp", target, dense.lengths(number, layer, "mlp"))
             read = z
             if text.sinks_apart:
                 read, target, aim, now = moments.set_apart(dense.sinks[number], z, target, aim, now, stream.weight)
@@ -413,7 +430,8 @@ def _adapt_mlp(
         solution = moments.solve(weight, "refit", ridge, 1, old_bias is not None or allow_new_bias)
     written = _replaced(projection, solution, inputs, streams[0].hidden, write=ridge is not None)
     for stream, total, adds in zip(streams, totals, written, strict=True):
-        stream.hidden = total + adds if norm is None else norm(total + adds)
+        after = total + added_to_stream(pruned, layer, "mlp", adds)
+        stream.hidden = after if norm is None else norm(after)
 
 
 def _replaced(
