@@ -8,11 +8,17 @@ import torch
 from builders import random_masks, tiny_gpt2, tiny_model
 from scipy.optimize import minimize
 
-from pruning_comparison.agency import adaptation
+from pruning_comparison.agency import adaptation, streams
 from pruning_comparison.agency.adaptation import adapt, ridge_towards
 from pruning_comparison.agency.before_norms import before_norm
 from pruning_comparison.agency.streams import DenseStream
-from pruning_comparison.models.heads import attentions, blocks, input_major_weight, output_projections
+from pruning_comparison.models.heads import (
+    attentions,
+    blocks,
+    input_major_weight,
+    mlp_output_projections,
+    output_projections,
+)
 from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
 
 LAYERS, HEADS, WIDTH, SIZE = 3, 4, 32, 8
@@ -450,3 +456,36 @@ def test_openings_of_weight_two_count_as_if_each_were_there_twice(model):
     for name, parameter in one.named_parameters():
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-3, atol=1e-4)
     assert any(not torch.allclose(p, plain.get_parameter(n), atol=1e-3) for n, p in one.named_parameters())
+
+
+def test_openings_are_read_up_to_where_first_tokens_become_long(model, monkeypatch):
+    """By attention in that layer and by all before it: the weights there are those of openings, the MLP's are not."""
+    openings = torch.randint(1, 97, (30, 1), generator=torch.Generator().manual_seed(8))
+    keep = MASKS["uneven"]
+    with_openings = DenseStream(model, WINDOWS, batch_size=5, openings=openings)
+    assert [stream.opening for stream in with_openings.start()] == [False] * 3 + [True]
+    assert with_openings.sink_layer is None
+    whole, none, some = (remove_heads(model, keep) for _ in range(3))
+    adapt(with_openings, whole)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), none)
+    adapt(with_openings, some, openings_to_sink=True)
+    for name, parameter in some.named_parameters():
+        torch.testing.assert_close(parameter, none.get_parameter(name), msg=name)
+    monkeypatch.setattr(with_openings, "sink_layer", 0)
+    first = remove_heads(model, keep)
+    cost = adapt(with_openings, first, openings_to_sink=True)
+    assert cost.tokens == WINDOWS.numel() + 30
+    attention, mlp = (
+        [projections(one)[0].weight for one in (first, whole, none)]
+        for projections in (output_projections, mlp_output_projections)
+    )
+    torch.testing.assert_close(attention[0], attention[1])
+    assert not torch.allclose(attention[0], attention[2], atol=1e-4)
+    assert not torch.allclose(mlp[0], mlp[1], atol=1e-4)
+
+
+def test_the_sink_layer_is_where_first_tokens_reach_half_of_their_greatest_length():
+    usual = torch.tensor([1.0, 1.0, 2.0, 2.0])
+    assert streams._sink_layer(torch.tensor([1.0, 12.0, 40.0, 30.0]), usual) == 2
+    assert streams._sink_layer(torch.tensor([1.0, 25.0, 40.0, 30.0]), usual) == 1
+    assert streams._sink_layer(torch.tensor([1.0, 9.0, 19.0, 20.0]), usual) is None
