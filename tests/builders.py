@@ -356,7 +356,7 @@ def no_model() -> PrunedModel:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
-    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda *given: None)
+    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda *given, **more: None)
     monkeypatch.setattr(attempts, "run_cell", lambda w, cell: (no_model(), CellResult(cell, "done", fingerprint="x")))
     monkeypatch.setattr(attempts, "time_level", lambda *arguments: LevelTimings([]))
 
