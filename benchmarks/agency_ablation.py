@@ -26,7 +26,6 @@ import torch
 from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency import streams
 from pruning_comparison.agency.adaptation import adapt
 from pruning_comparison.agency.consent import negotiate, quota_of_level
 from pruning_comparison.agency.moments import HeadMoments
@@ -55,7 +54,6 @@ from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
 BATCH = 8
-GPU_STREAM_BYTES = 48 * 2**30
 ROUND_AT = 30.0
 
 
@@ -114,21 +112,22 @@ WEIGHTS = ("half", "curve", "context", "context2", "rounds")
 
 DEFAULT = (
     "reference",
-    "sinks_apart=1",
+    "openings=1024,opening_weight=0.06",
+    "openings=1024,opening_tokens=2,opening_weight=0.06",
     "swaps=3",
     "weights=context",
-    "openings=1024,opening_weight=0.06",
-    "openings=1024,opening_weight=0.06,sinks_apart=1",
+    "weights=rounds",
+    "weights=curve",
     "mlp_ridge=0.1",
     "mlp_ridge=1",
     "ridge=0.03",
     "ridge=0.3",
-    "weights=rounds",
-    "weights=curve",
     "lost_ratio=8",
-    "longest=30",
     "price_ridge=0.01",
     "price_ridge=0.1",
+    "openings=256,opening_weight=0.25,sinks_apart=1",
+    "sinks_apart=1",
+    "longest=30",
     "weights=context2",
     "error_share=0.9",
     "parts=2",
@@ -457,8 +456,6 @@ def main(arguments: Sequence[str] | None = None) -> None:
     else:
         preview = ModelPreview(gguf.SMOLLM2, str(options.model_path), *gguf.read_header(options.model_path))
     model = load_model(preview, device=options.device).model
-    if options.device != "cpu":
-        streams.MOST_BYTES_IN_MEMORY = GPU_STREAM_BYTES
     torch.set_num_threads(1)
     calibration = whole_windows(
         load_documents(options.calibration_text, option="--calibration_text"), preview.tokenizer, options.window
