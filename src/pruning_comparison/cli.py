@@ -200,7 +200,7 @@ def make_parser() -> _Parser:
     prune = command(
         "prune",
         _prune,
-        "(--level=PER_CENT | --max_loss=PER_CENT) [OPTION ...]",
+        "(--level=N | --max_loss=N) [OPTION ...]",
         in_short="prune one model and save it, with a card that says what it costs",
         says="Prunes a model to one level, or as far as a loss allows, by one method, as a comparison would, and saves it "
         "with a model card: what was "
