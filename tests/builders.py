@@ -41,6 +41,7 @@ from pruning_comparison.report.page import render_report
 from pruning_comparison.run import attempts
 from pruning_comparison.run.measure_cell import LevelTimings
 from pruning_comparison.run.pruned_model import PrunedModel
+from pruning_comparison.scoring.prices import LayerPrices, Prices
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.journal import RunStore, columns_of
 from pruning_comparison.store.records import CellResult, ModelFacts
@@ -229,6 +230,31 @@ def random_masks(layers: int, heads: int) -> dict[str, torch.Tensor]:
     return masks
 
 
+def plain_costs(table: Sequence[Sequence[float]]) -> Prices:
+    """Prices of heads that have nothing to do with one another and cost what ``table`` [L, H] says; NaN: has left."""
+    layers = []
+    for row in torch.tensor(table, dtype=torch.float64):
+        live = row.isfinite().nonzero().squeeze(1)
+        weight = row[live].sqrt().unsqueeze(1)
+        gram = torch.eye(len(live), dtype=torch.float64)
+        layers.append(LayerPrices.of(gram, weight, live.tolist(), ridge=1e-12) if len(live) else None)
+    return Prices(tuple(layers), (1.0,) * len(layers), len(table[0]))
+
+
+def random_costs(layers: int, heads: int, seed: int, *, duplicates: bool = False) -> Prices:
+    """Prices of heads whose outputs depend on one another."""
+    generator = torch.Generator().manual_seed(seed)
+    of_layers = []
+    for _ in range(layers):
+        x = torch.randn(60, 2 * heads, generator=generator).double()
+        x = x @ torch.randn(2 * heads, 2 * heads, generator=generator).double()
+        if duplicates and heads > 1:
+            x[:, 2:4] = x[:, :2]
+        weight = torch.randn(2 * heads, 5, generator=generator).double()
+        of_layers.append(LayerPrices.of(x.T @ x / 60, weight, range(heads), ridge=0.01))
+    return Prices(tuple(of_layers), tuple(torch.rand(layers, generator=generator).tolist()), heads)
+
+
 def write_short_texts(folder: Path) -> dict[str, str]:
     """The beginnings of bundled documents as folders of a user's own: a tokenizer of bytes takes long for them in full.
 
@@ -330,7 +356,7 @@ def no_model() -> PrunedModel:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
-    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda spec, inputs: None)
+    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda *given: None)
     monkeypatch.setattr(attempts, "run_cell", lambda w, cell: (no_model(), CellResult(cell, "done", fingerprint="x")))
     monkeypatch.setattr(attempts, "time_level", lambda *arguments: LevelTimings([]))
 

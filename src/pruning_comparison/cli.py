@@ -27,12 +27,16 @@ from pruning_comparison.presets import PRESETS
 from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
+    AUTO,
     BOS_RULES,
+    CONSENT_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
     LOOKS,
     PRECISIONS,
     PRUNE_UNITS,
+    RECOVERY_GRID,
+    RECOVERY_RATES,
     SCOPES,
     ComparisonSpec,
     available_cores,
@@ -199,24 +203,34 @@ def make_parser() -> _Parser:
     prune = command(
         "prune",
         _prune,
-        "--level=PER_CENT [OPTION ...]",
+        "(--level=PER_CENT | --max_loss=PER_CENT) [OPTION ...]",
         in_short="prune one model and save it, with a card that says what it costs",
-        says="Prunes a model to one level, by one method, as a comparison would, and saves it with a model card: what was "
+        says="Prunes a model to one level, or as far as a loss allows, by one method, as a comparison would, and saves it "
+        "with a model card: what was "
         "cut, perplexity, speed and bytes before and after, how it was made, and how it loads again.",
         shows="""\
   pruning-comparison prune --model_name=gpt2 --level=30
+  pruning-comparison prune --model_name=gpt2 --max_loss=5
   pruning-comparison prune --model_name=gpt2 --level=50 --also=plain""",
     )
     model = prune.add_argument_group("the pruned model")
-    model.add_argument(
-        "--level", "--pruning_level", type=_number, required=True, help="per cent of the heads, above 0 and below 100"
+    how_far = model.add_mutually_exclusive_group(required=True)
+    how_far.add_argument(
+        "--level", "--pruning_level", type=_number, help="per cent of the heads, above 0 and below 100"
+    )
+    how_far.add_argument(
+        "--max_loss",
+        type=_number,
+        help="in place of a level: per cent by which perplexity may rise. As many heads go as prices predict to be "
+        "possible, and fewer where that is measured to cost more, on calibration text that nothing else has read",
     )
     model.add_argument("--method", "--pruning_method", default="fisher", help=f"one of {_METHOD_NAMES}")
     model.add_argument("--variant", default="agency", help=f"one of {', '.join(VARIANTS)}")
     model.add_argument(
         "--output_dir",
         default=None,
-        help="the new folder of the model; by default pruned_models/<model>_<variant>_<method>_<level>",
+        help="the new folder of the model; by default pruned_models/<model>_<variant>_<method>_<level>, or "
+        "_max_loss_<loss>",
     )
     model.add_argument(
         "--also",
@@ -325,7 +339,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
 
     group = parser.add_argument_group("what is pruned, and how")
-    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
+    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, smollm2-135m, or a .gguf file of it")
     add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
     add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
     add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
@@ -338,6 +352,11 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         "values",
     )
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads are pruned first under entropy")
+    add(
+        "consent",
+        help=f"{', '.join(CONSENT_RULES)}: whether a head that is asked refuses by its price, or by its price over the "
+        "decoding time or the cache bytes that its going saves",
+    )
     add(
         "adaptation",
         help=f"{', '.join(ADAPTATIONS)}: how far the surviving heads adapt, each step including those before it",
@@ -355,7 +374,21 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         type=_whole_number,
         help="steps of distillation from the dense model, the same for every variant",
     )
-    add("recovery_rate", type=float, help="learning rate of the recovery steps")
+    if "recovery_learning_rate" not in without:
+        group.add_argument(
+            "--recovery_learning_rate",
+            "--recovery_rate",
+            dest="recovery_rate",
+            type=_number_or_auto,
+            default=default["recovery_rate"],
+            help="learning rate of the recovery steps, or auto: chosen from "
+            f"{', '.join(f'{rate:g}' for rate in RECOVERY_RATES)} on held-out calibration text, for each model",
+        )
+    add(
+        "recovery_parameters",
+        help=f"{', '.join(RECOVERY_GRID)} or auto: whether recovery trains all weights of the blocks, or output "
+        "projections, norms and biases alone; auto: chosen as the rate is",
+    )
 
     group = parser.add_argument_group("how much is measured")
     add(
@@ -406,6 +439,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     group = parser.add_argument_group("where it is measured")
     add("device", default=None, help="cpu, cuda or cuda:N; by default the best available")
     add("precision", default=None, help=f"{', '.join(PRECISIONS)}; by default float16 on a GPU and float32 elsewhere")
+    add(
+        "prepare_precision",
+        help=f"{', '.join(PRECISIONS)}: of matrix products while heads are scored and survivors adapt; weights stay float32",
+    )
     add("threads", type=_whole_number, default=None, help="CPU threads; by default all cores")
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
     add("launcher", default="serial", help=f"{' or '.join(LAUNCHERS)}: one process, or workers on a Ray cluster")
@@ -459,6 +496,15 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _number_or_auto(text: str) -> float | str:
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def _margins_of(options: argparse.Namespace) -> dict[str, float]:
@@ -702,7 +748,7 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _prune_to_one_level(options: argparse.Namespace) -> int:
-    if not (math.isfinite(options.level) and 0 < options.level < 100):
+    if options.level is not None and not (math.isfinite(options.level) and 0 < options.level < 100):
         raise InputError(
             f"{options.level} must be above 0 and below 100 per cent. Give a level such as 30.", option="--level"
         )
@@ -717,11 +763,17 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
             raise InputError(
                 f"{getattr(options, name)!r} must name exactly one. Run the command once for each.", option=f"--{name}"
             )
-    options.pruning_levels, options.pruning_method = str(options.level), options.method
+    from pruning_comparison.run.max_loss import UNKNOWN_LEVELS, build_within, check_max_loss
+
+    levels = UNKNOWN_LEVELS if options.level is None else (options.level,)
+    options.pruning_levels, options.pruning_method = ",".join(map(str, levels)), options.method
     options.variants, options.temperatures, options.iterations = options.variant, "1", 1
     spec = _spec_of(options)
     method = file_name_of(options.method)
-    stem = "_".join([Path(spec.model_name).name or "model", options.variant, method, f"{options.level:g}"])
+    if options.max_loss is not None:
+        check_max_loss(spec, options.max_loss)
+    how_far = f"{options.level:g}" if options.max_loss is None else f"max_loss_{options.max_loss:g}"
+    stem = "_".join([Path(spec.model_name).name or "model", options.variant, method, how_far])
     folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not an empty folder. Give another.", option="--output_dir")
@@ -730,12 +782,16 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
     from pruning_comparison.store.run_folder import check_writable
 
     inputs = prepare_pruning(spec) if options.no_measure else prepare(spec, identify=False)
-    check_forms(spec, also, inputs.preview)
+    if options.max_loss is None:
+        check_forms(spec, also, inputs.preview)
     check_writable(folder.absolute().parent)
-    steps = steps_of_one(spec, measures=not options.no_measure, forms=1 + len(also))
+    steps = steps_of_one(
+        spec, measures=not options.no_measure, forms=1 + len(also), finds_level=options.max_loss is not None
+    )
     total = sum(steps.values())
     with Live(quiet=options.quiet, steps=steps) as live:
-        live.say(f"pruning {spec.model_name} to {options.level:g} % by {options.method}, {options.variant}")
+        goal = f"to {options.level:g} %" if options.max_loss is None else f"for a loss of {options.max_loss:g} %"
+        live.say(f"pruning {spec.model_name} {goal} by {options.method}, {options.variant}")
         from pruning_comparison.checkpoint.forms import save_pruned
         from pruning_comparison.report.terminal import before_and_after_text
         from pruning_comparison.run.one_model import build_one, measure_one
@@ -744,11 +800,12 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
         begun = itertools.count()
 
         def step(what: str) -> None:
-            live.progress(next(begun), total, what)
+            live.progress(min(next(begun), total), total, what)
 
         step("loading the model")
         workspace = load_workspace(spec, inputs)
-        pruned = build_one(workspace, on_step=step)
+        found = None if options.max_loss is None else build_within(workspace, options.max_loss, on_step=step)
+        pruned = build_one(workspace, on_step=step) if found is None else found.pruned
         measured = () if options.no_measure else measure_one(workspace, pruned, on_step=step)
         tokenizer = workspace.inputs.preview.tokenizer
         saved: list[tuple[str, Path]] = []
@@ -765,6 +822,8 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
                     traceback.print_exc()
                 failed[form] = failure
         live.progress(total, total, "done")
+    if found is not None and not options.quiet:
+        print(found.in_words(options.max_loss))
     if measured and not options.quiet:
         _print_any(before_and_after_text(measured))
     for name, place in saved:

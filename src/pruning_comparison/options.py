@@ -45,6 +45,9 @@ def with_presets_and_files(argv: Sequence[str], known: Mapping[str, argparse.Act
         from_file = [word for word in from_file if not word.startswith("--iterations=")]
     if "--until_decided" in (*from_file, *given):
         from_preset = [word for word in from_preset if not word.startswith("--iterations=")]
+    for mine, other in (("level", "max_loss"), ("pruning_level", "max_loss"), ("max_loss", "level")):
+        if _last_value(given, mine) is not None and _last_value(given, other) is None:
+            from_file = [word for word in from_file if not word.startswith(f"--{other}=")]
     return [*command, *from_preset, *from_file, *given]
 
 

@@ -117,6 +117,11 @@ def sample_windows(available: Tensor, tokens: int, generator: torch.Generator) -
     return available[torch.randperm(len(available), generator=generator)[: -(-tokens // available.shape[1])]]
 
 
+def unread_windows(available: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+    """The windows [M, window] that ``sample_windows`` leaves behind with the same arguments, in random order."""
+    return available[torch.randperm(len(available), generator=generator)[-(-tokens // available.shape[1]) :]]
+
+
 def check_enough(available: Tensor, tokens: int) -> None:
     """InputError where the windows [M, window] do not hold ``tokens``."""
     if available.numel() < tokens:

@@ -321,7 +321,7 @@ def test_unknown_steps_are_refused(model):
 
 def test_a_stream_in_a_scratch_file_adapts_as_one_in_memory(model, monkeypatch, tmp_path):
     in_memory = DenseStream(model, WINDOWS, batch_size=5)
-    monkeypatch.setattr("pruning_comparison.agency.streams.MOST_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("pruning_comparison.models.devices.MOST_STREAM_BYTES", 0)
     on_disk = DenseStream(model, WINDOWS, batch_size=5, scratch_folder=tmp_path)
     # Two places for each layer, two bytes for each number.
     assert (in_memory.scratch_bytes, on_disk.scratch_bytes) == (0, 2 * LAYERS * WINDOWS.numel() * WIDTH * 2)
@@ -438,3 +438,15 @@ def test_coarse_precision_is_refused():
 def test_products_in_blocks_are_the_whole_product(features):
     x = torch.randn(40, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(adaptation._gram(x), x.T @ x)
+
+
+def test_openings_of_weight_two_count_as_if_each_were_there_twice(model):
+    openings = torch.randint(1, 97, (4, 5), generator=torch.Generator().manual_seed(8))
+    one, other = (remove_heads(model, MASKS["uneven"]) for _ in range(2))
+    adapt(DenseStream(model, WINDOWS, batch_size=5, openings=openings, opening_weight=2.0), one)
+    adapt(DenseStream(model, WINDOWS, batch_size=5, openings=torch.cat([openings, openings])), other)
+    plain = remove_heads(model, MASKS["uneven"])
+    adapt(DenseStream(model, WINDOWS, batch_size=5), plain)
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-3, atol=1e-4)
+    assert any(not torch.allclose(p, plain.get_parameter(n), atol=1e-3) for n, p in one.named_parameters())

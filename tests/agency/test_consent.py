@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from builders import tiny_gpt2, tiny_model
+from builders import plain_costs, random_costs, tiny_gpt2, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,31 +30,6 @@ from pruning_comparison.scoring.prices import LayerPrices, Prices
 ACTIVE, OVERLOADED, MISALIGNED, WITHDRAWN = HeadState
 CONSENTED, REFUSED, OVERRIDDEN = HeadAnswer
 WINDOWS = torch.randint(1, 97, (8, 24), generator=torch.Generator().manual_seed(4))
-
-
-def plain_costs(table):
-    """A cost model of heads that have nothing to do with one another and cost what ``table`` [L, H] says; NaN: has left."""
-    layers = []
-    for row in torch.tensor(table, dtype=torch.float64):
-        live = row.isfinite().nonzero().squeeze(1)
-        weight = row[live].sqrt().unsqueeze(1)
-        gram = torch.eye(len(live), dtype=torch.float64)
-        layers.append(LayerPrices.of(gram, weight, live.tolist(), ridge=1e-12) if len(live) else None)
-    return Prices(tuple(layers), (1.0,) * len(layers), len(table[0]))
-
-
-def random_costs(layers, heads, seed, *, duplicates=False):
-    """Costs of heads whose outputs depend on one another."""
-    generator = torch.Generator().manual_seed(seed)
-    of_layers = []
-    for _ in range(layers):
-        x = torch.randn(60, 2 * heads, generator=generator).double()
-        x = x @ torch.randn(2 * heads, 2 * heads, generator=generator).double()
-        if duplicates and heads > 1:
-            x[:, 2:4] = x[:, :2]
-        weight = torch.randn(2 * heads, 5, generator=generator).double()
-        of_layers.append(LayerPrices.of(x.T @ x / 60, weight, range(heads), ridge=0.01))
-    return Prices(tuple(of_layers), tuple(torch.rand(layers, generator=generator).tolist()), heads)
 
 
 def scores_in_order(*places, shape):

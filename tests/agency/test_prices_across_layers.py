@@ -9,7 +9,7 @@ import pytest
 import torch
 from builders import ATTENTIONS, random_masks, tiny_gpt2, tiny_model
 
-from pruning_comparison.agency import prices_across_layers
+from pruning_comparison.agency import cuts
 from pruning_comparison.agency.moments import observe
 from pruning_comparison.agency.prices_across_layers import (
     layer_prices,
@@ -150,7 +150,7 @@ def test_blocks_may_run_in_bfloat16_and_logits_stay_in_the_weights_precision(mon
     """What large models do on processors with units for it. In bfloat16 logits near 8 are 1/32 apart."""
     model = tiny_gpt2()
     exact = weights_of(model)
-    monkeypatch.setattr(prices_across_layers, "fast_products", lambda m: torch.autocast("cpu", dtype=torch.bfloat16))
+    monkeypatch.setattr(cuts, "fast_products", lambda m: torch.autocast("cpu", dtype=torch.bfloat16))
     seen = {}
     for name in ("transformer.h.1.mlp.c_fc", "lm_head"):
         module, seen[name] = model.get_submodule(name), []

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -292,3 +294,191 @@ def test_decoding_copies_no_cache_and_reserves_it_once(model, monkeypatch, own):
     rooms.clear()
     generate(model, [[1, 2, 3]], 9, temperatures=[0.0], step=step)
     assert len(rooms) == 3
+
+
+# Steps whose tensors stay in their place: what a GPU records. Here they are called as they are.
+
+
+def static_step_of(model):
+    step = decode_step(model, static=True)
+    assert step is not None
+    assert step.static
+    return step
+
+
+@torch.inference_mode()
+def logits_of_a_static_step(model, tokens, mask=None, first=4):
+    """As ``logits_step_by_step``, by a ``StaticStep``."""
+    rows, length = tokens.shape
+    static = static_step_of(model).reserved(model, rows, length)
+    positions = torch.arange(length).expand_as(tokens) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    seen = None if mask is None else mask[:, :first]
+    start = model(
+        input_ids=tokens[:, :first],
+        attention_mask=seen,
+        position_ids=positions[:, :first],
+        past_key_values=static.cache,
+        use_cache=True,
+    )
+    static.begin(first, positions[:, first], seen)
+    rest = [static(tokens[:, at]).clone() for at in range(first, length)]
+    static.end()
+    return torch.cat([start.logits, torch.stack(rest, 1)], 1), static.cache
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", MASKS)
+def test_a_static_step_computes_what_the_forward_computes(family, name):
+    """Uneven groups, emptied layers, and a cache that is longer than what is in it."""
+    model = remove_heads(tiny_model(family, **MODELS[family]), MASKS[name])
+    expected, stock = stepwise_logits(model, token_ids())
+    actual, cache = logits_of_a_static_step(model, token_ids())
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert cache_bytes(cache) == cache_bytes(stock)
+    assert cache.get_seq_length() == stock.get_seq_length()
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", ["all kept", "uneven groups", "first layer emptied"])
+def test_a_static_step_computes_what_the_forward_computes_with_left_padding(family, name):
+    model = remove_heads(tiny_model(family), MASKS[name])
+    tokens, visible = left_padded()
+    expected, _ = stepwise_logits(model, tokens, visible)
+    actual, _ = logits_of_a_static_step(model, tokens, visible)
+    torch.testing.assert_close(actual[0, 3:], expected[0, 3:], **CLOSE)
+    torch.testing.assert_close(actual[1], expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_texts_of_a_static_step_are_those_of_the_forward(model, temperature):
+    prompts = [[5, 9, 11, 40, 2, 8], [7, 3], [1, 2, 3, 4]]
+    draws = torch.stack([common_uniforms(0, 0, row, 12) for row in range(3)])
+    settings = {"temperatures": [temperature] * 3, "uniforms": draws, "check_finite": True}
+    expected = generate(model, prompts, 12, **settings)
+    step = static_step_of(model)
+    for _ in range(2):  # the second takes over the first one's cache
+        actual = generate(model, prompts, 12, step=step, **settings)
+        assert torch.equal(actual.tokens, expected.tokens)
+        assert torch.equal(actual.finite, expected.finite)
+        assert actual.cache_bytes == expected.cache_bytes
+
+
+def test_static_steps_are_taken_over_when_nobody_needs_them_and_emptied(model):
+    class Owner:
+        pass
+
+    step, one, other = static_step_of(model), Owner(), Owner()
+    first = step.reserved(one, 2, 100)
+    assert first.capacity == 128
+    assert step.reserved(other, 2, 100) is not first
+    assert step.reserved(Owner(), 3, 100) is not first
+    with torch.inference_mode():
+        first.cache.layers[0].room.fill_(torch.nan)
+    del one
+    again = step.reserved(other, 2, 120)
+    assert again is first
+    assert not bool(again.cache.layers[0].room.any())
+    again.end()
+    assert step.reserved(Owner(), 2, 3) is first
+    step.release()
+    assert step.reserved(other, 2, 100) is not first
+
+
+def test_what_an_earlier_text_left_in_the_cache_does_not_spread(model):
+    """A text of numbers that are none, then one like any other: masks cannot hide what is not finite."""
+    step = static_step_of(model)
+    with torch.inference_mode():
+        step.reserved(model, 1, 8).cache.layers[1].room.fill_(torch.inf)
+    step._static_steps[0][0].end()
+    expected = generate(model, [[1, 2, 3]], 6, temperatures=[0.0])
+    assert torch.equal(generate(model, [[1, 2, 3]], 6, temperatures=[0.0], step=step).tokens, expected.tokens)
+
+
+def test_a_static_step_keeps_its_rotations_and_nobody_keeps_it():
+    """A longer text makes longer tables; what was recorded before goes on reading its own. No garbage is left to collect."""
+    step = static_step_of(tiny_model("llama"))
+    owner = token_ids()
+    short = step.reserved(owner, 2, 8)
+    before = short._step.rotations
+    step.reserved(owner, 2, 300)
+    assert short._step.rotations is before
+    assert step.rotations is not before
+    gone = weakref.ref(short)
+    gc.disable()
+    try:
+        del step, short
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_full_static_cache_says_so(model):
+    static = static_step_of(model).reserved(model, 1, 1)
+    static.begin(static.capacity, torch.tensor([3]), None)
+    with pytest.raises(ValueError, match="129 tokens do not fit a cache that was reserved for 128"):
+        static(torch.tensor([1]))
+
+
+class Replayed:
+    """Stands in for a CUDA graph: a replay calls the step again, and writes its logits where the recorded ones are."""
+
+    def __init__(self, static, error=0.0):
+        self.static, self.error = static, error
+
+    def capture_begin(self, **settings):
+        pass
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        self.static._logits.copy_(self.static._next() + self.error)
+
+
+def recorded(monkeypatch, static, **settings):
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    for name, stands_in in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: Replayed(static, **settings),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stands_in)
+    with torch.inference_mode():
+        static._try_to_record(torch.device("cpu"))
+
+
+def test_a_recorded_step_is_replayed_from_an_empty_cache(model, monkeypatch):
+    step = static_step_of(model)
+    expected = generate(model, [[1, 2, 3]], 6, temperatures=[0.0]).tokens
+    static = step.reserved(model, 1, 8)
+    recorded(monkeypatch, static)
+    assert static.recorded
+    static.end()
+    assert torch.equal(generate(model, [[1, 2, 3]], 6, temperatures=[0.0], step=step).tokens, expected)
+
+
+def test_a_replay_that_differs_is_not_used_and_one_warning_says_so(model, monkeypatch, caplog):
+    decoding._warn_once.cache_clear()
+    for _ in range(2):
+        static = static_step_of(model).reserved(model, 1, 8)
+        recorded(monkeypatch, static, error=1.0)
+        assert not static.recorded
+    assert [record.message for record in caplog.records] == [caplog.records[0].message]
+    assert "are not recorded as CUDA graphs on this GPU: a replay differs by 1 from a plain call" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_in_half_precision_is_as_close_as_its_tolerance_says(dtype, monkeypatch):
+    """Only GPUs take it; the arithmetic is the same. Norms the wrong way round are not within rounding."""
+    monkeypatch.setattr(decoding, "_can_be_taken_apart", lambda model, layout: True)
+    rounded = remove_heads(converted_copy(tiny_model("llama"), dtype), MASKS["uneven groups"])
+    assert decode_step(rounded, static=True) is not None
+    wrong = StepLayout(**{**vars(STEP_LAYOUTS["llama"]), "norms": ("post_attention_layernorm", "input_layernorm")})
+    monkeypatch.setattr(decoding, "STEP_LAYOUTS", {"llama": wrong})
+    assert decode_step(rounded, static=True) is None

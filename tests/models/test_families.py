@@ -22,7 +22,7 @@ from pruning_comparison.agency import DenseStream, adapt
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import generate
-from pruning_comparison.measure.memory import cache_bytes, decode_bytes, parameter_bytes
+from pruning_comparison.measure.memory import cache_bytes, cache_bytes_after, decode_bytes, parameter_bytes
 from pruning_comparison.models import load_model, preview_model
 from pruning_comparison.models.heads import (
     LAYOUTS,
@@ -487,3 +487,16 @@ def test_prefill_flops_of_a_pruned_gpt2_are_those_counted_by_hand():
     for tokens in (1, 10):
         by_hand = 2 * tokens * weights + (6 + 2) * 2 * tokens**2 * 8 + 2 * 97 * 48
         assert prefill_flops(compact, tokens) == by_hand
+
+
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_bytes_of_the_cache_are_those_that_a_text_leaves_in_it(family):
+    """Layer 0 keeps two heads, of one group where there are groups, layer 1 none, the last all."""
+    dense = tiny_model(family)
+    keep = head_grid(dense.config).all_heads()
+    keep[0, 2:], keep[1] = False, False
+    pruned = remove_heads(dense, keep)
+    for model in (dense, pruned, converted_copy(pruned, torch.bfloat16)):
+        cache = model(input_ids=torch.arange(1, 8).view(1, 7), use_cache=True).past_key_values
+        assert cache_bytes_after(model, 7) == cache_bytes(cache)
+        assert cache_bytes_after(model) == cache_bytes(cache) // 7 * 1000

@@ -196,3 +196,14 @@ def test_masked_equals_compact_on_the_real_model(loaded):
     with mask_heads(model, keep):
         expected = model(ids).logits
     torch.testing.assert_close(remove_heads(model, keep)(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.extras
+def test_a_file_may_be_named_by_its_path(loaded, tmp_path):
+    """As where the package cannot be installed."""
+    path = tmp_path / "copy.gguf"
+    path.symlink_to(gguf.smollm2_file())
+    named = preview_model(str(path))
+    assert named.describe()["name"] == "copy, dequantised from GGUF"
+    model = load_model(named).model
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.model.parameters(), strict=True))

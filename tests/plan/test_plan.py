@@ -340,3 +340,20 @@ def test_seconds_follow_the_speeds(folder):
     assert found["texts"] == 5 * 10_000 + (3 + 3 + 5 + 3 * 5)
     assert found["timing"] == 3 * 4 * (4 + 4 + 5) * 100  # 3 prompts, 4 times to make 10 pairs
     assert found["scores and negotiation"] == found["adaptation"] == 0
+
+
+def test_memory_counts_prices_and_moments(folder):
+    """By hand: 2 layers of 4 heads of size 8, embedding 32; 8 bytes a number."""
+
+    def memory(**settings):
+        spec = ComparisonSpec(
+            model_name=str(folder / "model"), device="cpu", precision="float32", iterations=1, threads=1, num_tokens=5,
+            eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"), eval_tokens=1000,
+            calibration_tokens=100, calibration_window=64, prompt_file=str(folder / "prompts.txt"), **settings,
+        )  # fmt: skip
+        return expected(spec, prepare(spec, identify=False), None, 0)["memory_bytes"]
+
+    moments, prices = 2 * 2 * 32 * 32 * 8, 2 * (32 * 32 + 32 * 32) * 8
+    without = memory(pruning_methods=("random",), variants=("baseline", "agency-adaptation"))
+    assert memory(pruning_methods=("random",), variants=("baseline", "agency")) - without == moments + 2 * prices
+    assert memory(pruning_methods=("obs",), variants=("baseline", "agency-adaptation")) - without == moments + prices

@@ -20,11 +20,12 @@ from matplotlib.figure import Figure
 from matplotlib.text import Text
 from PIL import Image, ImageFilter
 
+from pruning_comparison.analysis import find_fronts
 from pruning_comparison.analysis.head_maps import SIGNALS, agreement, map_heads, map_rounds
 from pruning_comparison.analysis.rankings import RANKING_COLUMNS
 from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
+from pruning_comparison.report.charts import draw_fronts, perplexity_over_levels, rankings
 from pruning_comparison.report.charts import overview as charts
-from pruning_comparison.report.charts import perplexity_over_levels, rankings
 from pruning_comparison.report.charts.heads import draw_head_charts
 from pruning_comparison.variants import VARIANTS
 
@@ -124,12 +125,31 @@ def answer_tables() -> tuple[pd.DataFrame, pd.DataFrame]:
     return pd.DataFrame(relative, columns=list(RELATIVE_COLUMNS)), pd.DataFrame(ranked, columns=list(RANKING_COLUMNS))
 
 
+def front_table() -> pd.DataFrame:
+    """Agency cheaper and slower than the baseline at equal level, except at the last one; the cache the same."""
+    summary, relative = [estimate_row("cache_bytes_1000", "baseline", 0, 9.2e6)], []
+    for level in LEVELS[1:]:
+        for variant, slope, gain in (("baseline", 1.9, 0.6), ("agency", 0.6, 0.4)):
+            perplexity, speed = math.exp(slope * level / 100), 1 + gain * level / 100
+            relative.append(
+                relative_row("perplexity", variant, level, perplexity, perplexity / 1.08, perplexity * 1.08)
+            )
+            relative.append(relative_row("tokens_per_second", variant, level, speed, speed - 0.02, speed + 0.02))
+            summary.append(estimate_row("cache_bytes_1000", variant, level, 9.2e6 * (1 - level / 100)))
+    return find_fronts(
+        "tiny",
+        pd.DataFrame(summary, columns=list(SUMMARY_COLUMNS)),
+        pd.DataFrame(relative, columns=list(RELATIVE_COLUMNS)),
+    )
+
+
 def first_figures() -> dict[str, Figure]:
-    """The two charts that answer. They have one size: the page draws its own for phones."""
+    """The charts that answer, and what speed and memory cost. They have one size: the page draws its own for phones."""
     relative, ranked = answer_tables()
     return {
         "perplexity_over_levels": perplexity_over_levels(relative, tolerance=0.05),
         "rankings": rankings(ranked),
+        "fronts": draw_fronts(front_table()),
     }
 
 

@@ -119,6 +119,17 @@ def test_a_run_is_continued_by_the_other_launcher_and_keeps_its_models(spec, who
     assert saved == {f"{v}_{m}_{i}_50" for v in VARIANTS for m in ("magnitude", "random") for i in (0, 1)}
 
 
+def test_workers_choose_heads_by_the_layer_times_of_the_run(folder, tmp_path, monkeypatch):
+    """One of them measures them, alone, and all are told; one process that is given the same chooses the same heads."""
+    spec = tiny_spec(folder, consent="time", pruning_methods=("magnitude", "random"), pruning_levels=(0, 25, 50))
+    run = run_comparison(spec, output_dir=tmp_path / "ray", launcher=RayLauncher(workers=2))
+    with RunStore(run) as store:
+        times = store.layer_times_s()
+    assert list(times) == [0, 1, 2, 3, 4]
+    monkeypatch.setattr("pruning_comparison.run.workspace.measure_layer_times", lambda *given, **settings: times)
+    assert unmeasured(run_comparison(spec, output_dir=tmp_path / "serial")) == unmeasured(run)
+
+
 @pytest.mark.slow
 def test_a_trajectory_that_kills_every_worker_is_given_up_and_the_rest_is_kept(folder, tmp_path):
     deadly = Cell("agency", "magnitude", 0, 50.0)

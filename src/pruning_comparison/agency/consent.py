@@ -13,6 +13,7 @@ from enum import StrEnum
 import torch
 from torch import Tensor
 
+from pruning_comparison.agency.savings import Savings
 from pruning_comparison.agency.signals import HeadSignals
 from pruning_comparison.pruning.selection import heads_to_prune
 from pruning_comparison.scoring.prices import Prices
@@ -59,10 +60,10 @@ def consent_limit(prices: Tensor, quota: int) -> float:
     """The price up to which heads consent when ``quota`` of those with ``prices``, NaN for withdrawn ones, have to leave.
 
     ``CONSENT_FACTOR`` times the price of the quota-th cheapest: if prices did not change as others leave, that many could be
-    had for as much each. 0 where nobody has to leave.
+    had for as much each. 0 where nobody has to leave. Infinite prices are no limit: the highest finite one is.
     """
     live = prices[prices.isfinite()].sort().values
-    return CONSENT_FACTOR * float(live[quota - 1]) if quota > 0 else 0.0
+    return CONSENT_FACTOR * float(live[min(quota, len(live)) - 1]) if quota > 0 and len(live) else 0.0
 
 
 def head_states(signals: HeadSignals, previous: States | None, *, start: Tensor | None = None) -> States:
@@ -112,7 +113,8 @@ class Reply:
 
     ``rank`` counts the heads asked, from 0. ``cost`` is its price when it was asked, ``limit`` the price up to which it
     would have consented. ``left`` counts the heads that left, from 0, None for one that stayed; ``left_cost`` is its price
-    then, which for an overridden head differs from ``cost`` where others of its layer left in between.
+    then, which for an overridden head differs from ``cost`` where others of its layer left in between. Where heads were held
+    against what they save, ``cost``, ``limit`` and ``left_cost`` are rates: nats per second, or per byte.
     """
 
     layer: int
@@ -161,6 +163,7 @@ def negotiate(
     states: States | None = None,
     everyone_consents: bool = False,
     group_size: int = 1,
+    savings: Savings | None = None,
 ) -> Negotiation:
     """Asks live heads to leave, in the method's order, until ``quota`` of them have left.
 
@@ -179,6 +182,11 @@ def negotiate(
     and their price is that of all of them together, so that heads that make up for one another do not look cheap. The
     default limit is that of such groups. Each of its heads has a reply, with the price of the group.
 
+    With ``savings`` a head is held by its rate, price over what is saved, in place of its price. Rates are those at the
+    start: a move of several heads saves what it does only as a whole, and after its first head had left the rest would look
+    cheap. Heads whose rate is below that of the quota-th cheapest all find a place; those at the limit consent for as long
+    as there is one beside them. Refusals are overridden by rate, then by their price at that moment.
+
     ValueError if the quota is more than the live heads or no number of whole groups, if a part of a group is gone, if a live
     head's score is not finite, or if prices and mask disagree on who is live.
     """
@@ -187,7 +195,10 @@ def negotiate(
     open_quota = _Quota.of(quota, keep)
     _check_live(scores, prices.table(), keep)
     _check_groups(open_quota, keep, group_size)
-    limits = _limits(prices, keep, quota, limit, group_size)
+    rates = None if savings is None else _rates(prices, keep, savings)
+    table = _group_prices(prices, keep, group_size) if rates is None else rates[:, ::group_size]
+    limits = _limits(table, quota, limit, group_size)
+    places = None if rates is None else _ReservedPlaces(table, quota, group_size)
 
     def members(first: int) -> range:
         return range(first, first + group_size)
@@ -213,8 +224,10 @@ def negotiate(
     for layer, first in sorted(keep[:, ::group_size].nonzero().mul(torch.tensor([1, group_size])).tolist(), key=order):
         if not open_quota.left(layer):
             continue
-        price = prices.price(layer, members(first))
+        price = prices.price(layer, members(first)) if rates is None else float(rates[layer, first])
         yes = everyone_consents or price <= limits[layer]
+        if yes and places is not None and not everyone_consents:
+            yes = places.take(layer, price, open_quota.left(layer) // group_size)
         answer = HeadAnswer.CONSENTED if yes else HeadAnswer.REFUSED
         for number, head in enumerate(members(first)):
             place, left_price = (gone + number, price) if yes else (None, None)
@@ -224,10 +237,11 @@ def negotiate(
             leave(layer, first)
     while refused := [r for r in replies[::group_size] if r.left is None and open_quota.left(r.layer)]:
         joint = {r.rank: prices.price(r.layer, members(r.head)) for r in refused}
-        cheapest = min(refused, key=lambda reply: (joint[reply.rank], reply.rank))
+        held = joint if rates is None else {r.rank: float(rates[r.layer, r.head]) for r in refused}
+        cheapest = min(refused, key=lambda reply: (held[reply.rank], joint[reply.rank], reply.rank))
         for number, rank in enumerate(members(cheapest.rank)):
             replies[rank] = replace(
-                replies[rank], answer=HeadAnswer.OVERRIDDEN, left=gone + number, left_cost=joint[cheapest.rank]
+                replies[rank], answer=HeadAnswer.OVERRIDDEN, left=gone + number, left_cost=held[cheapest.rank]
             )
         leave(cheapest.layer, cheapest.head)
     return Negotiation(tuple(replies), keep, prices)
@@ -279,17 +293,47 @@ class _Quota:
         self._remaining[layer if self._per_layer else 0] -= 1
 
 
-def _limits(
-    prices: Prices, keep: Tensor, quota: int | Sequence[int], limit: float | None, group_size: int
-) -> list[float]:
-    """The price up to which the heads of each layer consent, [L]."""
-    layers = len(keep)
+def _limits(table: Tensor, quota: int | Sequence[int], limit: float | None, group_size: int) -> list[float]:
+    """The price up to which the heads of each layer consent, [L], of the prices of groups, ``table`` [L, H / group_size]."""
+    layers = len(table)
     if limit is not None:
         return [limit] * layers
-    table = _group_prices(prices, keep, group_size)
     if isinstance(quota, int):
         return [consent_limit(table, quota // group_size)] * layers
     return [consent_limit(row, wanted // group_size) for row, wanted in zip(table, quota, strict=True)]
+
+
+class _ReservedPlaces:
+    """Places for the groups of heads whose rate is below that of the quota-th cheapest, of the model or of each layer."""
+
+    def __init__(self, table: Tensor, quota: int | Sequence[int], group_size: int) -> None:
+        rows = [table] * len(table) if isinstance(quota, int) else list(table)
+        wanted = [quota] * len(table) if isinstance(quota, int) else list(quota)
+        self._shared = isinstance(quota, int)
+        self._edges = [_nth_cheapest(row, count // group_size) for row, count in zip(rows, wanted, strict=True)]
+        self._below = [int((row < edge).sum()) for row, edge in zip(rows, self._edges, strict=True)]
+
+    def take(self, layer: int, rate: float, left: int) -> bool:
+        """Whether a group with this rate finds a place, where ``left`` groups have to leave still; takes one if reserved."""
+        place = 0 if self._shared else layer
+        if rate < self._edges[layer]:
+            self._below[place] -= 1
+            return True
+        return left > self._below[place]
+
+
+def _nth_cheapest(rates: Tensor, count: int) -> float:
+    live = rates[rates.isfinite()].sort().values
+    return float(live[min(count, len(live)) - 1]) if count > 0 and len(live) else 0.0
+
+
+def _rates(prices: Prices, keep: Tensor, savings: Savings) -> Tensor:
+    """The rate of every live head, float64 [L, H]; NaN for heads that have left."""
+    table = torch.full(tuple(keep.shape), torch.nan, dtype=torch.float64)
+    for layer in range(len(keep)):
+        for head, rate in savings.rates(prices, layer).items():
+            table[layer, head] = rate
+    return table
 
 
 def _group_prices(prices: Prices, keep: Tensor, group_size: int) -> Tensor:

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pruning_comparison.models.devices import exact_sums
 from pruning_comparison.models.heads import (
     attention_implementation,
     attentions,
@@ -62,11 +63,12 @@ class LayerMoments:
         if self.shift is None:
             self.shift = x.mean((0, 1))
         x = x - self.shift
-        for half in (0, 1):
-            part = x[(half - first_window) % 2 :: 2].flatten(0, 1)
-            self.counts[half] += len(part)
-            self.sums[half] += part.double().sum(0)
-            self.products[half] += (part.T @ part).double()
+        with exact_sums(x):
+            for half in (0, 1):
+                part = x[(half - first_window) % 2 :: 2].flatten(0, 1)
+                self.counts[half] += len(part)
+                self.sums[half] += part.double().sum(0)
+                self.products[half] += (part.T @ part).double()
 
     def count(self, half: int | None = None) -> int:
         """Tokens in one half of the text, or in all of it."""

@@ -20,13 +20,17 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.before_norms import added_to_stream
-from pruning_comparison.models.devices import fast_products
+from pruning_comparison.models.devices import fast_products, room_for_streams_bytes
 from pruning_comparison.models.heads import Part, attentions, blocks, last_norms, norms_of_outputs
 
 Place = Literal["after attention", "after block", "attention length", "mlp length"]
 
-MOST_BYTES_IN_MEMORY = 256 * 2**20
-"""A dense stream larger than this, in float32, goes to a scratch file, in float16."""
+
+SINK_RATIO = 10.0
+"""A position whose stream is in some block so many times longer than that of the median position is a sink.
+
+Models park attention on such positions, mostly the first token, and write next to nothing there otherwise.
+"""
 
 
 class _Stop(Exception):
@@ -35,10 +39,14 @@ class _Stop(Exception):
 
 @dataclass
 class Stream:
-    """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks."""
+    """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks.
+
+    ``weight`` is what each of its positions counts for in regressions.
+    """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    weight: float = 1.0
 
     def run(self, model: PreTrainedModel, layer: int) -> Tensor:
         """The stream after the block."""
@@ -75,15 +83,27 @@ class Stream:
 class DenseStream:
     """What the dense model's residual stream is after attention and after the MLP of every block, over calibration text.
 
-    It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. A
-    large one is kept in a scratch file, which ``scratch_bytes`` reports and ``close`` (or the end of the process) removes:
-    memory then holds one batch at a time. In a file values are in float16, each piece scaled by a power of two.
+    It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. It
+    stays on the model's device while it fits (``room_for_streams_bytes``). A larger one is kept in a scratch file, which
+    ``scratch_bytes`` reports and ``close`` (or the end of the process) removes: memory then holds one batch at a time. In a
+    file values are in float16, each piece scaled by a power of two.
     """
 
     def __init__(
-        self, model: PreTrainedModel, windows: Tensor, *, batch_size: int, scratch_folder: Path | None = None
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        *,
+        batch_size: int,
+        openings: Tensor | None = None,
+        opening_weight: float = 1.0,
+        scratch_folder: Path | None = None,
     ) -> None:
-        """Walks the dense ``model`` over ``windows`` [N, T] of token ids.
+        """Walks the dense ``model`` over ``windows`` [N, T] of token ids, and over ``openings`` [M, K] where there are any.
+
+        Openings are short windows. Models park their attention on the first token, whose activations are many times larger
+        than all others, and a long window has but one of it. In regressions each of their positions counts
+        ``opening_weight``.
 
         ValueError if it is not float32 or float64: streams in less are too coarse to accumulate regression statistics in.
         """
@@ -95,14 +115,24 @@ class DenseStream:
         self.model = model
         self.windows = windows
         batches = [batch.to(model.device) for batch in windows.split(batch_size)]
+        weights = [1.0] * len(batches)
+        if openings is not None:
+            # As many tokens at once as of the windows, so that memory is the same.
+            more = openings.split(max(1, batch_size * windows.shape[1] // openings.shape[1]))
+            batches += [batch.to(model.device) for batch in more]
+            weights += [opening_weight] * len(more)
         self._starts = block_inputs(model, batches)
+        for start, weight in zip(self._starts, weights, strict=True):
+            start.weight = weight
         layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
-        size = 2 * layers * windows.numel() * width * model.dtype.itemsize
+        size = 2 * layers * sum(batch.numel() for batch in batches) * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
-        self._scratch = _Scratch(scratch_folder) if size > MOST_BYTES_IN_MEMORY else None
+        self._scratch = _Scratch(scratch_folder) if size > room_for_streams_bytes(model.device) else None
+        self.sinks: list[Tensor] = []
         with torch.no_grad(), fast_products(model):
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)
+                longest = start.hidden.new_zeros(start.hidden.shape[:2])
                 for layer in range(layers):
                     before = stream.hidden
                     with _caught_lengths(model, layer) as lengths:
@@ -113,6 +143,8 @@ class DenseStream:
                     for place, length in lengths.items():
                         self._keep(number, layer, place, length)
                     self._keep(number, layer, "after block", total.to(model.dtype))
+                    longest = torch.maximum(longest, torch.linalg.vector_norm(total.to(model.dtype), dim=-1))
+                self.sinks.append(longest > SINK_RATIO * longest.median())
         self.seconds = time.perf_counter() - started
 
     @property
@@ -127,7 +159,7 @@ class DenseStream:
         for stream in self._starts:
             if most_tokens is not None and tokens >= most_tokens:
                 break
-            streams.append(Stream(stream.hidden, stream.calls))
+            streams.append(Stream(stream.hidden, stream.calls, stream.weight))
             tokens += stream.hidden.shape[0] * stream.hidden.shape[1]
         return streams
 
@@ -142,6 +174,13 @@ class DenseStream:
         if norms_of_outputs(self.model, part)[layer] is None:
             return None
         return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
+
+    def before(self, batch: int, layer: int) -> Tensor:
+        """The stream [B, T, E] of a batch that enters a block."""
+        if layer == 0:
+            return self._starts[batch].hidden
+        total, norm = self.at(batch, layer - 1, "after block"), last_norms(self.model)[layer - 1]
+        return total if norm is None else norm(total)
 
     def close(self) -> None:
         """Removes the scratch file."""

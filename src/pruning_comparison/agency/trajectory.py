@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.agency.consent import Reply, States, head_states, negotiate, quota_of_level
 from pruning_comparison.agency.moments import HeadMoments
+from pruning_comparison.agency.savings import Savings
 from pruning_comparison.agency.signals import HeadSignals, measure_signals
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
@@ -128,12 +129,13 @@ class NegotiatedTrajectory:
         importance: Tensor | None = None,
         everyone_consents: bool = False,
         group_size: int = 1,
+        savings: Savings | None = None,
         seconds: float = 0.0,
     ) -> None:
         """``scores`` rank the heads that ``prices`` and ``moments`` are of; ``seconds`` is what measuring prices took.
 
         Signals are made of ``moments`` and ``importance`` [L, H], Fisher scores; they are recorded and change no answer.
-        ``everyone_consents`` is that of ``consent.negotiate``. Heads leave in groups of ``group_size``.
+        ``everyone_consents`` and ``savings`` are those of ``consent.negotiate``. Heads leave in groups of ``group_size``.
         """
         self._scores = scores
         self._moments = moments
@@ -141,6 +143,7 @@ class NegotiatedTrajectory:
         self._scope: Scope = scope
         self._everyone_consents = everyone_consents
         self._group_size = group_size
+        self._savings = savings
         self._start = Round(0.0, moments.keep.cpu(), scores, seconds=seconds), prices
         self._reached = self._start
         self._first_contributions: Tensor | None = None
@@ -169,6 +172,7 @@ class NegotiatedTrajectory:
             states=states,
             everyone_consents=self._everyone_consents,
             group_size=self._group_size,
+            savings=self._savings,
         )
         record = RoundRecord(level, signals, states, result.replies)
         seconds = reached.seconds + time.perf_counter() - started

@@ -23,6 +23,7 @@ from pruning_comparison.analysis.estimates import (
     observations,
     summarize,
 )
+from pruning_comparison.analysis.fronts import FRONT_COLUMNS, find_fronts
 from pruning_comparison.analysis.head_maps import (
     AGREEMENT_COLUMNS,
     SIGNALS,
@@ -66,6 +67,13 @@ from pruning_comparison.analysis.stopping import (
     primary_answers,
     primary_answers_at,
 )
+from pruning_comparison.analysis.strongest import (
+    CHOSEN_ON_HELD_OUT,
+    NOT_CHOSEN,
+    ONLY_BASELINE,
+    STRONGEST_COLUMNS,
+    strongest_baselines,
+)
 from pruning_comparison.analysis.tradeoffs import (
     EQUAL_COLUMNS,
     OPTIMUM_COLUMNS,
@@ -87,15 +95,19 @@ __all__ = [
     "AGREEMENT_COLUMNS",
     "ANSWERED",
     "BETTER",
+    "CHOSEN_ON_HELD_OUT",
     "CONTRAST_COLUMNS",
     "EQUAL_COLUMNS",
     "ERROR_RATE",
+    "FRONT_COLUMNS",
     "HYPOTHESIS_COLUMNS",
     "LOOKS",
     "MISSING_COLUMNS",
+    "NOT_CHOSEN",
     "NOT_ENOUGH",
     "NO_CONTROL",
     "NO_DIFFERENCE",
+    "ONLY_BASELINE",
     "OPTIMUM_COLUMNS",
     "PLANNING",
     "QUALITY_LEVEL",
@@ -106,6 +118,7 @@ __all__ = [
     "RELATIVE_COLUMNS",
     "RUN_COLUMNS",
     "SIGNALS",
+    "STRONGEST_COLUMNS",
     "SUMMARY_COLUMNS",
     "SUPPORTED",
     "VERDICTS",
@@ -134,6 +147,7 @@ __all__ = [
     "detectable_by_rules",
     "differences",
     "draw_fits",
+    "find_fronts",
     "first_levels",
     "level_of",
     "limits",
@@ -151,5 +165,6 @@ __all__ = [
     "relative_change",
     "relative_to_dense",
     "speed_at_equal_perplexity",
+    "strongest_baselines",
     "summarize",
 ]

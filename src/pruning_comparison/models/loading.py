@@ -180,6 +180,9 @@ def preview_model(model_name: str, *, weights: bool = True) -> ModelPreview:
     if model_name == gguf.SMOLLM2:
         path = gguf.smollm2_file()
         return ModelPreview(model_name, str(path), *gguf.read_header(path), title=gguf.SMOLLM2_TITLE)
+    if model_name.endswith(gguf.SUFFIX) and kind_of(model_name, "--model_name") == "file":
+        path = Path(model_name)
+        return ModelPreview(model_name, str(path), *gguf.read_header(path), title=f"{path.stem}, dequantised from GGUF")
     folder = bundled_model_folder() if model_name == BUNDLED else Path(model_name)
     if model_name == BUNDLED or kind_of(model_name, "--model_name") == "folder":
         _check_local_folder(folder, model_name, weights=weights)
@@ -225,7 +228,7 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
     report: Any
     loader: Any = AutoModelForCausalLM
     source: dict[str, Any] = {"pretrained_model_name_or_path": preview.source}
-    if preview.name == gguf.SMOLLM2:
+    if preview.source.endswith(gguf.SUFFIX):
         weights = gguf.read_weights(Path(preview.source), preview.config)
         loader, source = LlamaForCausalLM, {"pretrained_model_name_or_path": None, "state_dict": weights}
     with quiet_transformers():

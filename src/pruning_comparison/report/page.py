@@ -41,11 +41,13 @@ from pruning_comparison.report.tables import (
     agreement_table,
     answers_table,
     equal_table,
+    fronts_table,
     method_tables,
     optimum_table,
     pairs,
     plain_table,
     ranking_table,
+    strongest_table,
 )
 from pruning_comparison.report.verdicts import Verdict
 
@@ -74,9 +76,12 @@ def render_report(
     answer: Answer,
     relative: pd.DataFrame,
     ranked: pd.DataFrame,
+    points: pd.DataFrame | None = None,
+    layer_times: pd.DataFrame | None = None,
     hero: str | None,
     drawings: Mapping[str, str],
     manifest: Mapping[str, Any],
+    strongest: pd.DataFrame | None = None,
     lines: Sequence[str] = (),
     texts: pd.DataFrame | None = None,
     heads: Sequence[HeadMap] = (),
@@ -89,6 +94,8 @@ def render_report(
     ``hero``, its chart, and ``lines``, at most two, under the chips: the only place where anything may be added to it.
     ``relative`` (``RELATIVE_COLUMNS``) and ``ranked`` (``RANKING_COLUMNS``) are drawn and listed. ``hero`` and ``drawings``
     (by name) are SVG files as text.
+
+    ``strongest`` (``STRONGEST_COLUMNS``) names the strongest baseline of each level and what is held against it.
 
     ``texts`` holds the generated texts, where they were kept; of these the report shows, per
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
@@ -119,6 +126,7 @@ def render_report(
         "explorer_data": explorer,
         "explorer_left_out": explorer_left_out,
         "ranking": ranking_table(ranked, "method"),
+        "strongest": strongest_table(strongest),
         "ranked_variants": ranking_table(ranked, "variant"),
         "started": str(manifest.get("started") or ""),
         "opening": opening(name, summary, cells, manifest),
@@ -127,6 +135,8 @@ def render_report(
         "exploratory": answers_table(answers[exploratory], "Exploratory contrasts"),
         "optimum": optimum_table(optimal),
         "equal": equal_table(equal),
+        "fronts": None if points is None else fronts_table(points),
+        "layer_times": None if layer_times is None else plain_table(layer_times, "Layer times by heads of a layer"),
         "margin_words": format_margins(manifest.get("margins")),
         "findings": findings,
         "head_maps": drawn,
@@ -165,7 +175,10 @@ def _chart_values(charts: Mapping[str, Chart], left_out: Sequence[str]) -> dict[
     """The charts where the template wants them: the ranking beside its table, those of heads beside the maps."""
     return {
         "ranking_chart": charts.get("rankings"),
-        "charts": [chart for key, chart in charts.items() if key != "rankings" and not key.startswith("head_")],
+        "front_chart": charts.get("fronts"),
+        "charts": [
+            chart for key, chart in charts.items() if key not in ("rankings", "fronts") and not key.startswith("head_")
+        ],
         "head_charts": [chart for key, chart in charts.items() if key.startswith("head_")],
         "charts_left_out": left_out,
     }

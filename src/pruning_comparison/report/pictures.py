@@ -44,6 +44,11 @@ _CHART_WORDS = {
         "Method against method",
         "The methods in order. A filled dot has been decided after correction, a hollow one has not.",
     ),
+    "fronts": (
+        "What speed and memory cost in perplexity",
+        "A point is a variant at a level. Further right in the first panel is faster, further left in the second is "
+        "smaller, lower is better in both. No other point of the method beats those with a ring in both figures.",
+    ),
     "speed_comparison": (
         "Speed",
         "Tokens per second and the wait for the first token, the dotted line being the speed if time went by the bytes or "

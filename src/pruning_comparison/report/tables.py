@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pruning_comparison.analysis import NOT_ENOUGH, QUESTIONS
-from pruning_comparison.formatting import format_value, interval_with_unit, per_cent, plain_number, with_unit
+from pruning_comparison.formatting import counted, format_value, interval_with_unit, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import METRICS, in_role, metric_named
 from pruning_comparison.report.answer import format_times
 from pruning_comparison.report.rows import rows_of
@@ -236,6 +236,37 @@ def ranking_table(ranked: pd.DataFrame, compared: str) -> Table | None:
     return Table(f"{what}s in order within each {within.lower()}", columns, tuple(table))
 
 
+def strongest_table(strongest: pd.DataFrame | None) -> Table | None:
+    """The strongest baseline of each level, and every other variant's perplexity over its own; None in a run without one."""
+    if strongest is None or strongest.empty:
+        return None
+    rows = []
+    for row in rows_of(strongest):
+        baseline = f"{row['baseline_variant']}, {row['baseline_method']}" if row["baseline_variant"] else "unknown"
+        held_out = float(row["held_out_perplexity"])
+        of_several = f"of {counted(row['candidates'], 'baseline')}: {row['chosen']}"
+        compared = f"{row['variant']}, {row['method']}" if _has_text(row["variant"]) else ""
+        rows.append(
+            TableRow(
+                TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
+                (
+                    TableCell(baseline, of_several if row["candidates"] > 1 else str(row["chosen"])),
+                    TableCell("" if math.isnan(held_out) else plain_number(held_out), sort=_sort_key(held_out)),
+                    TableCell(compared or "nothing", tone="" if compared else "muted"),
+                    TableCell(_times(row["estimate"]), _ratio_interval(row, ""), _sort_key(row["estimate"]))
+                    if compared
+                    else TableCell(""),
+                    TableCell(f"{int(row['n'])}" if row["n"] else ""),
+                ),
+            )
+        )
+    columns = (
+        "Level", "Strongest baseline", "Its perplexity on held-out calibration text", "Compared with it",
+        "Perplexity, times the strongest baseline's", "n",
+    )  # fmt: skip
+    return Table("The strongest baseline of each level", columns, tuple(rows))
+
+
 def _has_text(value: Any) -> bool:
     return isinstance(value, str) and bool(value)
 
@@ -283,6 +314,46 @@ def equal_table(equal: pd.DataFrame) -> Table | None:
         ),
         tuple(rows),
     )  # fmt: skip
+
+
+def fronts_table(points: pd.DataFrame) -> Table | None:
+    """Every variant and level with what it costs in perplexity and what it brings in speed and cache."""
+    if points.empty:
+        return None
+    several = points["method"].nunique() > 1
+
+    def ratio(row: Mapping[str, Any], value: str, stem: str) -> TableCell:
+        ends = {"estimate": row[value], "ci_low": row[f"{stem}_low"], "ci_high": row[f"{stem}_high"]}
+        return TableCell(_times(row[value]), _ratio_interval(ends, ""), _sort_key(row[value]))
+
+    def figure(row: Mapping[str, Any], value: str, stem: str, unit: str) -> TableCell:
+        if pd.isna(row[value]):
+            return TableCell("missing", tone="muted")
+        ends = {"ci_low": row[f"{stem}_low"], "ci_high": row[f"{stem}_high"]}
+        return TableCell(with_unit(float(row[value]), unit), _format_interval(ends, unit), _sort_key(row[value]))
+
+    rows = []
+    for row in rows_of(points):
+        on = [what for what, front in (("speed", "on_speed_front"), ("cache", "on_cache_front")) if row[front]]
+        rows.append(
+            TableRow(
+                TableCell(str(row["variant"])),
+                (
+                    *([TableCell(str(row["method"]))] if several else []),
+                    TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
+                    ratio(row, "perplexity_ratio", "perplexity"),
+                    ratio(row, "speed_ratio", "speed"),
+                    figure(row, "tokens_per_second", "tokens_per_second", "token/s"),
+                    figure(row, "cache_bytes", "cache", "byte"),
+                    TableCell(" and ".join(on) or "no", tone="" if on else "muted"),
+                ),
+            )
+        )
+    columns = (
+        "Variant", *(["Method"] if several else []), "Level", "Perplexity, times dense", "Speed, times dense",
+        "Tokens per second", "Key-value cache at 1,000 tokens", "On the front",
+    )  # fmt: skip
+    return Table("Perplexity, speed and cache of every variant and level", columns, tuple(rows))
 
 
 def variants_in(table: pd.DataFrame) -> list[str]:

@@ -24,6 +24,7 @@ from pruning_comparison.analysis import (
     answer_hypotheses,
     answer_pruning,
     contrast,
+    find_fronts,
     map_heads,
     map_rounds,
     missing_figures,
@@ -33,6 +34,7 @@ from pruning_comparison.analysis import (
     rank_variants,
     relative_to_dense,
     speed_at_equal_perplexity,
+    strongest_baselines,
     summarize,
 )
 from pruning_comparison.errors import InputError, StoreError
@@ -44,6 +46,7 @@ from pruning_comparison.report.charts import (
     WIDE,
     chart_jobs,
     draw_between_runs,
+    draw_fronts,
     head_chart_jobs,
     perplexity_over_levels,
     rankings,
@@ -78,6 +81,8 @@ class _Tables:
     answers: pd.DataFrame
     optimal_levels: pd.DataFrame
     equal_perplexity: pd.DataFrame
+    strongest_baselines: pd.DataFrame
+    fronts: pd.DataFrame
     missing: pd.DataFrame
 
 
@@ -107,6 +112,8 @@ def write_results(
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
         *findings.plain_findings(tables.summary, tables.relative, tables.contrasts, run.cells, manifest),
+        *findings.strongest_findings(tables.strongest_baselines),
+        *findings.recovery_findings(run.cells),
         *layer_findings(tables.contrasts, heads),
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
@@ -126,7 +133,11 @@ def write_results(
         "cells": run.cells,
         "measurements": _with_model(run.model, run.measurements),
         "heads": heads,
-        **{name: table for name, table in {**asked, "head_agreement": agreed}.items() if len(table)},
+        **{
+            name: table
+            for name, table in {**asked, "head_agreement": agreed, "layer_times": run.layer_times}.items()
+            if len(table)
+        },
     }.items():
         write_table(folder / f"{name}.csv", table)
     if save_outputs:
@@ -140,6 +151,7 @@ def write_results(
     jobs: dict[str, Callable[[], Figure]] = {
         HERO: partial(perplexity_over_levels, tables.relative, tolerance=used.tolerance),
         "rankings": partial(rankings, tables.rankings),
+        "fronts": partial(draw_fronts, tables.fronts),
         **chart_jobs(tables.summary, tables.contrasts),
         **head_chart_jobs(run.model, maps, rounds, agreed),
     }
@@ -150,6 +162,8 @@ def write_results(
         answer=answer,
         relative=tables.relative,
         ranked=tables.rankings,
+        points=tables.fronts,
+        layer_times=run.layer_times,
         summary=tables.summary,
         contrasts=tables.contrasts,
         cells=run.cells,
@@ -158,6 +172,7 @@ def write_results(
         answers=tables.answers,
         optimal=tables.optimal_levels,
         equal=tables.equal_perplexity,
+        strongest=tables.strongest_baselines,
         findings=plain,
         hero=drawings.pop(HERO),
         drawings=drawings,
@@ -221,9 +236,10 @@ def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins
 def _estimate(run: Run, margins: Margins) -> _Tables:
     """Observations and pairs are made here, once; every estimate is made from them."""
     tables = observations(run.cells, run.measurements)
+    summary, relative = summarize(run.model, tables), relative_to_dense(run.model, tables, looks=run.looks)
     return _Tables(
-        summarize(run.model, tables),
-        relative_to_dense(run.model, tables, looks=run.looks),
+        summary,
+        relative,
         _joined(
             [rank(run.model, tables, margins=margins, looks=run.looks) for rank in (rank_methods, rank_variants)],
             RANKING_COLUMNS,
@@ -232,6 +248,8 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
         _answers(run, tables, run.variants, margins),
         optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
         speed_at_equal_perplexity(run.model, run.cells, tables),
+        strongest_baselines(run.model, tables),
+        find_fronts(run.model, summary, relative),
         missing_figures(run.measurements),
     )
 

@@ -15,7 +15,16 @@ import torch
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.models import preview_model
 from pruning_comparison.run.inputs import Inputs, content_hashes, prepare
-from pruning_comparison.run.launchers import Begun, Launcher, Timed, Trouble, Work, format_timing, launch_serially
+from pruning_comparison.run.launchers import (
+    Begun,
+    Launcher,
+    LayersTimed,
+    Timed,
+    Trouble,
+    Work,
+    format_timing,
+    launch_serially,
+)
 from pruning_comparison.run.looks import Stopwatch, check_budget, end, look
 from pruning_comparison.run.provenance import hardware, versions
 from pruning_comparison.run.pruned_model import KeptHeads
@@ -96,7 +105,7 @@ def run_comparison(
                         on_progress(steps.done, steps.total, event.what)
                     else:
                         failed += _keep(event, spec, store, code_commit, on_measured)
-                        steps.done += not isinstance(event, Trouble)
+                        steps.done += not isinstance(event, (LayersTimed, Trouble))
                         if spec.until_decided:
                             stopwatch.keep()
                     if stopwatch.used():
@@ -135,7 +144,7 @@ class _Steps:
 
 
 def _keep(
-    event: CellResult | Timed | Trouble,
+    event: CellResult | LayersTimed | Timed | Trouble,
     spec: ComparisonSpec,
     store: RunStore,
     code_commit: str | None,
@@ -148,6 +157,8 @@ def _keep(
         if event.status == "failed":
             log_failure(event.cell.describe(), event.reason, event.traceback)
             return 1
+    elif isinstance(event, LayersTimed):
+        store.write_layer_times(event.layer_times_s)
     elif isinstance(event, Timed):
         method, iteration, level = event.level
         store.write_timings(method, iteration, level, event.rows, complete=event.complete, effort=event.effort)
@@ -185,7 +196,8 @@ def missing_work(
         return None if found is None else KeptHeads(torch.tensor(found[0]), found[1])
 
     parts = frozenset(store.parts())
-    return Work(spec, inputs, store.folder, cells, parts, timings, models, known, raise_failures)
+    times = store.layer_times_s()
+    return Work(spec, inputs, store.folder, cells, parts, timings, models, known, raise_failures, times)
 
 
 def open_run(

@@ -107,6 +107,12 @@ def _calibration_windows(
     """All windows of calibration text [M, T]; InputError where there are too few, or a token has no embedding."""
     windows = whole_windows(documents, preview.tokenizer, min(spec.calibration_window, preview.context), bos=bos)
     check_enough(windows, spec.calibration_tokens)
+    if spec.recovery_steps and len(windows) - -(-spec.calibration_tokens // windows.shape[1]) < 2:
+        raise InputError(
+            f"--recovery_steps: {spec.calibration_tokens} calibration tokens leave none of the calibration text, and "
+            "recovery trains on text that nothing else has read. Give a longer --calibration_text, or fewer "
+            "--calibration_tokens."
+        )
     _check_ids([int(windows.max())], preview, "--calibration_text")
     return windows
 

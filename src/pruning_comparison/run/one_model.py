@@ -18,12 +18,14 @@ from pruning_comparison.checkpoint.forms import forms_ruled_out
 from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
-from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
+from pruning_comparison.measure.perplexity import kl_of, measure_perplexity, perplexity_of
 from pruning_comparison.models import ModelPreview
+from pruning_comparison.models.devices import prepare_in
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
-from pruning_comparison.pruning.surgery import converted_copy
+from pruning_comparison.pruning.surgery import converted_copy, sharing_copy
 from pruning_comparison.run.cell import build
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, nothing_pruned
+from pruning_comparison.run.max_loss import UNKNOWN_LEVELS, build_within, check_max_loss
 from pruning_comparison.run.measure_cell import time_level
 from pruning_comparison.run.provenance import hardware
 from pruning_comparison.run.pruned_model import PrunedModel
@@ -38,13 +40,17 @@ def prune(
     model: PreTrainedModel,
     tokenizer: Any,
     *,
-    level: float,
+    level: float | None = None,
+    max_loss: float | None = None,
     method: str = "fisher",
     variant: str = "agency",
     calibration: str | Sequence[str] = "bundled:calibration",
     **settings: Any,
 ) -> PreTrainedModel:
     """A copy of a dense model without ``level`` per cent of its heads, physically pruned, in the model's precision.
+
+    In place of the level, ``max_loss`` gives the per cent by which perplexity may rise: as many heads go as prices predict
+    to be possible, fewer where a measurement on calibration text that nothing has read finds more.
 
     ``method`` ranks the heads and ``variant`` says how they leave and whether the survivors adapt, as in a comparison.
     ``calibration`` is text that scores and adaptation may see: the name of a bundled text, a file or a folder, or texts
@@ -55,6 +61,8 @@ def prune(
 
     InputError for settings that cannot work, a model that has been pruned before, or a family that is not supported.
     """
+    if (level is None) == (max_loss is None):
+        raise InputError("prune needs one of level and max_loss. Give level=30, or max_loss=5.")
     given = isinstance(calibration, str)
     spec = spec_of_one(
         level,
@@ -67,6 +75,8 @@ def prune(
         calibration_text=calibration if given else "texts that were given",
         **settings,
     )
+    if max_loss is not None:
+        check_max_loss(spec, max_loss)
     try:
         dense = bool(kept_heads(model.config).all())
     except UnsupportedModelError as error:
@@ -84,9 +94,13 @@ def prune(
     check_enough(windows, spec.calibration_tokens)
     with _in_evaluation_mode(model):
         reference = model if model.dtype == torch.float32 else converted_copy(model, torch.float32)
+        if spec.prepare_precision != "float32":
+            reference = sharing_copy(reference)  # how it is prepared is noted on it, and the caller's stays as it is
+            prepare_in(reference, spec.prepare_precision)
         workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}, bos), reference, model)
         # What pruning leaves alone is shared until here.
-        pruned = copy.deepcopy(build_one(workspace).model)
+        made = build_one(workspace) if max_loss is None else build_within(workspace, max_loss).pruned
+        pruned = copy.deepcopy(made.model)
     trainable = {name: parameter.requires_grad for name, parameter in model.named_parameters()}
     for name, parameter in pruned.named_parameters():
         parameter.requires_grad_(_trainable(name, trainable))
@@ -114,14 +128,18 @@ def _trainable(name: str, of_dense: Mapping[str, bool]) -> bool:
     return any(trained for other, trained in of_dense.items() if other.startswith(f"{module}."))
 
 
-def spec_of_one(level: float, method: str, variant: str, **settings: Any) -> ComparisonSpec:
-    """The spec of a comparison that consists of one pruned model. InputError for settings that cannot work."""
+def spec_of_one(level: float | None, method: str, variant: str, **settings: Any) -> ComparisonSpec:
+    """The spec of a comparison that consists of one pruned model, whose level may be still to be found (None).
+
+    InputError for settings that cannot work.
+    """
     unknown = sorted(set(settings) - {field.name for field in fields(ComparisonSpec)})
     if unknown:
         raise InputError(f"prune knows no setting {unknown[0]!r}. Those of ComparisonSpec are meant.")
-    if not level > 0:
+    if level is not None and not level > 0:
         raise InputError(f"--level: {level} must be above 0 and below 100 per cent. Give a level such as 30.")
-    asked = {"pruning_levels": (level,), "pruning_methods": (method,), "variants": (variant,), "iterations": 1}
+    levels = UNKNOWN_LEVELS if level is None else (level,)
+    asked = {"pruning_levels": levels, "pruning_methods": (method,), "variants": (variant,), "iterations": 1}
     spec = ComparisonSpec(**{**settings, **asked})
     if spec.execution != "compact":
         raise InputError(f"--execution: {spec.execution!r} removes nothing. Leave it out: a model to keep is compact.")
@@ -146,8 +164,13 @@ def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPrevie
             raise InputError(f"--also: {reasons[form]} Nothing has been pruned yet.")
 
 
-def steps_of_one(spec: ComparisonSpec, *, measures: bool, forms: int) -> dict[str, int]:
-    """How many steps one pruned model takes, by the first word of what ``on_step`` is told."""
+def steps_of_one(spec: ComparisonSpec, *, measures: bool, forms: int, finds_level: bool = False) -> dict[str, int]:
+    """How many steps one pruned model takes, by the first word of what ``on_step`` is told.
+
+    Where the level is to be found, the first model tried is taken to do.
+    """
+    if finds_level:
+        return {"loading": 1, "predicting": 1, "pruning": 1, "measuring": 1 + 3 * measures, "saving": forms}
     return {"loading": 1, "pruning": len(_rounds(spec)) + 1, "measuring": 3 if measures else 0, "saving": forms}
 
 
@@ -177,18 +200,24 @@ def build_one(workspace: Workspace, on_step: Callable[[str], None] = lambda what
 def measure_one(
     workspace: Workspace, pruned: PrunedModel, on_step: Callable[[str], None] = lambda what: None
 ) -> list[BeforeAndAfter]:
-    """Perplexity, speed and bytes of the dense model and of the pruned one, measured as a comparison measures them.
+    """Perplexity, divergence, speed and bytes of the dense and the pruned model, measured as a comparison measures them.
 
     ``on_step`` is told what begins.
     """
     spec = workspace.spec
     models = {DENSE: workspace.dense, "pruned": pruned.model}
-    perplexities = []
+    perplexities: list[float | None] = []
+    divergences: list[float | None] = []
     for name, model in models.items():
         on_step(f"measuring the perplexity of the {name} model")
-        losses = measure_perplexity(model, workspace.inputs.windows, batch_size=spec.quality_batch_size)
-        perplexity = perplexity_of(losses)
-        perplexities.append(perplexity if math.isfinite(perplexity) else None)
+        losses = measure_perplexity(
+            model,
+            workspace.inputs.windows,
+            batch_size=spec.quality_batch_size,
+            dense=workspace.dense_predictions,
+        )
+        for found, value in ((perplexities, perplexity_of(losses)), (divergences, kl_of(losses))):
+            found.append(value if math.isfinite(value) else None)
     on_step("measuring speed, both models in turns")
     timings = time_level(workspace, models, 0).rows
 
@@ -197,7 +226,10 @@ def measure_one(
         values = [row.value for row in rows if row.value is not None]
         return sum(values) / len(values) if values and len(values) == len(rows) else None
 
-    figures = [BeforeAndAfter("perplexity", "on the evaluation text", *perplexities)]
+    figures = [
+        BeforeAndAfter("perplexity", "on the evaluation text", *perplexities),
+        BeforeAndAfter("KL to the dense model", "nats per token", *divergences),
+    ]
     for label, unit, metric in (
         ("speed", "tokens per second", "tokens_per_second"),
         ("first-token latency", "s", "first_token_latency_s"),

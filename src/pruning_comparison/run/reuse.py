@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.layer_times import held_by_layer_times
 from pruning_comparison.run.provenance import hardware, versions
 from pruning_comparison.spec import (
     REUSE_AXES,
@@ -37,8 +38,9 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, *, iterations: 
     Whole cells come from runs whose spec differs in nothing but which cells there are (``REUSE_AXES``); heads and
     perplexity alone from those that differ in prompts and texts as well (``TEXT_AXES``). All must have been made on the same
     machine with the same versions, and at the same revisions: of the protocol and the metrics, and of the method and the
-    variant of a cell that is taken. A run that stored no revisions gives nothing. A finished run of the very same spec means
-    that it is to be measured anew, so nothing is taken.
+    variant of a cell that is taken. A run that stored no revisions gives nothing. Layer times come along with the cells
+    whose heads were chosen by them, and cells of other layer times stay where they are. A finished run of the very same spec
+    means that it is to be measured anew, so nothing is taken.
     """
     here, revisions = dict(inputs.digests), revisions_of(spec)
     whole = spec.content_hash(here)
@@ -64,7 +66,12 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, *, iterations: 
             alike = {cell for cell in wanted if _same_cell(cell, spec, earlier)}
             alike = {cell for cell in alike if revisions.same_for(cell, manifest.revisions)}
             with RunStore(folder) as other:
+                times, theirs = store.layer_times_s(), other.layer_times_s()
+                if times is not None and theirs is not None and times != theirs:
+                    alike = {cell for cell in alike if not held_by_layer_times(spec, cell.variant)}
                 what = (_take_cells if texts_alike else _take_parts)(spec, store, earlier, other, alike)
+                if what and times is None and theirs is not None:
+                    store.write_layer_times(theirs)
             if what:
                 words = " and ".join(f"{count} {name}" for name, count in what.items())
                 LOGGER.info("taken over from %s: %s", folder, words)

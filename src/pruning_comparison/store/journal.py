@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import sqlite3
-from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +21,7 @@ from pruning_comparison.store.records import (
     CellResult,
     CellRow,
     HeadRow,
+    LayerTimeRow,
     Measurement,
     MeasurementRow,
     ReplyRow,
@@ -40,14 +41,15 @@ if TYPE_CHECKING:
 
 LOCK = "run.lock"
 
-JOURNAL_SCHEMA = 2
+JOURNAL_SCHEMA = 3
 """Version of the journal's schema, its ``user_version``. Journals of 0.1.0 have none, and count as 0.
 
 2: ``timings`` says what they took, and ``measurements`` has timings of the dense model at every level.
+3: ``layer_times``.
 """
 
 _KEY = ("variant", "method", "iteration", "level")
-_KEYS = {"cells": _KEY, "timings": ("method", "iteration", "level")}
+_KEYS = {"cells": _KEY, "timings": ("method", "iteration", "level"), "layer_times": ("heads",)}
 """Primary keys of the tables that have one."""
 _INDICES = {
     "measurements": ("method", "iteration", "level", "variant", "phase"),
@@ -63,6 +65,7 @@ _ORDER = {
     "replies": ("method", "iteration", "level", "variant", "round_level", "asked_rank"),
     "texts": ("method", "iteration", "level", "variant", "temperature", "prompt"),
     "timings": ("method", "iteration", "level"),
+    "layer_times": ("heads",),
 }  # fmt: skip
 """The tables that are read as a whole, and what their rows are sorted by."""
 _OF_CELL = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
@@ -119,7 +122,10 @@ def _selected_of_1(table: str) -> str:
     return ", ".join(f"NULL AS [{name}]" if name in added else f"[{name}]" for name in columns_of(table))
 
 
-_READERS: dict[int, Callable[[str], str]] = {0: _selected_of_1, 1: _selected_of_1, 2: _selected}
+_ADDED_TABLES = {"layer_times": 3}
+"""Tables that journals of earlier versions do not have, and the version that brought them."""
+
+_READERS: dict[int, Callable[[str], str]] = {0: _selected_of_1, 1: _selected_of_1, 2: _selected, 3: _selected}
 """What is selected of a table, by the version of the journal's schema."""
 
 
@@ -147,7 +153,7 @@ class RunStore:
 
     def _reader(self, *, writing: bool) -> Callable[[str], str]:
         """What is selected of a table of this journal. StoreError where its schema is none to read, or to write."""
-        version = int(self._journal.execute("PRAGMA user_version").fetchone()[0])
+        version = self._version = int(self._journal.execute("PRAGMA user_version").fetchone()[0])
         if version not in _READERS:
             try:
                 versions = read_manifest(self.folder).versions
@@ -246,6 +252,21 @@ class RunStore:
                 took = {} if effort is None else vars(effort)
                 self._insert("timings", [TimingRow(method, iteration, level, **took)])
 
+    def layer_times_s(self) -> dict[int, float] | None:
+        """Seconds of a decoding step per layer, by the layer's live heads; None where the run has not measured them."""
+        rows = self._rows("layer_times", "ORDER BY [heads]")
+        return {int(heads): float(seconds) for heads, seconds in rows} or None
+
+    def write_layer_times(self, layer_times_s: Mapping[int, float]) -> None:
+        """Stores the layer times of the run, once. ValueError where it has others already, by which heads were chosen."""
+        known = self.layer_times_s()
+        if known is not None:
+            if known != dict(layer_times_s):
+                raise ValueError("the run has layer times already, and heads have been chosen by them")
+            return
+        with self._transaction():
+            self._insert("layer_times", [LayerTimeRow(heads, seconds) for heads, seconds in layer_times_s.items()])
+
     def copy_from(self, other: RunStore, cells: Collection[Cell], timings: Collection[tuple[str, int, float]]) -> None:
         """Takes over finished cells and timings of another run, all or none of them, with the commit that measured them."""
         with self._transaction():
@@ -260,7 +281,8 @@ class RunStore:
 
     def copy_parts_from(self, other: RunStore, cells: Collection[Cell]) -> None:
         """Takes over heads, negotiation and perplexity of cells that another run has measured with other prompts."""
-        keep = "AND ([window] IS NOT NULL OR metric IN ('negotiation_s', 'predicted_perplexity_ratio'))"
+        others = "'negotiation_s', 'predicted_perplexity_ratio', 'held_out_perplexity'"
+        keep = f"AND ([window] IS NOT NULL OR metric IN ({others}))"
         with self._transaction():
             for cell in cells:
                 for table in ("cells", "heads", "signals", "replies"):
@@ -273,12 +295,14 @@ class RunStore:
         if name not in _ORDER:
             raise ValueError(unknown_name("table of the journal", name, _ORDER))
         whole = f"WHERE ({_listed(_KEY)}) NOT IN (SELECT {_listed(_KEY)} FROM cells WHERE status = 'part')"
-        where = "" if name == "timings" else whole
+        where = "" if name in ("timings", "layer_times") else whole
         rows = self._rows(name, f"{where} ORDER BY {_listed(_ORDER[name])}")
         return pd.DataFrame.from_records(rows, columns=columns_of(name))
 
     def _rows(self, table: str, where: str = "", values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
-        """Rows of a table, with the columns of its record."""
+        """Rows of a table, with the columns of its record; none of a table that the journal's version did not have."""
+        if self._version < _ADDED_TABLES.get(table, 0):
+            return []
         return self._read(f"SELECT {self._select(table)} FROM {table} {where}", values)
 
     def _read(self, query: str, values: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -209,7 +209,18 @@ class TimingRow:
     ended: str | None = None
 
 
-Row = CellRow | MeasurementRow | HeadRow | SignalRow | ReplyRow | TextRow | TimingRow
+@dataclass(frozen=True)
+class LayerTimeRow:
+    """Seconds that a decoding step of the dense model spends on one layer that has so many ``heads``, with all else in it.
+
+    Measured once per run, where heads are held by what they save in time; whoever goes on with the run uses it.
+    """
+
+    heads: int
+    seconds: float
+
+
+Row = CellRow | MeasurementRow | HeadRow | SignalRow | ReplyRow | TextRow | TimingRow | LayerTimeRow
 
 TABLES: dict[str, type[Row]] = {
     "cells": CellRow,
@@ -219,6 +230,7 @@ TABLES: dict[str, type[Row]] = {
     "replies": ReplyRow,
     "texts": TextRow,
     "timings": TimingRow,
+    "layer_times": LayerTimeRow,
 }
 """The record of a row of each of the journal's tables."""
 

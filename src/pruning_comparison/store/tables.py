@@ -34,6 +34,7 @@ class Run:
     replies: pd.DataFrame = field(default_factory=lambda: _empty("replies"))
     texts: pd.DataFrame = field(default_factory=lambda: _empty("texts"))
     timings: pd.DataFrame = field(default_factory=lambda: _empty("timings"))
+    layer_times: pd.DataFrame = field(default_factory=lambda: _empty("layer_times"))
 
     @property
     def model(self) -> str:
@@ -63,7 +64,7 @@ def load_run(folder: Path) -> Run:
     written them.
     """
     manifest = read_manifest(folder)
-    names = ("cells", "measurements", "heads", "signals", "replies", "texts", "timings")
+    names = ("cells", "measurements", "heads", "signals", "replies", "texts", "timings", "layer_times")
     with RunStore(folder) as store:
         tables = {name: store.table(name) for name in names}
     if not (tables["cells"]["status"] == "done").any():

@@ -4,6 +4,26 @@ from __future__ import annotations
 
 from pruning_comparison.run.launchers.on_ray import RayLauncher
 from pruning_comparison.run.launchers.serial import launch_serially
-from pruning_comparison.run.launchers.work import Begun, Event, Launcher, Timed, Trouble, Work, format_timing
+from pruning_comparison.run.launchers.work import (
+    Begun,
+    Event,
+    Launcher,
+    LayersTimed,
+    Timed,
+    Trouble,
+    Work,
+    format_timing,
+)
 
-__all__ = ["Begun", "Event", "Launcher", "RayLauncher", "Timed", "Trouble", "Work", "format_timing", "launch_serially"]
+__all__ = [
+    "Begun",
+    "Event",
+    "Launcher",
+    "LayersTimed",
+    "RayLauncher",
+    "Timed",
+    "Trouble",
+    "Work",
+    "format_timing",
+    "launch_serially",
+]

@@ -23,8 +23,10 @@ from pruning_comparison.models import preview_model
 from pruning_comparison.run.attempts import Failure, attempt, attempt_rebuild, attempt_timing, failure_of, reason_of
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.run.launchers.work import (
+    LAYER_TIMES,
     Begun,
     Event,
+    LayersTimed,
     Timed,
     TimingKey,
     Trouble,
@@ -88,8 +90,15 @@ class Worker:
                 f"{node} has another {self._spec.model_name} than the driver. Copy the same files there."
             )
         inputs = Inputs(preview, *self._work["inputs"])
-        self._workspace = load_workspace(self._spec, inputs)
+        folder = self._work["folder"]
+        # A worker that the folder is not shared with keeps no training that is under way.
+        shared = folder if (folder / MANIFEST).is_file() else None
+        self._workspace = load_workspace(self._spec, inputs, shared, layer_times_s=self._work["layer_times_s"])
         return hardware(self._spec)
+
+    def layer_times_s(self) -> Mapping[int, float]:
+        """Seconds of a decoding step per layer, by the layer's live heads."""
+        return dict(self._loaded().layer_times_s())
 
     def measure(self, cells: Sequence[Cell], parts: Mapping[Cell, KeptHeads]) -> Iterator[CellResult | Trouble]:
         """The results of cells that share a path, one by one; of those in ``parts`` only what is missing."""
@@ -265,26 +274,31 @@ class _Session:
         self._work = work
         self._head = str(ray.get_runtime_context().gcs_address)
         inputs = work.inputs
-        self._shared = ray.put(
-            {
-                "versions": versions(),
-                "model": inputs.digests["model"],
-                "inputs": (
-                    inputs.prompts,
-                    inputs.prompt_ids,
-                    inputs.windows,
-                    inputs.calibration,
-                    inputs.digests,
-                    inputs.bos,
-                ),
-                "folder": work.folder.resolve(),
-                "models": work.models,
-                "raise_failures": work.raise_failures,
-            }
-        )
+        self._told: dict[str, Any] = {
+            "versions": versions(),
+            "model": inputs.digests["model"],
+            "inputs": (
+                inputs.prompts,
+                inputs.prompt_ids,
+                inputs.windows,
+                inputs.calibration,
+                inputs.digests,
+                inputs.bos,
+            ),
+            "folder": work.folder.resolve(),
+            "models": work.models,
+            "raise_failures": work.raise_failures,
+            "layer_times_s": work.layer_times_s,
+        }
+        self._shared = ray.put(self._told)
 
     def run(self) -> Iterator[Event]:
-        """Cells first; then what has been measured before and is to be saved; then timings, which need a node alone."""
+        """Cells first; then what has been measured before and is to be saved; then timings, which need a node alone.
+
+        Layer times, which need a node alone as well, come before the cells whose heads are chosen by them.
+        """
+        if self._work.lacks_layer_times:
+            yield from self._time_layers()
         yield from self._measure()
         yield from self._save()
         yield from self._time()
@@ -307,6 +321,22 @@ class _Session:
                 _check_reachable(self._head)
             except ClusterError as error:
                 raise ConnectionError("its head does not answer") from error
+
+    # Layer times
+
+    def _time_layers(self) -> Iterator[Event]:
+        """The layer times of the run, which every worker is then told. ClusterError where no node is free for them."""
+        yield Begun(LAYER_TIMES)
+        owners = self._owners()
+        if not owners:
+            raise ClusterError(
+                f"no node was free of other work within {self._node_timeout_s:.0f} s, and --consent=time needs layer times "
+                "that are measured alone. Wait until one is free; then the same command continues."
+            )
+        found = self._ray.get(self._first([owners[0].layer_times_s.remote()]))
+        self._end(owners)
+        self._shared = self._ray.put({**self._told, "layer_times_s": found})
+        yield LayersTimed(found)
 
     # Cells
 
@@ -563,6 +593,8 @@ def _without(work: Work, event: Event) -> Work:
     """What is left to do after an event."""
     if isinstance(event, CellResult):
         return replace(work, cells=work.cells - {event.cell})
+    if isinstance(event, LayersTimed):
+        return replace(work, layer_times_s=event.layer_times_s)
     if isinstance(event, Timed):
         return replace(work, timings=work.timings - {event.level})
     return work

@@ -8,7 +8,16 @@ from collections.abc import Iterator
 from transformers import PreTrainedModel
 
 from pruning_comparison.run.attempts import attempt, attempt_rebuild, attempt_saving, attempt_timing
-from pruning_comparison.run.launchers.work import Begun, Event, Trouble, Work, format_timing, timed_event
+from pruning_comparison.run.launchers.work import (
+    LAYER_TIMES,
+    Begun,
+    Event,
+    LayersTimed,
+    Trouble,
+    Work,
+    format_timing,
+    timed_event,
+)
 from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell
 
@@ -21,7 +30,10 @@ def launch_serially(work: Work) -> Iterator[Event]:
     if not work:
         return
     LOGGER.info("loading %s", spec.model_name)
-    workspace = load_workspace(spec, work.inputs)
+    workspace = load_workspace(spec, work.inputs, work.folder, layer_times_s=work.layer_times_s)
+    if work.lacks_layer_times:
+        yield Begun(LAYER_TIMES)
+        yield LayersTimed(workspace.layer_times_s())
     for place in spec.levels():
         method, iteration, level = place
         to_time = place in work.timings

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Protocol
 
 from pruning_comparison.run.attempts import Failure
 from pruning_comparison.run.inputs import Inputs
+from pruning_comparison.run.layer_times import needs_layer_times
 from pruning_comparison.run.measure_cell import LevelTimings
 from pruning_comparison.run.pruned_model import KeptHeads
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store.records import CellResult, Measurement, TimingEffort
+
+LAYER_TIMES = "layer times, by the heads of a layer"
+"""What is under way while they are measured."""
 
 TimingKey = tuple[str, int, float]
 """(method, iteration, level): what all variants are timed at together."""
@@ -29,7 +33,8 @@ class Work:
     """What a run still lacks: ``cells`` to measure, ``timings`` to take, and ``models`` to save in the run's ``folder``.
 
     Of the cells in ``parts`` heads and perplexity are there, and texts are missing. ``known`` reads, from the journal,
-    heads and fingerprint of a cell that has been measured, or of a part; None of any other. False where nothing is lacking.
+    heads and fingerprint of a cell that has been measured, or of a part; None of any other. ``layer_times_s`` are those
+    that the run has measured, None where it has none yet. False where nothing is lacking.
     """
 
     spec: ComparisonSpec
@@ -41,9 +46,15 @@ class Work:
     models: frozenset[Cell]
     known: Callable[[Cell], KeptHeads | None]
     raise_failures: bool = False
+    layer_times_s: Mapping[int, float] | None = None
 
     def __bool__(self) -> bool:
         return bool(self.cells or self.timings or self.models)
+
+    @property
+    def lacks_layer_times(self) -> bool:
+        """Whether layer times have to be measured before the cells that are left."""
+        return bool(self.cells) and self.layer_times_s is None and needs_layer_times(self.spec)
 
 
 @dataclass(frozen=True)
@@ -51,6 +62,13 @@ class Begun:
     """Something is under way; its first word names the phase, a variant or "timing"."""
 
     what: str
+
+
+@dataclass(frozen=True)
+class LayersTimed:
+    """The layer times of the run, seconds by live heads; they are kept before any cell that rests on them."""
+
+    layer_times_s: Mapping[int, float]
 
 
 @dataclass(frozen=True)
@@ -80,7 +98,7 @@ def timed_event(level: TimingKey, timings: LevelTimings, failure: Failure | None
     return Timed(level, timings.rows, failure is None and all_there, effort=timings.effort, **reasons)
 
 
-Event = Begun | CellResult | Timed | Trouble
+Event = Begun | CellResult | LayersTimed | Timed | Trouble
 
 
 class Launcher(Protocol):

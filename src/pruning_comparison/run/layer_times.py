@@ -1,0 +1,90 @@
+"""How long a decoding step spends on a layer, by how many heads it has: what ``--consent=time`` divides prices by.
+
+Measured once per run, since another measurement would give other times, and so other heads: it is kept in the journal.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from statistics import median
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedModel
+
+from pruning_comparison.measure.generation import time_generation
+from pruning_comparison.models import HeadGrid
+from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.variants import variant_named
+
+STEPS = 16
+"""Decoding steps of each model in one turn of a pair."""
+
+TURNS = 5
+"""Turns of every pair; the median of their ratios counts."""
+
+PROMPT_TOKENS = 64
+"""What the steps go on from: so many tokens of calibration text, never of prompts, which must not decide what is pruned."""
+
+
+def needs_layer_times(spec: ComparisonSpec) -> bool:
+    """Whether heads of this spec are held by what they save in time."""
+    return any(held_by_layer_times(spec, variant) for variant in spec.variants)
+
+
+def held_by_layer_times(spec: ComparisonSpec, variant: str) -> bool:
+    """Whether the heads of one of its variants are."""
+    record = variant_named(variant)
+    return spec.consent == "time" and record.negotiates and record.consent == "by cost"
+
+
+def measure_layer_times(
+    dense: PreTrainedModel,
+    pruned: Callable[[Tensor], PreTrainedModel],
+    grid: HeadGrid,
+    prompt: list[int],
+    *,
+    batch_size: int = 1,
+    group_size: int = 1,
+) -> dict[int, float]:
+    """Seconds of a decoding step per layer, by the layer's live heads, from none to all, in steps of ``group_size``.
+
+    For each count a model that has so many heads in every layer, which ``pruned`` makes of a keep mask, takes turns with the
+    dense one; its time is the median ratio of the two times the dense model's median. A step is divided by the layers, so
+    the times contain, beside attention, an equal share of all else; only their differences count. ``prompt`` is read first,
+    in ``batch_size`` rows.
+    """
+    ratios: dict[int, float] = {grid.n_heads: 1.0}
+    dense_s: list[float] = []
+    for count in range(0, grid.n_heads, group_size):
+        models = {"dense": dense, "pruned": pruned(even_mask(grid, count, group_size))}
+        timings = time_generation(
+            models,
+            [prompt] * batch_size,
+            STEPS + 1,
+            temperature=0.0,
+            uniforms=torch.zeros(batch_size, STEPS + 1),
+            measure_peak=False,
+            repeats=range(TURNS),
+            first_tokens=1,
+        )
+        taken = {
+            name: [timing.time_per_output_token_s or 0.0 for timing in timings if timing.variant == name]
+            for name in models
+        }
+        ratios[count] = median(mine / its for mine, its in zip(taken["pruned"], taken["dense"], strict=True))
+        dense_s += taken["dense"]
+    layer_s = median(dense_s) / grid.n_layers
+    return {count: ratio * layer_s for count, ratio in sorted(ratios.items())}
+
+
+def even_mask(grid: HeadGrid, count: int, group_size: int = 1) -> Tensor:
+    """A keep mask, bool [L, H], with ``count`` heads in every layer.
+
+    Heads that leave one by one are spread over the key-value heads, the last of which go last, as they are where nobody
+    chooses heads for their neighbours; those that leave in groups of ``group_size`` are whole groups.
+    """
+    order = torch.arange(grid.n_heads)
+    if group_size == 1:
+        order = order % grid.group_size * grid.n_kv_heads + order // grid.group_size
+    return (order < count).expand(grid.n_layers, -1).clone()
