@@ -356,9 +356,10 @@ def _adapt_attention(
     if projection is None:
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
-            target = _attention_target(dense, pruned, layer, number, stream)
+            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
+            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
             if text.has(number, len(streams)):
-                moments.add(*text.of(target[..., :0], target, stream.hidden + target, stream.hidden, stream.weight))
+                moments.add(*text.of(target[..., :0], target, stream.hidden + wanted, stream.hidden, stream.weight))
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -368,10 +369,11 @@ def _adapt_attention(
         with fast_products(dense.model):
             x = caught = stream.run_to(pruned, layer, projection)
         if text.has(number, len(streams)):
-            target = _attention_target(dense, pruned, layer, number, stream)
+            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
             if text.given_up:
-                target = target - text.given_up * (dense.before(number, layer) - stream.hidden)
-            full, rest = stream.hidden + target, stream.hidden
+                wanted = wanted - text.given_up * (dense.before(number, layer) - stream.hidden)
+            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
+            full, rest = stream.hidden + wanted, stream.hidden
             if text.sinks_apart:
                 x, target, full, rest = moments.set_apart(dense.sinks[number], x, target, full, rest, stream.weight)
             moments.add(*text.of(x, target, full, rest, stream.weight))
@@ -382,11 +384,12 @@ def _adapt_attention(
     return _replaced(projection, solution, inputs, streams[0].hidden)
 
 
-def _attention_target(dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream) -> Tensor:
-    """What the pruned layer's attention should write for one batch, [B, T, E]."""
+def _wanted_of_attention(
+    dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream
+) -> Tensor:
+    """What the stream of one batch should gain by the pruned layer's attention, [B, T, E]."""
     if not has_parallel_blocks(pruned):
-        wanted = dense.at(number, layer, "after attention") - stream.hidden
-        return output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
+        return dense.at(number, layer, "after attention") - stream.hidden
     silent = torch.zeros_like(stream.hidden)
     with replaced_output(attentions(pruned)[layer], (silent, None)), fast_products(dense.model):
         without_attention = stream.run(pruned, layer)
@@ -426,12 +429,13 @@ def _adapt_mlp(
         z = caught[0].view(*total.shape[:-1], -1)
         if ridge is not None and text.has(number, len(streams)):
             aim = dense.at(number, layer, "after block")
-            now = total if text.lost_ratio is None else total + z.to(total) @ weight
-            target = aim - total
+            now = total
+            if text.lost_ratio is not None:
+                now = total + added_to_stream(pruned, layer, "mlp", z.to(total) @ weight)
+            wanted = aim - total
             if text.given_up:
-                target = target - text.given_up * (dense.at(number, layer, "after attention") - total)
-            target = output_that_adds(pruned, layer, "mlp", target, dense.lengths(number, layer, "mlp"))
-            read = z
+                wanted = wanted - text.given_up * (dense.at(number, layer, "after attention") - total)
+            target, read = output_that_adds(pruned, layer, "mlp", wanted, dense.lengths(number, layer, "mlp")), z
             if text.sinks_apart:
                 read, target, aim, now = moments.set_apart(dense.sinks[number], z, target, aim, now, stream.weight)
             moments.add(*text.of(read, target, aim, now, stream.weight))

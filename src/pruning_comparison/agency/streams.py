@@ -178,18 +178,18 @@ class DenseStream:
             return self._kept[batch][layer, place]
         return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
 
+    def lengths(self, batch: int, layer: int, part: Part) -> Tensor | None:
+        """Of what attention, or the MLP, of a block writes, [B, T, 1]; None where no norm comes before it is added."""
+        if norms_of_outputs(self.model, part)[layer] is None:
+            return None
+        return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
+
     def before(self, batch: int, layer: int) -> Tensor:
         """The stream [B, T, E] of a batch that enters a block."""
         if layer == 0:
             return self._starts[batch].hidden
         total, norm = self.at(batch, layer - 1, "after block"), last_norms(self.model)[layer - 1]
         return total if norm is None else norm(total)
-
-    def lengths(self, batch: int, layer: int, part: Part) -> Tensor | None:
-        """Of what attention, or the MLP, of a block writes, [B, T, 1]; None where no norm comes before it is added."""
-        if norms_of_outputs(self.model, part)[layer] is None:
-            return None
-        return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
 
     def close(self) -> None:
         """Removes the scratch file."""
