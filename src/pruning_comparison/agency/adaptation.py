@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.before_norms import added_to_stream, output_that_adds
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
 from pruning_comparison.measure.memory import PeakMemory
 from pruning_comparison.models.devices import fast_products
@@ -63,6 +64,7 @@ def adapt(
     error_share: float = 1.0,
     longest: float | None = None,
     sinks_apart: bool = False,
+    openings_to_sink: bool = False,
 ) -> AdaptationCost:
     """Adapts a physically pruned model, in place, to its dense original on the calibration text of ``dense``.
 
@@ -90,6 +92,10 @@ def adapt(
       ridge regression towards the original weights (Hoerl and Kennard 1970, shrunk to a prior other than zero);
     * "refit-mlp": the MLP's output projection as well, with ``mlp_ridge``.
 
+    Where a norm or a factor comes between what attention or the MLP writes and what is added to the stream (Gemma 2 and 3,
+    OLMo 2, Granite), T is what has to enter it (``before_norms``). A mixture of experts has no one projection to refit:
+    "refit-mlp" is refused for it.
+
     A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
     ``most_tokens`` leaves out what comes after the batch that reaches so many.
@@ -99,18 +105,33 @@ def adapt(
     ``lost_ratio`` positions whose stream is that many times longer, or shorter, than the dense model's are left out of the
     regressions. ``error_share`` is how much of the difference that a layer finds is part of its target.
 
+    With ``openings_to_sink`` openings are read only up to where first tokens become long (``DenseStream.sink_layer``): by
+    attention in that layer and by everything before it. A first token depends on nothing but its id there, so an opening of
+    one token holds all of it; a whole window has but one such token, and where that comes out wrong it has no sink.
+
     Sums accumulate in float64 from products in float32 or better, and are solved in float64; a singular matrix gets more
     ridge until the solution is finite. Layers before the first pruned one are untouched. ValueError for unknown steps.
     """
     if steps not in ADAPTATIONS:
         raise ValueError(f"unknown adaptation {steps!r}; choose one of {', '.join(ADAPTATIONS)}")
+    if steps == "refit-mlp" and None in mlp_output_projections(pruned):
+        raise ValueError(
+            "refit-mlp needs one projection that writes what the MLP adds, and this model has mixtures of experts; "
+            "choose refit"
+        )
     if steps == "none":
         return AdaptationCost(0.0, 0, None, "nothing was adapted")
     started = time.perf_counter()
     with PeakMemory(dense.model.device, enabled=measure_peak) as peak:
         streams = dense.start(most_tokens)
+        tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
+        last_with_openings = len(blocks(pruned))
+        if openings_to_sink:
+            last_with_openings = -1 if dense.sink_layer is None else dense.sink_layer
         changed = False
         for layer in range(len(blocks(pruned))):
+            if layer > last_with_openings:
+                streams = [stream for stream in streams if not stream.opening]
             changed = changed or _is_pruned(dense.model, pruned, layer)
             if not changed:
                 _follow(dense, streams, layer)
@@ -125,10 +146,12 @@ def adapt(
                 continue
             text = _FittedText(layer // part_layers % parts, parts, lost_ratio, 1 - error_share, longest, sinks_apart)
             added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias, text)
+            if layer == last_with_openings:
+                streams = [stream for stream in streams if not stream.opening]
+                added = added[: len(streams)]
             refits_mlp = steps == "refit-mlp"
             _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias, text)
     seconds = time.perf_counter() - started + dense.seconds
-    tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
     return AdaptationCost(seconds, tokens, peak.bytes, peak.reason, dense.scratch_bytes)
 
 
@@ -337,15 +360,16 @@ def _adapt_attention(
     allow_new_bias: bool,
     text: _FittedText,
 ) -> list[Tensor]:
-    """Adapts one layer's attention; what it then adds to every batch, [B, T, E]."""
+    """Adapts one layer's attention; what it then writes for every batch, [B, T, E]."""
     attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
     moments = _Moments()
     if projection is None:
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
-            target = _attention_target(dense, pruned, layer, number, stream)
+            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
+            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
             if text.has(number, len(streams)):
-                moments.add(*text.of(target[..., :0], target, stream.hidden + target, stream.hidden, stream.weight))
+                moments.add(*text.of(target[..., :0], target, stream.hidden + wanted, stream.hidden, stream.weight))
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -355,10 +379,11 @@ def _adapt_attention(
         with fast_products(dense.model):
             x = caught = stream.run_to(pruned, layer, projection)
         if text.has(number, len(streams)):
-            target = _attention_target(dense, pruned, layer, number, stream)
+            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
             if text.given_up:
-                target = target - text.given_up * (dense.before(number, layer) - stream.hidden)
-            full, rest = stream.hidden + target, stream.hidden
+                wanted = wanted - text.given_up * (dense.before(number, layer) - stream.hidden)
+            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
+            full, rest = stream.hidden + wanted, stream.hidden
             if text.sinks_apart:
                 x, target, full, rest = moments.set_apart(dense.sinks[number], x, target, full, rest, stream.weight)
             moments.add(*text.of(x, target, full, rest, stream.weight))
@@ -369,8 +394,10 @@ def _adapt_attention(
     return _replaced(projection, solution, inputs, streams[0].hidden)
 
 
-def _attention_target(dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream) -> Tensor:
-    """What the pruned layer's attention should add to one batch, [B, T, E]."""
+def _wanted_of_attention(
+    dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream
+) -> Tensor:
+    """What the stream of one batch should gain by the pruned layer's attention, [B, T, E]."""
     if not has_parallel_blocks(pruned):
         return dense.at(number, layer, "after attention") - stream.hidden
     silent = torch.zeros_like(stream.hidden)
@@ -391,9 +418,14 @@ def _adapt_mlp(
 ) -> None:
     """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
 
-    ``added`` is what attention adds to every batch.
+    ``added`` is what attention writes for every batch.
     """
     projection, norm = mlp_output_projections(pruned)[layer], last_norms(pruned)[layer]
+    if projection is None:
+        for stream, attention_adds in zip(streams, added, strict=True):
+            with replaced_output(attentions(pruned)[layer], (attention_adds, None)), fast_products(dense.model):
+                stream.hidden = stream.run(pruned, layer).to(stream.hidden)
+        return
     weight, old_bias = input_major_weight(projection), getattr(projection, "bias", None)
     moments = _Moments()
     inputs, totals = [], []
@@ -407,11 +439,13 @@ def _adapt_mlp(
         z = caught[0].view(*total.shape[:-1], -1)
         if ridge is not None and text.has(number, len(streams)):
             aim = dense.at(number, layer, "after block")
-            now = total if text.lost_ratio is None else total + z.to(total) @ weight
-            target = aim - total
+            now = total
+            if text.lost_ratio is not None:
+                now = total + added_to_stream(pruned, layer, "mlp", z.to(total) @ weight)
+            wanted = aim - total
             if text.given_up:
-                target = target - text.given_up * (dense.at(number, layer, "after attention") - total)
-            read = z
+                wanted = wanted - text.given_up * (dense.at(number, layer, "after attention") - total)
+            target, read = output_that_adds(pruned, layer, "mlp", wanted, dense.lengths(number, layer, "mlp")), z
             if text.sinks_apart:
                 read, target, aim, now = moments.set_apart(dense.sinks[number], z, target, aim, now, stream.weight)
             moments.add(*text.of(read, target, aim, now, stream.weight))
@@ -423,7 +457,8 @@ def _adapt_mlp(
         solution = moments.solve(weight, "refit", ridge, 1, old_bias is not None or allow_new_bias)
     written = _replaced(projection, solution, inputs, streams[0].hidden, write=ridge is not None)
     for stream, total, adds in zip(streams, totals, written, strict=True):
-        stream.hidden = total + adds if norm is None else norm(total + adds)
+        after = total + added_to_stream(pruned, layer, "mlp", adds)
+        stream.hidden = after if norm is None else norm(after)
 
 
 def _replaced(

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.before_norms import added_to_stream
 from pruning_comparison.models.devices import fast_products, room_for_streams_bytes
-from pruning_comparison.models.heads import attentions, blocks, last_norms
+from pruning_comparison.models.heads import Part, attentions, blocks, last_norms, norms_of_outputs
 
-Place = Literal["after attention", "after block"]
+Place = Literal["after attention", "after block", "attention length", "mlp length"]
 
 
 SINK_RATIO = 10.0
@@ -40,12 +41,14 @@ class _Stop(Exception):
 class Stream:
     """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks.
 
-    ``weight`` is what each of its positions counts for in regressions.
+    ``weight`` is what each of its positions counts for in regressions. ``opening`` streams are of openings, which come after
+    all others.
     """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     weight: float = 1.0
+    opening: bool = False
 
     def run(self, model: PreTrainedModel, layer: int) -> Tensor:
         """The stream after the block."""
@@ -62,7 +65,7 @@ class Stream:
 
     def run_apart(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The stream after the block, the sum that the block ends with (before its last norm, if it has one there), and
-        what its attention adds."""
+        what its attention writes."""
         added: list[Tensor] = []
         norm = last_norms(model)[layer]
         handle = attentions(model)[layer].register_forward_hook(
@@ -121,25 +124,36 @@ class DenseStream:
             batches += [batch.to(model.device) for batch in more]
             weights += [opening_weight] * len(more)
         self._starts = block_inputs(model, batches)
-        for start, weight in zip(self._starts, weights, strict=True):
-            start.weight = weight
+        whole = -(-len(windows) // batch_size)
+        for number, (start, weight) in enumerate(zip(self._starts, weights, strict=True)):
+            start.weight, start.opening = weight, number >= whole
         layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
         size = 2 * layers * sum(batch.numel() for batch in batches) * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
         self._scratch = _Scratch(scratch_folder) if size > room_for_streams_bytes(model.device) else None
         self.sinks: list[Tensor] = []
+        first_lengths, usual_lengths = [], []
         with torch.no_grad(), fast_products(model):
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)
                 longest = start.hidden.new_zeros(start.hidden.shape[:2])
                 for layer in range(layers):
                     before = stream.hidden
-                    after, total, added = stream.run_apart(model, layer)
+                    with _caught_lengths(model, layer) as lengths:
+                        after, total, written = stream.run_apart(model, layer)
                     stream.hidden = after.to(model.dtype)
+                    added = added_to_stream(model, layer, "attention", written)
                     self._keep(number, layer, "after attention", before + added)
+                    for place, length in lengths.items():
+                        self._keep(number, layer, place, length)
                     self._keep(number, layer, "after block", total.to(model.dtype))
-                    longest = torch.maximum(longest, torch.linalg.vector_norm(total.to(model.dtype), dim=-1))
+                    lengths = torch.linalg.vector_norm(total.to(model.dtype), dim=-1)
+                    longest = torch.maximum(longest, lengths)
+                    if number == 0:
+                        first_lengths.append(lengths[:, 0].median())
+                        usual_lengths.append(lengths.median())
                 self.sinks.append(longest > SINK_RATIO * longest.median())
+        self.sink_layer = _sink_layer(torch.stack(first_lengths), torch.stack(usual_lengths))
         self.seconds = time.perf_counter() - started
 
     @property
@@ -154,7 +168,7 @@ class DenseStream:
         for stream in self._starts:
             if most_tokens is not None and tokens >= most_tokens:
                 break
-            streams.append(Stream(stream.hidden, stream.calls, stream.weight))
+            streams.append(Stream(stream.hidden, stream.calls, stream.weight, stream.opening))
             tokens += stream.hidden.shape[0] * stream.hidden.shape[1]
         return streams
 
@@ -163,6 +177,12 @@ class DenseStream:
         if self._scratch is None:
             return self._kept[batch][layer, place]
         return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
+
+    def lengths(self, batch: int, layer: int, part: Part) -> Tensor | None:
+        """Of what attention, or the MLP, of a block writes, [B, T, 1]; None where no norm comes before it is added."""
+        if norms_of_outputs(self.model, part)[layer] is None:
+            return None
+        return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
 
     def before(self, batch: int, layer: int) -> Tensor:
         """The stream [B, T, E] of a batch that enters a block."""
@@ -181,6 +201,17 @@ class DenseStream:
             self._kept[batch][layer, place] = value
         else:
             self._scratch.write(batch, layer, place, value)
+
+
+def _sink_layer(first: Tensor, usual: Tensor) -> int | None:
+    """The block that makes first tokens long: the first after which they have half the greatest length that they reach.
+
+    ``first`` and ``usual`` [L] are the lengths of the stream after every block, at first tokens and at the median position.
+    None where first tokens are nowhere ``SINK_RATIO`` times as long as others.
+    """
+    if not bool((first > SINK_RATIO * usual).any()):
+        return None
+    return int((first >= first.max() / 2).nonzero()[0])
 
 
 class _Scratch:
@@ -277,6 +308,22 @@ def silent_inputs(module: nn.Module, features: int) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         del module.forward
+
+
+@contextmanager
+def _caught_lengths(model: PreTrainedModel, layer: int) -> Iterator[dict[Place, Tensor]]:
+    """Filled at its end with the lengths of what entered the norms of a block's outputs, [B, T, 1] by place."""
+    lengths: dict[Place, Tensor] = {}
+    places: dict[Part, Place] = {"attention": "attention length", "mlp": "mlp length"}
+    with ExitStack() as stack:
+        caught: dict[Place, list[Tensor]] = {}
+        for part, place in places.items():
+            norm = norms_of_outputs(model, part)[layer]
+            if norm is not None:
+                caught[place] = stack.enter_context(_caught_inputs(norm))
+        yield lengths
+        for place, inputs in caught.items():
+            lengths[place] = torch.linalg.vector_norm(inputs[0].to(model.dtype), dim=-1, keepdim=True)
 
 
 @contextmanager
