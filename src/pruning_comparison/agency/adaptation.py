@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.before_norms import added_to_stream, output_that_adds
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
 from pruning_comparison.measure.memory import PeakMemory
 from pruning_comparison.models.devices import fast_products
@@ -78,9 +79,11 @@ def adapt(
     far adaptation goes:
 
     * "none": nothing is changed;
-    * "bias": a constant, mean(T) - mean(X) W, on attention's output projection (bias compensation; An et al. 2024, FLAP);
-    * "gate": also a gate for each surviving head, fitted by least squares and folded into its weights (mask tuning; Kwon et
-      al. 2022). It may exceed 1;
+    * "bias": a constant on the output projections of layers that have lost heads, the mean over the text of what these heads
+      add in the *dense* model, mean(X_lost) W_lost (bias compensation; An et al. 2024, FLAP). What earlier layers have lost
+      is not made up for: each layer is taken by itself;
+    * "gate": the constant mean(T) - mean(X) W, and a gate for each surviving head, fitted by least squares and folded into
+      its weights (mask tuning; Kwon et al. 2022). It may exceed 1;
     * "refit": also attention's whole output projection, W [F, E], from X [S, F], the surviving heads' outputs in the
       *pruned* model, centred:
 
@@ -88,6 +91,10 @@ def adapt(
 
       ridge regression towards the original weights (Hoerl and Kennard 1970, shrunk to a prior other than zero);
     * "refit-mlp": the MLP's output projection as well, with ``mlp_ridge``.
+
+    Where a norm or a factor comes between what attention or the MLP writes and what is added to the stream (Gemma 2 and 3,
+    OLMo 2, Granite), T is what has to enter it (``before_norms``). A mixture of experts has no one projection to refit:
+    "refit-mlp" is refused for it.
 
     A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
@@ -107,6 +114,11 @@ def adapt(
     """
     if steps not in ADAPTATIONS:
         raise ValueError(f"unknown adaptation {steps!r}; choose one of {', '.join(ADAPTATIONS)}")
+    if steps == "refit-mlp" and None in mlp_output_projections(pruned):
+        raise ValueError(
+            "refit-mlp needs one projection that writes what the MLP adds, and this model has mixtures of experts; "
+            "choose refit"
+        )
     if steps == "none":
         return AdaptationCost(0.0, 0, None, "nothing was adapted")
     started = time.perf_counter()
@@ -122,6 +134,14 @@ def adapt(
                 streams = [stream for stream in streams if not stream.opening]
             changed = changed or _is_pruned(dense.model, pruned, layer)
             if not changed:
+                _follow(dense, streams, layer)
+                continue
+            if steps == "bias":
+                # On the dense stream T is what all heads add, and X what the survivors do: the difference is the lost ones'.
+                if _is_pruned(dense.model, pruned, layer):
+                    _adapt_attention(
+                        dense, pruned, layer, streams, steps, ridge, allow_new_bias, _FittedText(0, 1, None)
+                    )
                 _follow(dense, streams, layer)
                 continue
             text = _FittedText(layer // part_layers % parts, parts, lost_ratio, 1 - error_share, longest, sinks_apart)
@@ -340,15 +360,16 @@ def _adapt_attention(
     allow_new_bias: bool,
     text: _FittedText,
 ) -> list[Tensor]:
-    """Adapts one layer's attention; what it then adds to every batch, [B, T, E]."""
+    """Adapts one layer's attention; what it then writes for every batch, [B, T, E]."""
     attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
     moments = _Moments()
     if projection is None:
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
-            target = _attention_target(dense, pruned, layer, number, stream)
+            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
+            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
             if text.has(number, len(streams)):
-                moments.add(*text.of(target[..., :0], target, stream.hidden + target, stream.hidden, stream.weight))
+                moments.add(*text.of(target[..., :0], target, stream.hidden + wanted, stream.hidden, stream.weight))
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -358,10 +379,11 @@ def _adapt_attention(
         with fast_products(dense.model):
             x = caught = stream.run_to(pruned, layer, projection)
         if text.has(number, len(streams)):
-            target = _attention_target(dense, pruned, layer, number, stream)
+            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
             if text.given_up:
-                target = target - text.given_up * (dense.before(number, layer) - stream.hidden)
-            full, rest = stream.hidden + target, stream.hidden
+                wanted = wanted - text.given_up * (dense.before(number, layer) - stream.hidden)
+            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
+            full, rest = stream.hidden + wanted, stream.hidden
             if text.sinks_apart:
                 x, target, full, rest = moments.set_apart(dense.sinks[number], x, target, full, rest, stream.weight)
             moments.add(*text.of(x, target, full, rest, stream.weight))
@@ -372,8 +394,10 @@ def _adapt_attention(
     return _replaced(projection, solution, inputs, streams[0].hidden)
 
 
-def _attention_target(dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream) -> Tensor:
-    """What the pruned layer's attention should add to one batch, [B, T, E]."""
+def _wanted_of_attention(
+    dense: DenseStream, pruned: PreTrainedModel, layer: int, number: int, stream: Stream
+) -> Tensor:
+    """What the stream of one batch should gain by the pruned layer's attention, [B, T, E]."""
     if not has_parallel_blocks(pruned):
         return dense.at(number, layer, "after attention") - stream.hidden
     silent = torch.zeros_like(stream.hidden)
@@ -394,9 +418,14 @@ def _adapt_mlp(
 ) -> None:
     """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
 
-    ``added`` is what attention adds to every batch.
+    ``added`` is what attention writes for every batch.
     """
     projection, norm = mlp_output_projections(pruned)[layer], last_norms(pruned)[layer]
+    if projection is None:
+        for stream, attention_adds in zip(streams, added, strict=True):
+            with replaced_output(attentions(pruned)[layer], (attention_adds, None)), fast_products(dense.model):
+                stream.hidden = stream.run(pruned, layer).to(stream.hidden)
+        return
     weight, old_bias = input_major_weight(projection), getattr(projection, "bias", None)
     moments = _Moments()
     inputs, totals = [], []
@@ -410,11 +439,13 @@ def _adapt_mlp(
         z = caught[0].view(*total.shape[:-1], -1)
         if ridge is not None and text.has(number, len(streams)):
             aim = dense.at(number, layer, "after block")
-            now = total if text.lost_ratio is None else total + z.to(total) @ weight
-            target = aim - total
+            now = total
+            if text.lost_ratio is not None:
+                now = total + added_to_stream(pruned, layer, "mlp", z.to(total) @ weight)
+            wanted = aim - total
             if text.given_up:
-                target = target - text.given_up * (dense.at(number, layer, "after attention") - total)
-            read = z
+                wanted = wanted - text.given_up * (dense.at(number, layer, "after attention") - total)
+            target, read = output_that_adds(pruned, layer, "mlp", wanted, dense.lengths(number, layer, "mlp")), z
             if text.sinks_apart:
                 read, target, aim, now = moments.set_apart(dense.sinks[number], z, target, aim, now, stream.weight)
             moments.add(*text.of(read, target, aim, now, stream.weight))
@@ -426,7 +457,8 @@ def _adapt_mlp(
         solution = moments.solve(weight, "refit", ridge, 1, old_bias is not None or allow_new_bias)
     written = _replaced(projection, solution, inputs, streams[0].hidden, write=ridge is not None)
     for stream, total, adds in zip(streams, totals, written, strict=True):
-        stream.hidden = total + adds if norm is None else norm(total + adds)
+        after = total + added_to_stream(pruned, layer, "mlp", adds)
+        stream.hidden = after if norm is None else norm(after)
 
 
 def _replaced(

@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,10 +19,11 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
+from pruning_comparison.agency.before_norms import added_to_stream
 from pruning_comparison.models.devices import fast_products, room_for_streams_bytes
-from pruning_comparison.models.heads import attentions, blocks, last_norms
+from pruning_comparison.models.heads import Part, attentions, blocks, last_norms, norms_of_outputs
 
-Place = Literal["after attention", "after block"]
+Place = Literal["after attention", "after block", "attention length", "mlp length"]
 
 
 SINK_RATIO = 10.0
@@ -64,7 +65,7 @@ class Stream:
 
     def run_apart(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The stream after the block, the sum that the block ends with (before its last norm, if it has one there), and
-        what its attention adds."""
+        what its attention writes."""
         added: list[Tensor] = []
         norm = last_norms(model)[layer]
         handle = attentions(model)[layer].register_forward_hook(
@@ -138,9 +139,13 @@ class DenseStream:
                 longest = start.hidden.new_zeros(start.hidden.shape[:2])
                 for layer in range(layers):
                     before = stream.hidden
-                    after, total, added = stream.run_apart(model, layer)
+                    with _caught_lengths(model, layer) as lengths:
+                        after, total, written = stream.run_apart(model, layer)
                     stream.hidden = after.to(model.dtype)
+                    added = added_to_stream(model, layer, "attention", written)
                     self._keep(number, layer, "after attention", before + added)
+                    for place, length in lengths.items():
+                        self._keep(number, layer, place, length)
                     self._keep(number, layer, "after block", total.to(model.dtype))
                     lengths = torch.linalg.vector_norm(total.to(model.dtype), dim=-1)
                     longest = torch.maximum(longest, lengths)
@@ -172,6 +177,12 @@ class DenseStream:
         if self._scratch is None:
             return self._kept[batch][layer, place]
         return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
+
+    def lengths(self, batch: int, layer: int, part: Part) -> Tensor | None:
+        """Of what attention, or the MLP, of a block writes, [B, T, 1]; None where no norm comes before it is added."""
+        if norms_of_outputs(self.model, part)[layer] is None:
+            return None
+        return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
 
     def before(self, batch: int, layer: int) -> Tensor:
         """The stream [B, T, E] of a batch that enters a block."""
@@ -297,6 +308,22 @@ def silent_inputs(module: nn.Module, features: int) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         del module.forward
+
+
+@contextmanager
+def _caught_lengths(model: PreTrainedModel, layer: int) -> Iterator[dict[Place, Tensor]]:
+    """Filled at its end with the lengths of what entered the norms of a block's outputs, [B, T, 1] by place."""
+    lengths: dict[Place, Tensor] = {}
+    places: dict[Part, Place] = {"attention": "attention length", "mlp": "mlp length"}
+    with ExitStack() as stack:
+        caught: dict[Place, list[Tensor]] = {}
+        for part, place in places.items():
+            norm = norms_of_outputs(model, part)[layer]
+            if norm is not None:
+                caught[place] = stack.enter_context(_caught_inputs(norm))
+        yield lengths
+        for place, inputs in caught.items():
+            lengths[place] = torch.linalg.vector_norm(inputs[0].to(model.dtype), dim=-1, keepdim=True)
 
 
 @contextmanager

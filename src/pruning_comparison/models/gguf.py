@@ -8,6 +8,7 @@ packed, and splits this model's text like GPT-2's, which gets numbers wrong.
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -78,18 +79,28 @@ def read_weights(path: Path, config: LlamaConfig) -> dict[str, Tensor]:
             values = _halves(values, len(values) // (config.hidden_size // config.num_attention_heads))
         place = f"model.layers.{block[1]}." if block else ""
         weights[f"{place}{_TENSORS[name]}.weight"] = torch.from_numpy(values.copy())
+    _read.cache_clear()
     return weights
 
 
 def _open(path: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader  # noqa: F401
     except ModuleNotFoundError:
         raise ModelLoadError(f"{SMOLLM2} needs the package gguf, which is not installed: {INSTALL}.") from None
     try:
-        return GGUFReader(path)
+        state = path.stat()
+        return _read(path, state.st_mtime_ns, state.st_size)
     except Exception as error:
         raise ModelLoadError(f"{path.name} cannot be read as GGUF: {error}. Install it again: {INSTALL}.") from error
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, changed_ns: int, size_bytes: int) -> Any:
+    """The reader of a file as it is now. Making one takes seconds, for the vocabulary: one serves header and weights."""
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
 
 
 def _halves(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

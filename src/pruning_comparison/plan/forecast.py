@@ -19,7 +19,7 @@ from pruning_comparison.formatting import format_duration
 from pruning_comparison.measure import FIRST_TOKENS, generate, parameter_bytes, warm_up_tokens
 from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED
 from pruning_comparison.metrics import RAW, of_kind
-from pruning_comparison.models import decode_step
+from pruning_comparison.models import attention_implementation, decode_step
 from pruning_comparison.run import TEXT_BATCHES, Inputs, timing_rounds
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
@@ -134,7 +134,11 @@ def measure_speeds(spec: ComparisonSpec, inputs: Inputs) -> Speeds:
     torch.set_num_threads(spec.threads)
     # Weights are drawn here and nowhere else, so the caller's generators are left as they are.
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(inputs.preview.config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            inputs.preview.config,
+            dtype=torch.float32,
+            attn_implementation=attention_implementation(inputs.preview.config),
+        )
     model = model.to(spec.device).eval().requires_grad_(False)
     window = min(spec.eval_window, inputs.preview.context)
     rows = max(1, min(spec.quality_batch_size, _PROBE_TOKENS // window))
