@@ -54,7 +54,7 @@ _FINER: Mapping[torch.dtype, torch.dtype] = MappingProxyType(
     {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
 )
 _OF_THE_FORWARDS_ERROR = 3
-"""A step's rounding error may be so many times that of the model's forward; 0.7 to 2 times was measured
+"""A step's rounding error may be so many times that of the model's forward; 0.5 to 2 times was measured
 (``docs/decisions/0031-on-a-gpu.md``)."""
 
 _ROTARY_POSITIONS = 256
