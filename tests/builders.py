@@ -34,6 +34,7 @@ from pruning_comparison.analysis.rankings import RANKING_COLUMNS
 from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 from pruning_comparison.analysis.tradeoffs import EQUAL_COLUMNS, OPTIMUM_COLUMNS
 from pruning_comparison.metrics import METRICS
+from pruning_comparison.models.heads import attention_implementation
 from pruning_comparison.report.answer import Answer, Chip
 from pruning_comparison.report.charts.style import to_svg
 from pruning_comparison.report.page import render_report
@@ -101,6 +102,84 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
         "gpt_neox",
         {"num_attention_heads": 6, "intermediate_size": 40, "use_parallel_residual": False, "attention_bias": False},
     ),
+    "qwen3_moe": (
+        "qwen3_moe",
+        {
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "moe_intermediate_size": 24,
+            "num_experts": 4,
+            "num_experts_per_tok": 2,
+            "mlp_only_layers": [1],
+        },
+    ),
+    "gemma2": (
+        "gemma2",
+        {
+            **GROUPED,
+            "num_key_value_heads": 3,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 3,
+            "attn_logit_softcapping": 2.0,
+            "final_logit_softcapping": 3.0,
+        },
+    ),
+    "gemma3": (
+        "gemma3_text",
+        {
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "query_pre_attn_scalar": 3,
+        },
+    ),
+    "gpt_oss": (
+        "gpt_oss",
+        {
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "num_local_experts": 4,
+            "num_experts_per_tok": 2,
+            "sliding_window": 5,
+            "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+            "rope_parameters": {"rope_type": "default", "rope_theta": 10_000.0},
+        },
+    ),
+    "olmo2": ("olmo2", {"num_attention_heads": 6, "num_key_value_heads": 3, "intermediate_size": 40}),
+    "smollm3": ("smollm3", {**GROUPED, "num_key_value_heads": 3, "no_rope_layers": [1, 0, 1]}),
+    "granite": (
+        "granite",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "embedding_multiplier": 6.0,
+            "residual_multiplier": 0.4,
+            "attention_multiplier": 0.2,
+            "logits_scaling": 3.0,
+        },
+    ),
+    "ministral": (
+        "ministral",
+        {
+            **GROUPED,
+            "num_key_value_heads": 2,
+            "sliding_window": 5,
+            "layer_types": ["full_attention", "sliding_attention", "sliding_attention"],
+        },
+    ),
+    "phi3": (
+        "phi3",
+        {
+            "num_attention_heads": 6,
+            "num_key_value_heads": 2,
+            "intermediate_size": 40,
+            "partial_rotary_factor": 0.5,
+            "attention_dropout": 0.0,
+        },
+    ),
     "opt": ("opt", {"num_attention_heads": 6, "ffn_dim": 40, "dropout": 0.0}),
     "opt with norms after": (
         "opt",
@@ -115,6 +194,11 @@ FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {
 }
 """Model type and settings of a small config for everything that a family can do differently."""
 
+ATTEND_AS_LLAMA = frozenset({"gemma3", "granite", "ministral", "olmo2", "phi3", "qwen3_moe", "smollm3"})
+"""Of ``FAMILIES``: those whose attention function is Llama's. What concerns that function alone is tested with Llama."""
+
+ATTENTIONS = tuple(family for family in FAMILIES if family not in ATTEND_AS_LLAMA)
+
 
 def tiny_model(family: str, *, layers: int = 3, width: int = 48, seed: int = 0, **settings: Any) -> PreTrainedModel:
     """A random model of one of ``FAMILIES``, or of a model type, with random biases and norms."""
@@ -123,7 +207,7 @@ def tiny_model(family: str, *, layers: int = 3, width: int = 48, seed: int = 0, 
     special = {"bos_token_id": 0, "eos_token_id": 0, "pad_token_id": 0}
     config = AutoConfig.for_model(model_type, **{**shape, **special, **defaults, **settings})
     torch.manual_seed(seed)
-    model = AutoModelForCausalLM.from_config(config, attn_implementation="sdpa")
+    model = AutoModelForCausalLM.from_config(config, attn_implementation=attention_implementation(config))
     for parameter in model.parameters():
         parameter.data = torch.randn_like(parameter) * (0.5 if parameter.ndim == 1 else 0.2)
     model.tie_weights()
@@ -213,7 +297,10 @@ def save_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2, model: PreT
 class Letters:
     """A tokenizer of one token per character, so that offsets and bytes can be counted by hand."""
 
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Any]]:
+    def __call__(self, text: str | list[str], **kwargs: Any) -> dict[str, list[Any]]:
+        if isinstance(text, list):
+            each = [self(one) for one in text]
+            return {part: [one[part] for one in each] for part in each[0]}
         return {
             "input_ids": [ord(letter) % 96 + 1 for letter in text],
             "offset_mapping": [(place, place + 1) for place in range(len(text))],
@@ -272,7 +359,7 @@ def no_model() -> PrunedModel:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
-    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda *given: None)
+    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda *given, **more: None)
     monkeypatch.setattr(attempts, "run_cell", lambda w, cell: (no_model(), CellResult(cell, "done", fingerprint="x")))
     monkeypatch.setattr(attempts, "time_level", lambda *arguments: LevelTimings([]))
 

@@ -98,7 +98,8 @@ OPTIONS = (
     "model_name", "device", "precision", "pruning_levels", "pruning_method", "temperatures", "num_tokens", "iterations",
     "max_prompts", "batch_size", "prompt_file", "eval_text", "eval_tokens", "eval_window", "eval_stride",
     "calibration_text", "calibration_tokens", "calibration_window", "score_tokens", "variants", "execution", "scope",
-    "unit", "bos", "entropy_direction", "adaptation", "ridge", "mlp_ridge", "recovery_steps", "recovery_rate", "seed",
+    "unit", "bos", "entropy_direction", "adaptation", "ridge", "mlp_ridge", "recovery_steps", "recovery_learning_rate",
+    "recovery_parameters", "seed",
     "threads", "quality_batch_size", "margin_speed", "tolerance", "no_such_option",
 )  # fmt: skip
 

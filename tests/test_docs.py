@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import re
+import shutil
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import pytest
 import pruning_comparison
 from pruning_comparison.cli import make_parser
 from pruning_comparison.methods import METHODS
+from pruning_comparison.report import write
 from pruning_comparison.variants import VARIANTS
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -99,7 +103,25 @@ def test_the_readme_names_every_method_and_no_other_in_its_options():
 
 def test_the_example_report_is_whole_small_and_offline():
     html = (ROOT / "docs" / "example" / "report.html").read_text("utf-8")
-    assert len(html.encode()) < 1_500_000
+    assert len(html.encode()) < 3_000_000
     assert 'id="heads"' in html
     assert 'id="texts"' in html
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", html)
+
+
+def test_the_example_report_says_what_its_journal_says(tmp_path, monkeypatch):
+    """It was drawn from the journal beside it, by code that said the same. Charts are drawn elsewhere."""
+    for name in ("journal.sqlite", "manifest.json"):
+        shutil.copy(ROOT / "docs" / "example" / name, tmp_path)
+    monkeypatch.setattr(
+        write, "draw_charts", lambda jobs, folder, **options: dict.fromkeys(jobs, '<svg viewBox="0 0 1 1"></svg>')
+    )
+    write.write_results(tmp_path, save_outputs=False)
+    answer = json.loads((tmp_path / "results.json").read_text("utf-8"))["answer"]
+    shown = unescape((ROOT / "docs" / "example" / "report.html").read_text("utf-8"))
+    shown = re.sub(r"</?code>", "", shown).replace("\N{NO-BREAK SPACE}%", " %")
+    assert len(answer["sentences"]) == 5
+    for sentence in answer["sentences"]:
+        assert sentence in shown
+    for chip in answer["chips"]:
+        assert chip["number"] in shown

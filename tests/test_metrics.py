@@ -42,14 +42,14 @@ def test_a_record_is_consistent(name):
     assert metric.name == name
     assert 0 <= low < high
     assert metric.revision >= 1
-    assert bool(metric.compute) == (metric.kind in ("loss", "text"))
-    assert bool(metric.over) == (metric.kind == "loss")
+    assert bool(metric.compute) == (metric.kind in ("loss", "divergence", "text"))
+    assert bool(metric.over) == (metric.kind in ("loss", "divergence"))
     assert bool(metric.distance_of) == (metric.kind == "distance")
     assert bool(metric.ratio_of) == (metric.kind == "ratio")
     if metric.compute:
         assert callable(metric.function())
     if metric.over:
-        assert metric.over in RAW
+        assert {metric.over, metric.summed} <= RAW.keys()
     if metric.distance_of:
         assert METRICS[metric.distance_of].kind == "text"
         assert (metric.direction, metric.scale) == ("lower", "linear")
@@ -80,10 +80,11 @@ def test_words_that_a_record_does_not_give_follow_from_its_label():
 
 CHOSEN: dict[str, list[str]] = {
     "main table": [
-        "perplexity", "perplexity_ratio", "tokens_per_second", "first_token_latency_s", "generation_perplexity",
-        "distinct_2", "seq_rep_4", "distinct_2_distance", "seq_rep_4_distance", "peak_memory_bytes", "adaptation_s",
+        "perplexity", "perplexity_ratio", "kl_to_dense", "tokens_per_second", "first_token_latency_s",
+        "generation_perplexity", "distinct_2", "seq_rep_4", "distinct_2_distance", "seq_rep_4_distance",
+        "peak_memory_bytes", "adaptation_s",
     ],
-    "quality chart": ["perplexity", "distinct_2", "seq_rep_4"],
+    "quality chart": ["perplexity", "kl_to_dense", "distinct_2", "seq_rep_4"],
     "temperature chart": ["generation_perplexity", "distinct_2", "seq_rep_4"],
     "improvement chart": [
         "perplexity", "tokens_per_second", "first_token_latency_s", "peak_memory_bytes", "distinct_2_distance",
@@ -174,15 +175,16 @@ def test_timings_that_were_not_asked_for_are_not_missing():
     ]  # fmt: skip
 
 
-def test_records_and_analysis_need_no_torch():
+def test_records_analysis_and_report_need_no_torch():
+    """A report is drawn in seconds; loading torch and transformers would take as long again."""
     code = """
         import sys
         import pruning_comparison.analysis.between_runs, pruning_comparison.analysis.hypotheses
-        import pruning_comparison.progress
+        import pruning_comparison.progress, pruning_comparison.report.write
         from pruning_comparison.metrics import of_kind
         for metric in of_kind("loss"):
             metric.function()
-        sys.exit("torch" in sys.modules)
+        sys.exit("torch" in sys.modules or "transformers" in sys.modules)
     """
     subprocess.run([sys.executable, "-c", textwrap.dedent(code)], check=True)
 

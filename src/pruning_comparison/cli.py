@@ -28,6 +28,7 @@ from pruning_comparison.presets import PRESETS
 from pruning_comparison.progress import Live, steps_of
 from pruning_comparison.spec import (
     ADAPTATIONS,
+    AUTO,
     BOS_RULES,
     CONSENT_RULES,
     ENTROPY_DIRECTIONS,
@@ -35,6 +36,8 @@ from pruning_comparison.spec import (
     LOOKS,
     PRECISIONS,
     PRUNE_UNITS,
+    RECOVERY_GRID,
+    RECOVERY_RATES,
     SCOPES,
     ComparisonSpec,
     available_cores,
@@ -341,7 +344,7 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
 
     group = parser.add_argument_group("what is pruned, and how")
-    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, or smollm2-135m")
+    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, smollm2-135m, or a .gguf file of it")
     add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
     add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
     add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")
@@ -376,7 +379,21 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         type=_whole_number,
         help="steps of distillation from the dense model, the same for every variant",
     )
-    add("recovery_rate", type=float, help="learning rate of the recovery steps")
+    if "recovery_learning_rate" not in without:
+        group.add_argument(
+            "--recovery_learning_rate",
+            "--recovery_rate",
+            dest="recovery_rate",
+            type=_number_or_auto,
+            default=default["recovery_rate"],
+            help="learning rate of the recovery steps, or auto: chosen from "
+            f"{', '.join(f'{rate:g}' for rate in RECOVERY_RATES)} on held-out calibration text, for each model",
+        )
+    add(
+        "recovery_parameters",
+        help=f"{', '.join(RECOVERY_GRID)} or auto: whether recovery trains all weights of the blocks, or output "
+        "projections, norms and biases alone; auto: chosen as the rate is",
+    )
 
     group = parser.add_argument_group("how much is measured")
     add(
@@ -427,6 +444,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     group = parser.add_argument_group("where it is measured")
     add("device", default=None, help="cpu, cuda or cuda:N; by default the best available")
     add("precision", default=None, help=f"{', '.join(PRECISIONS)}; by default float16 on a GPU and float32 elsewhere")
+    add(
+        "prepare_precision",
+        help=f"{', '.join(PRECISIONS)}: of matrix products while heads are scored and survivors adapt; weights stay float32",
+    )
     add(
         "threads",
         type=_whole_number,
@@ -485,6 +506,15 @@ def _number(text: str) -> float:
         return float(text)
     except ValueError:
         raise argparse.ArgumentTypeError(f"{text!r} is not a number") from None
+
+
+def _number_or_auto(text: str) -> float | str:
+    if text.strip().lower() == AUTO:
+        return AUTO
+    try:
+        return float(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"{text!r} is neither a number nor {AUTO}") from None
 
 
 def _margins_of(options: argparse.Namespace) -> dict[str, float]:
@@ -724,7 +754,7 @@ def _plan(options: argparse.Namespace) -> int:
     from pruning_comparison.run.inputs import prepare
 
     spec, _ = _with_threads(spec, options, Path(options.output_dir))
-    inputs = prepare(spec, identify=False)
+    inputs = prepare(spec, identify=False, weights=False)
     plan = {**plan_run(spec, Margins(**margins), inputs), "expected": plan_cost(spec, inputs)}
     print(json.dumps(plan, indent=1, allow_nan=False) if options.json else format_plan(plan))
     return 0

@@ -98,6 +98,7 @@ METHODS: dict[str, Method] = {
         tries_directions=True,
         passes=0.7,
         trial_passes=1.0,
+        revision=2,  # 1 divided entropies in sliding layers by the log of all positions
     ),
     "random": Method(
         "random",

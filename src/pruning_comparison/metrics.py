@@ -15,7 +15,7 @@ from typing import Any, Literal
 from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import unknown_name
 
-Kind = Literal["loss", "ratio", "text", "distance", "timing", "memory", "size", "cost", "reference"]
+Kind = Literal["loss", "divergence", "ratio", "text", "distance", "timing", "memory", "size", "cost", "reference"]
 Direction = Literal["higher", "lower", "none"]
 Scale = Literal["log", "linear"]
 Alike = Literal["tokenizer", "length", "dense model"]
@@ -33,8 +33,10 @@ class Metric:
 
     ``kind`` says where it comes from:
 
-    * "loss": from the summed losses of evaluation windows, per document. ``compute`` takes the nats and the quantity
-      ``over`` (one of ``RAW``), as numbers or as columns, and returns the value, or its logarithm where the scale is "log".
+    * "loss": from the summed losses of evaluation windows, per document. ``compute`` takes the sum ``summed`` and the
+      quantity ``over`` (both of ``RAW``), as numbers or as columns, and returns the value, or its logarithm where the scale
+      is "log".
+    * "divergence": the same of another sum, ``summed``: how far predictions are from the dense model's, which is at 0.
     * "ratio": another metric ``ratio_of`` over its value in the dense model.
     * "text": of one generated text. ``compute`` takes any fields of ``measure.text_quality.WrittenText``, by name, and
       ``settings``, and returns a float, or None where the text is too short for it.
@@ -67,6 +69,7 @@ class Metric:
     phrase: str = ""
     compute: str | MetricFunction = ""
     settings: Mapping[str, Any] = field(default_factory=dict)
+    summed: str = "window_nats"
     over: str = ""
     ratio_of: str = ""
     distance_of: str = ""
@@ -88,7 +91,7 @@ class Metric:
     @property
     def cluster(self) -> Literal["document", "prompt"]:
         """What is drawn anew, beside iterations, when its interval is estimated."""
-        return "document" if self.kind in ("loss", "ratio") else "prompt"
+        return "document" if self.kind in ("loss", "divergence", "ratio") else "prompt"
 
     def possible(self, value: float) -> bool:
         """Whether a finite value lies within the bounds, and has a logarithm where one is taken."""
@@ -137,6 +140,20 @@ METRICS: dict[str, Metric] = {
         compared=False,  # between variants it would say what perplexity says
         roles={"main table": 2},
     ),
+    "kl_to_dense": Metric(
+        "kl_to_dense",
+        kind="divergence",
+        unit="nat/token",
+        label="Divergence from the dense model (KL)",
+        short_label="KL to the dense model",
+        phrase="divergence from the dense model",
+        direction="lower",
+        compute="pruning_comparison.losses:mean_loss",
+        summed="window_kl_nats",
+        over="window_tokens",
+        alike=("tokenizer", "dense model"),
+        roles={"main table": 4, "quality chart": 2},
+    ),
     "word_perplexity": Metric(
         "word_perplexity",
         kind="loss",
@@ -168,7 +185,7 @@ METRICS: dict[str, Metric] = {
         scale="log",
         bounds=(1.0, math.inf),
         compute="pruning_comparison.measure.text_quality:generation_perplexity",
-        roles={"main table": 6, "temperature chart": 1},
+        roles={"main table": 7, "temperature chart": 1},
     ),
     "distinct_1": Metric(
         "distinct_1",
@@ -188,7 +205,7 @@ METRICS: dict[str, Metric] = {
         bounds=(0.0, 1.0),
         compute="pruning_comparison.measure.text_quality:distinct_n",
         settings={"n": 2},
-        roles={"main table": 7, "quality chart": 2, "temperature chart": 2},
+        roles={"main table": 8, "quality chart": 3, "temperature chart": 2},
     ),
     "distinct_3": Metric(
         "distinct_3",
@@ -216,7 +233,7 @@ METRICS: dict[str, Metric] = {
         bounds=(0.0, 1.0),
         compute="pruning_comparison.measure.text_quality:seq_rep_n",
         settings={"n": 4},
-        roles={"main table": 8, "quality chart": 3, "temperature chart": 3},
+        roles={"main table": 9, "quality chart": 4, "temperature chart": 3},
     ),
     "compression_ratio": Metric(
         "compression_ratio",
@@ -238,7 +255,7 @@ METRICS: dict[str, Metric] = {
         distance_of="distinct_2",
         alike=("length", "tokenizer"),
         roles={
-            "main table": 9,
+            "main table": 10,
             "improvement chart": 5,
             "radar": 5,
             "tight resources": 4,
@@ -258,7 +275,7 @@ METRICS: dict[str, Metric] = {
         bounds=(0.0, 1.0),
         distance_of="seq_rep_4",
         alike=("length", "tokenizer"),
-        roles={"main table": 10, "improvement chart": 6, "radar": 6, "which metrics": 3, "two runs": 4},
+        roles={"main table": 11, "improvement chart": 6, "radar": 6, "which metrics": 3, "two runs": 4},
     ),
     "generation_perplexity_distance": Metric(
         "generation_perplexity_distance",
@@ -284,7 +301,7 @@ METRICS: dict[str, Metric] = {
         scale="log",
         alike=("length", "tokenizer"),
         roles={
-            "main table": 4,
+            "main table": 5,
             "improvement chart": 2,
             "radar": 2,
             "tight resources": 2,
@@ -301,7 +318,7 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         scale="log",
         roles={
-            "main table": 5,
+            "main table": 6,
             "improvement chart": 3,
             "radar": 3,
             "tight resources": 3,
@@ -394,7 +411,7 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         alike=("length", "tokenizer"),
         on_request=True,
-        roles={"main table": 11, "improvement chart": 4, "radar": 4, "which metrics": 8},
+        roles={"main table": 12, "improvement chart": 4, "radar": 4, "which metrics": 8},
     ),
     "adaptation_s": Metric(
         "adaptation_s",
@@ -403,7 +420,7 @@ METRICS: dict[str, Metric] = {
         label="Adaptation time",
         direction="lower",
         compared=False,
-        roles={"main table": 12},
+        roles={"main table": 13},
     ),
     "adaptation_tokens": Metric(
         "adaptation_tokens", kind="cost", unit="token", label="Adaptation tokens", direction="lower", compared=False
@@ -420,6 +437,14 @@ METRICS: dict[str, Metric] = {
     "recovery_tokens": Metric(
         "recovery_tokens", kind="cost", unit="token", label="Recovery tokens", direction="lower", compared=False
     ),
+    "recovery_learning_rate": Metric(
+        "recovery_learning_rate",
+        kind="cost",
+        unit="1",
+        label="Learning rate of recovery",
+        scale="log",
+        compared=False,
+    ),
     "negotiation_s": Metric(
         "negotiation_s", kind="cost", unit="s", label="Negotiation time", direction="lower", compared=False
     ),
@@ -433,6 +458,16 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         compared=False,
         roles={"main table": 3},  # beside what came out
+    ),
+    "held_out_perplexity": Metric(
+        "held_out_perplexity",
+        kind="cost",
+        unit="1",
+        label="Perplexity on held-out calibration text",
+        direction="lower",
+        scale="log",
+        bounds=(1.0, math.inf),
+        compared=False,
     ),
     "adaptation_peak_memory_bytes": Metric(
         "adaptation_peak_memory_bytes",
@@ -451,6 +486,7 @@ RAW: dict[str, str] = {
     "window_tokens": "token",
     "window_bytes": "byte",
     "window_words": "word",
+    "window_kl_nats": "nat",
 }
 """What a journal holds of every evaluation window, with its unit: the sums that metrics of the kind "loss" are made of."""
 

@@ -22,6 +22,7 @@ PruneUnit = Literal["head", "kv_group"]
 EntropyDirection = Literal["auto", "high", "low"]
 BosRule = Literal["auto", "always", "never"]
 Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
+RecoveryParameters = Literal["all", "restricted", "auto"]
 ConsentRule = Literal["quality", "time", "cache"]
 
 PRECISIONS: tuple[Precision, ...] = get_args(Precision)
@@ -33,11 +34,20 @@ BOS_RULES: tuple[BosRule, ...] = get_args(BosRule)
 ADAPTATIONS: tuple[Adaptation, ...] = get_args(Adaptation)
 CONSENT_RULES: tuple[ConsentRule, ...] = get_args(ConsentRule)
 
+AUTO = "auto"
+RECOVERY_RATES = (1e-4, 3e-4, 1e-3)
+RECOVERY_GRID = ("all", "restricted")
+"""What recovery chooses from where its learning rate, or the parameters that it trains, are "auto"."""
+
 LOOKS = (3, 6, 12)
 """Iterations after which a run that goes on until it has decided is looked at. Each look may err in a third of the runs that
 one look may err in, so that all three together keep what a run of fixed length promises, whatever they see (Bonferroni)."""
 
-OPTION_OF_FIELD: Mapping[str, str] = {"pruning_methods": "pruning_method", "prune_unit": "unit"}
+OPTION_OF_FIELD: Mapping[str, str] = {
+    "pruning_methods": "pruning_method",
+    "prune_unit": "unit",
+    "recovery_rate": "recovery_learning_rate",
+}
 """Fields of a spec whose option has another name."""
 
 
@@ -66,6 +76,9 @@ class Cell(NamedTuple):
 class ComparisonSpec:
     """Every setting that can change a result. InputError, naming option and value, for what cannot work.
 
+    ``precision`` is what models are measured in, ``prepare_precision`` what matrix products are taken in while scores,
+    prices and adaptation are made, from float32 weights and with sums in float32 or better.
+
     Levels are in per cent of the model's heads; level 0 is always part of a comparison, because everything is measured
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
@@ -74,6 +87,9 @@ class ComparisonSpec:
 
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
+
+    Recovery trains on calibration text that nothing else has read. Where ``recovery_rate`` or ``recovery_parameters`` is
+    "auto", each cell chooses its own from one grid on held-out windows.
 
     ``until_decided``: measures iterations until the primary answers are decided, at one of ``looks``, of which
     ``iterations`` is the last.
@@ -86,6 +102,7 @@ class ComparisonSpec:
     model_name: str = "gpt2"
     device: str = "cpu"
     precision: Precision = "float32"
+    prepare_precision: Precision = "float32"
     pruning_levels: tuple[float, ...] = (0.0, 20.0, 40.0, 60.0, 80.0)
     pruning_methods: tuple[str, ...] = ("entropy",)
     variants: tuple[str, ...] = ("baseline", "agency")
@@ -116,7 +133,8 @@ class ComparisonSpec:
     mlp_ridge: float = 0.3
     new_bias: bool = True
     recovery_steps: int = 0
-    recovery_rate: float = 3e-4
+    recovery_rate: float | Literal["auto"] = 3e-4
+    recovery_parameters: RecoveryParameters = "all"
     threads: int = 1
     quality_batch_size: int = 8
     timing_pairs: int = 10
@@ -137,11 +155,13 @@ class ComparisonSpec:
             variant_named(name)
         for field, allowed in (
             ("precision", PRECISIONS),
+            ("prepare_precision", PRECISIONS),
             ("execution", EXECUTIONS),
             ("scope", SCOPES),
             ("prune_unit", PRUNE_UNITS),
             ("entropy_direction", ENTROPY_DIRECTIONS),
             ("adaptation", ADAPTATIONS),
+            ("recovery_parameters", (*RECOVERY_GRID, AUTO)),
             ("consent", CONSENT_RULES),
             ("bos", BOS_RULES),
         ):
@@ -219,7 +239,15 @@ class ComparisonSpec:
             )
         limit = self.timing_limit_s
         _require(math.isfinite(limit) and limit >= 0, "timing_limit_s", limit, "must be at least 0", "Give seconds.")
-        for field in ("ridge", "mlp_ridge", "recovery_rate", "timing_precision_percent"):
+        rate: Any = self.recovery_rate
+        _require(
+            rate == AUTO or (isinstance(rate, (int, float)) and math.isfinite(rate) and rate > 0),
+            "recovery_rate",
+            rate,
+            "is neither a number above 0 nor auto",
+            f"Give a rate such as 3e-4, or auto to choose from {', '.join(f'{one:g}' for one in RECOVERY_RATES)}.",
+        )
+        for field in ("ridge", "mlp_ridge", "timing_precision_percent"):
             strength = getattr(self, field)
             _require(math.isfinite(strength) and strength > 0, field, strength, "must be above 0", "Leave it out.")
 
@@ -333,6 +361,10 @@ TEXT_AXES = frozenset(
 )  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
+LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32"}
+"""Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
+the identity of a run, so that such a run is still the same run."""
+_NO_DEFAULT = object()
 
 
 PROTOCOL_REVISION = 2
@@ -414,7 +446,11 @@ def identity(
     without: Collection[str] = (),
 ) -> str:
     """Hash of settings (``as_dict``), of the contents of what is read, and of revisions, 16 hexadecimal digits."""
-    counted = {key: value for key, value in settings.items() if key not in NAMES_OF_FILES and key not in without}
+    counted = {
+        key: value
+        for key, value in settings.items()
+        if key not in NAMES_OF_FILES and key not in without and LATER_SETTINGS.get(key, _NO_DEFAULT) != value
+    }
     canonical = json.dumps({"settings": counted, "inputs": dict(inputs), "revisions": revisions}, sort_keys=True)
     return hashlib.sha256(canonical.encode()).hexdigest()[:16]
 

@@ -22,6 +22,8 @@ BUNDLED_TEXTS = ("held_out", "validation", "calibration")
 DEFAULT_EVAL_TEXT = "bundled:held_out"
 DEFAULT_CALIBRATION_TEXT = "bundled:calibration"
 _MOST_TEXT_BYTES = 1 << 30
+_DOCUMENTS_AT_ONCE = 64
+"""Documents that a tokenizer reads side by side: enough for its threads, few enough for memory."""
 """No text that is read is larger, unpacked: a small .gz file can hold any amount."""
 
 _WIKITEXT_TITLE = re.compile(r"^ = (?!=)\S(?:[^\r\n]*\S)?(?<!=) = ?\r?$", re.MULTILINE)
@@ -97,11 +99,12 @@ def whole_windows(documents: list[Document], tokenizer: Any, window: int, *, bos
     """
     pieces: list[Tensor] = []
     of_text = window - (bos is not None)
-    for document in documents:
-        ids = torch.tensor(tokenize(tokenizer, document.text)[0])
-        whole = len(ids) // of_text
-        if whole:
-            pieces.append(ids[: whole * of_text].view(whole, of_text))
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+        for found in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            whole = len(found) // of_text
+            if whole:
+                pieces.append(torch.tensor(found[: whole * of_text]).view(whole, of_text))
     if not pieces:
         return torch.empty(0, window, dtype=torch.long)
     windows = torch.cat(pieces)
@@ -117,14 +120,9 @@ def sample_windows(available: Tensor, tokens: int, generator: torch.Generator) -
     return available[torch.randperm(len(available), generator=generator)[: -(-tokens // available.shape[1])]]
 
 
-def unsampled_windows(available: Tensor, sampled: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Windows [N, window] that ``sample_windows``, of so many ``sampled`` tokens, leaves out: the last of its order.
-
-    As many as hold ``tokens``, or all that there are. The generator must be in the state that the sample was drawn in.
-    """
-    size = available.shape[1]
-    left = torch.randperm(len(available), generator=generator)[-(-sampled // size) :]
-    return available[left[max(0, len(left) - -(-tokens // size)) :]]
+def unread_windows(available: Tensor, tokens: int, generator: torch.Generator) -> Tensor:
+    """The windows [M, window] that ``sample_windows`` leaves behind with the same arguments, in random order."""
+    return available[torch.randperm(len(available), generator=generator)[-(-tokens // available.shape[1]) :]]
 
 
 def check_enough(available: Tensor, tokens: int) -> None:

@@ -56,6 +56,11 @@ class Variant:
         return self.selection == "negotiated"
 
     @property
+    def is_baseline(self) -> bool:
+        """Whether it does without agency altogether: heads are ranked and cut, unasked, and nothing adapts."""
+        return not (self.negotiates or self.adapts)
+
+    @property
     def title(self) -> str:
         """As a sentence names it."""
         return "the baseline" if self.name == "baseline" else self.name

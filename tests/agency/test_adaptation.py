@@ -6,11 +6,19 @@ import numpy as np
 import pytest
 import torch
 from builders import random_masks, tiny_gpt2, tiny_model
+from scipy.optimize import minimize
 
-from pruning_comparison.agency import adaptation
+from pruning_comparison.agency import adaptation, streams
 from pruning_comparison.agency.adaptation import adapt, ridge_towards
+from pruning_comparison.agency.before_norms import before_norm
 from pruning_comparison.agency.streams import DenseStream
-from pruning_comparison.models.heads import attentions, blocks, input_major_weight, output_projections
+from pruning_comparison.models.heads import (
+    attentions,
+    blocks,
+    input_major_weight,
+    mlp_output_projections,
+    output_projections,
+)
 from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
 
 LAYERS, HEADS, WIDTH, SIZE = 3, 4, 32, 8
@@ -69,10 +77,11 @@ def test_every_layer_is_the_brute_force_solution(model, name):
 
 @pytest.mark.parametrize("allow_new_bias", [True, False])
 @pytest.mark.parametrize("name", ["uneven", "middle layer emptied"])
-@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt_neox in sequence"])
+@pytest.mark.parametrize("family", ["llama", "gpt_neox", "gpt_neox in sequence", "granite"])
 def test_other_families_are_the_brute_force_solution(family, name, allow_new_bias):
     """T = dense stream after attention less pruned stream before it; in parallel blocks, the dense stream after the whole
-    block less the pruned stream before it and what the pruned MLP adds. Without a bias nothing is centred."""
+    block less the pruned stream before it and what the pruned MLP adds. Without a bias nothing is centred. What Granite's
+    projections write is multiplied by 0.4 before it is added."""
     model, mask = tiny_model(family), random_masks(3, 6)[name]
     compact, original = remove_heads(model, mask), remove_heads(model, mask)
     adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="refit", ridge=0.05, allow_new_bias=allow_new_bias)
@@ -89,6 +98,8 @@ def test_other_families_are_the_brute_force_solution(family, name, allow_new_bia
             targets = dense_after - pruned_before - caught(block.mlp, run, "output")
         else:
             targets = caught(dense_block.post_attention_layernorm, lambda: model(WINDOWS)) - pruned_before
+        if family == "granite":
+            targets = targets / 0.4
         if not mask[layer].any():
             if with_bias:
                 torch.testing.assert_close(attention.bias, targets.mean(0), rtol=1e-3, atol=1e-4)
@@ -105,9 +116,114 @@ def test_other_families_are_the_brute_force_solution(family, name, allow_new_bia
             assert projection.bias is None
 
 
+class Norm(torch.nn.Module):
+    """x g / sqrt(mean x^2 + eps), as Gemma and OLMo 2 have it before what they add."""
+
+    def __init__(self, gain):
+        super().__init__()
+        self.gain = gain
+
+    def forward(self, x):
+        return x * self.gain / (x.square().mean(-1, keepdim=True) + 1e-6).sqrt()
+
+
+def nearest_by_search(norm, wanted, length):
+    """The vector of that length whose norm is nearest to what is wanted, from a minimiser that knows only the norm."""
+    draw = np.random.default_rng(0)
+
+    def distance(x):
+        return float((norm(torch.tensor(x * length / np.linalg.norm(x)))[None] - wanted).square().sum())
+
+    starts = [draw.standard_normal(len(wanted)) for _ in range(6)]
+    found = min((minimize(distance, start, tol=1e-14) for start in starts), key=lambda one: one.fun)
+    return found.x * length / np.linalg.norm(found.x), found.fun
+
+
+def test_what_has_to_enter_a_norm_is_what_a_search_finds():
+    """Gains of any sign and of nearly nothing; what is wanted can be reached, or is too long, or too short."""
+    draw = torch.Generator().manual_seed(0)
+    for scale in (0.2, 1.0, 5.0):
+        gain = torch.randn(5, generator=draw, dtype=torch.float64)
+        gain[0] = 1e-4
+        norm, wanted = Norm(gain), scale * torch.randn(5, generator=draw, dtype=torch.float64)
+        found = before_norm(norm, wanted[None], torch.tensor([[3.0]], dtype=torch.float64))[0]
+        expected, distance = nearest_by_search(norm, wanted, 3.0)
+        assert float(found.norm()) == pytest.approx(3.0)
+        assert float((norm(found) - wanted).square().sum()) == pytest.approx(distance, rel=1e-6)
+        np.testing.assert_allclose(gain * found, gain * torch.tensor(expected), rtol=1e-3, atol=1e-3)
+
+
+def test_what_nothing_was_lost_of_comes_back_as_it_was():
+    draw = torch.Generator().manual_seed(1)
+    before = torch.randn(7, 9, 48, generator=draw)
+    norm = Norm(torch.randn(48, generator=draw) * 0.5)
+    found = before_norm(norm, norm(before), before.norm(dim=-1, keepdim=True))
+    torch.testing.assert_close(found, before, rtol=1e-3, atol=1e-3)
+
+
+def entering(norm, wanted, written):
+    """What has to enter the norm, [S, E], by bisection for the multiplier; ``written`` is what the dense model has there."""
+    length = written.double().norm(dim=-1, keepdim=True).numpy()
+    flat = torch.tensor(length).expand_as(wanted) / wanted.shape[1] ** 0.5
+    factors = norm(flat.float()).double().numpy() * wanted.shape[1] ** 0.5
+    wanted = wanted.double().numpy()
+    low = (np.abs(factors * wanted) - factors**2).max(1, keepdims=True)
+    high = low + np.linalg.norm(factors * wanted, axis=1, keepdims=True) + (factors**2).max(1, keepdims=True)
+    for _ in range(200):
+        middle = (low + high) / 2
+        too_long = np.linalg.norm(factors * wanted / (factors**2 + middle), axis=1, keepdims=True) > 1
+        low, high = np.where(too_long, middle, low), np.where(too_long, high, middle)
+    return torch.tensor(length * factors * wanted / (factors**2 + high))
+
+
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied"])
+@pytest.mark.parametrize("family", ["gemma3", "olmo2"])
+def test_where_norms_follow_the_targets_are_what_has_to_enter_them(family, name):
+    """Attention's T is what has to enter its norm for the streams to meet, and the MLP's the same for its own norm."""
+    model, mask = tiny_model(family), random_masks(3, 6)[name]
+    compact, original = remove_heads(model, mask), remove_heads(model, mask)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="refit-mlp", ridge=0.05, mlp_ridge=0.2)
+
+    def run():
+        compact(WINDOWS)
+
+    for layer in range(3):
+        if not changed_by(mask, layer):
+            continue
+        block, dense_block = blocks(compact)[layer], blocks(model)[layer]
+        first, second = dense_block.post_attention_layernorm, dense_block.post_feedforward_layernorm
+        pruned_before, dense_before = caught_first(block, run), caught_first(dense_block, lambda m=model: m(WINDOWS))
+        attended, fed = (caught(norm, lambda m=model: m(WINDOWS)) for norm in (first, second))
+        middle = dense_before + first(attended)
+        targets = entering(first, middle - pruned_before, attended)
+        if mask[layer].any():
+            projection = output_projections(compact)[layer]
+            old = input_major_weight(output_projections(original)[layer])
+            weight, bias = brute_force(caught(projection, run), targets, old, 0.05)
+            np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=5e-4)
+            np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=5e-4)
+        else:
+            torch.testing.assert_close(attentions(compact)[layer].bias, targets.mean(0).float(), rtol=1e-3, atol=5e-4)
+        pruned_middle = pruned_before + caught(block.post_attention_layernorm, run, "output")
+        targets = entering(second, middle + second(fed) - pruned_middle, fed)
+        old = input_major_weight(blocks(original)[layer].mlp.down_proj)
+        weight, bias = brute_force(caught(block.mlp.down_proj, run), targets, old, 0.2)
+        np.testing.assert_allclose(input_major_weight(block.mlp.down_proj).numpy(), weight, rtol=1e-3, atol=5e-4)
+        np.testing.assert_allclose(block.mlp.down_proj.bias.numpy(), bias, rtol=1e-3, atol=5e-4)
+
+
+def caught_first(block, run):
+    """The stream that enters a block, [S, E]."""
+    seen = []
+    handle = block.register_forward_pre_hook(lambda module, inputs: seen.append(inputs[0]))
+    run()
+    handle.remove()
+    return torch.cat(seen).flatten(0, -2)
+
+
 @pytest.mark.parametrize("allow_new_bias", [True, False])
 @pytest.mark.parametrize("name", ["uneven", "first layer emptied"])
-@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt", "opt with norms after"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "granite", "opt", "opt with norms after"])
 def test_mlps_are_the_brute_force_solution(family, name, allow_new_bias):
     """T = the sum that the dense block ends with, less what the pruned block has before its MLP adds to it."""
     model, mask = tiny_model(family), random_masks(3, 6)[name]
@@ -121,7 +237,9 @@ def test_mlps_are_the_brute_force_solution(family, name, allow_new_bias):
         allow_new_bias=allow_new_bias,
     )
     outputs = {"gpt2": "mlp.c_proj", "llama": "mlp.down_proj", "gpt_neox": "mlp.dense_4h_to_h"}
-    with_bias = allow_new_bias or family != "llama"
+    outputs["granite"] = outputs["llama"]
+    with_bias = allow_new_bias or family not in ("llama", "granite")
+    factor = 0.4 if family == "granite" else 1.0
 
     def run():
         compact(WINDOWS)
@@ -136,10 +254,10 @@ def test_mlps_are_the_brute_force_solution(family, name, allow_new_bias):
             before = caught(block.fc1, run)
         else:
             dense_end = caught(dense_block, lambda m=model: m(WINDOWS), "output")
-            before = caught(block, run) + caught(attentions(compact)[layer], run, "output")
+            before = caught(block, run) + factor * caught(attentions(compact)[layer], run, "output")
         z = caught(projection, run)
         old = input_major_weight(blocks(original)[layer].get_submodule(outputs.get(family, "fc2")))
-        weight, bias = brute_force(z, dense_end - before, old, 0.2, centre=with_bias)
+        weight, bias = brute_force(z, (dense_end - before) / factor, old, 0.2, centre=with_bias)
         np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=2e-4)
         if with_bias:
             np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=2e-4)
@@ -151,11 +269,39 @@ def changed_by(mask, layer):
     return not bool(mask[: layer + 1].all())
 
 
-@pytest.mark.parametrize("steps", ["bias", "gate"])
-def test_smaller_steps_are_the_brute_force_solution(model, steps):
+@pytest.mark.parametrize("allow_new_bias", [True, False])
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied", "first layer emptied"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
+def test_a_bias_alone_is_what_the_lost_heads_add_on_average_in_the_dense_model(family, name, allow_new_bias):
+    """An et al. (2024): old bias + mean over tokens of the dense model's features of lost heads, times their rows of W."""
+    model, mask = tiny_model(family), random_masks(3, 6)[name]
+    compact = remove_heads(model, mask)
+    weights = [None if one is None else input_major_weight(one).clone() for one in output_projections(compact)]
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="bias", allow_new_bias=allow_new_bias)
+    for layer in range(3):
+        projection = output_projections(model)[layer]
+        features = caught(projection, lambda: model(WINDOWS)).double()
+        rows = torch.cat(
+            [torch.arange(len(features[0])).view(6, -1)[head] for head in range(6) if not mask[layer, head]]
+            or [torch.arange(0)]
+        )
+        added = features.mean(0)[rows] @ input_major_weight(projection).double()[rows]
+        old = getattr(projection, "bias", None)
+        after = output_projections(compact)[layer]
+        bias = getattr(attentions(compact)[layer] if after is None else after, "bias", None)
+        if old is None and (not allow_new_bias or not len(rows)):
+            assert bias is None
+        else:
+            expected = added if old is None else old.double() + added
+            torch.testing.assert_close(bias.double(), expected, rtol=1e-3, atol=1e-4)
+        if after is not None:
+            assert torch.equal(input_major_weight(after), weights[layer])
+
+
+def test_gates_are_the_brute_force_solution(model):
     mask = MASKS["uneven"]
     compact, original = remove_heads(model, mask), remove_heads(model, mask)
-    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps=steps, ridge=0.05)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="gate", ridge=0.05)
     changed = [layer for layer in range(LAYERS) if changed_by(mask, layer)]
     assert changed
     for layer in changed:
@@ -164,17 +310,14 @@ def test_smaller_steps_are_the_brute_force_solution(model, steps):
             block.ln_1, lambda: compact(WINDOWS)
         )
         x, old = caught(block.attn.c_proj, lambda: compact(WINDOWS)), original.transformer.h[layer].attn.c_proj.weight
-        expected = old.double()
-        if steps == "gate":
-            written = torch.stack(
-                [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
-            )  # [S, E, heads]
-            centred = (written - written.mean(0)).flatten(0, 1)
-            goal = (targets - targets.mean(0)).flatten()[:, None]
-            ones = torch.ones(centred.shape[1], 1)
-            gates = brute_force(centred, goal, ones, 0.05, centre=False)[0]
-            assert gates.min() > 0
-            expected = expected * torch.tensor(gates).repeat_interleave(SIZE, 0)
+        written = torch.stack(
+            [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
+        )  # [S, E, heads]
+        centred = (written - written.mean(0)).flatten(0, 1)
+        goal = (targets - targets.mean(0)).flatten()[:, None]
+        gates = brute_force(centred, goal, torch.ones(centred.shape[1], 1), 0.05, centre=False)[0]
+        assert gates.min() > 0
+        expected = old.double() * torch.tensor(gates).repeat_interleave(SIZE, 0)
         bias = targets.double().mean(0) - x.double().mean(0) @ expected
         torch.testing.assert_close(block.attn.c_proj.weight.double(), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(block.attn.c_proj.bias.double(), bias, rtol=1e-3, atol=1e-4)
@@ -195,6 +338,13 @@ def test_each_step_brings_the_stream_closer(model):
     assert errors[-1] < 0.5 * errors[0]
 
 
+def test_mixtures_of_experts_are_not_refitted():
+    model = tiny_model("qwen3_moe")
+    compact = remove_heads(model, random_masks(3, 6)["uneven"])
+    with pytest.raises(ValueError, match="mixtures of experts; choose refit"):
+        adapt(DenseStream(model, WINDOWS, batch_size=4), compact, steps="refit-mlp")
+
+
 def test_unknown_steps_are_refused(model):
     with pytest.raises(ValueError, match="choose one of none, bias, gate, refit, refit-mlp"):
         adapt(DenseStream(model, WINDOWS, batch_size=4), model, steps="magic")
@@ -202,7 +352,7 @@ def test_unknown_steps_are_refused(model):
 
 def test_a_stream_in_a_scratch_file_adapts_as_one_in_memory(model, monkeypatch, tmp_path):
     in_memory = DenseStream(model, WINDOWS, batch_size=5)
-    monkeypatch.setattr("pruning_comparison.agency.streams.MOST_BYTES_IN_MEMORY", 0)
+    monkeypatch.setattr("pruning_comparison.models.devices.MOST_STREAM_BYTES", 0)
     on_disk = DenseStream(model, WINDOWS, batch_size=5, scratch_folder=tmp_path)
     # Two places for each layer, two bytes for each number.
     assert (in_memory.scratch_bytes, on_disk.scratch_bytes) == (0, 2 * LAYERS * WINDOWS.numel() * WIDTH * 2)
@@ -319,3 +469,48 @@ def test_coarse_precision_is_refused():
 def test_products_in_blocks_are_the_whole_product(features):
     x = torch.randn(40, features, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     torch.testing.assert_close(adaptation._gram(x), x.T @ x)
+
+
+def test_openings_of_weight_two_count_as_if_each_were_there_twice(model):
+    openings = torch.randint(1, 97, (4, 5), generator=torch.Generator().manual_seed(8))
+    one, other = (remove_heads(model, MASKS["uneven"]) for _ in range(2))
+    adapt(DenseStream(model, WINDOWS, batch_size=5, openings=openings, opening_weight=2.0), one)
+    adapt(DenseStream(model, WINDOWS, batch_size=5, openings=torch.cat([openings, openings])), other)
+    plain = remove_heads(model, MASKS["uneven"])
+    adapt(DenseStream(model, WINDOWS, batch_size=5), plain)
+    for name, parameter in one.named_parameters():
+        torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-3, atol=1e-4)
+    assert any(not torch.allclose(p, plain.get_parameter(n), atol=1e-3) for n, p in one.named_parameters())
+
+
+def test_openings_are_read_up_to_where_first_tokens_become_long(model, monkeypatch):
+    """By attention in that layer and by all before it: the weights there are those of openings, the MLP's are not."""
+    openings = torch.randint(1, 97, (30, 1), generator=torch.Generator().manual_seed(8))
+    keep = MASKS["uneven"]
+    with_openings = DenseStream(model, WINDOWS, batch_size=5, openings=openings)
+    assert [stream.opening for stream in with_openings.start()] == [False] * 3 + [True]
+    assert with_openings.sink_layer is None
+    whole, none, some = (remove_heads(model, keep) for _ in range(3))
+    adapt(with_openings, whole)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), none)
+    adapt(with_openings, some, openings_to_sink=True)
+    for name, parameter in some.named_parameters():
+        torch.testing.assert_close(parameter, none.get_parameter(name), msg=name)
+    monkeypatch.setattr(with_openings, "sink_layer", 0)
+    first = remove_heads(model, keep)
+    cost = adapt(with_openings, first, openings_to_sink=True)
+    assert cost.tokens == WINDOWS.numel() + 30
+    attention, mlp = (
+        [projections(one)[0].weight for one in (first, whole, none)]
+        for projections in (output_projections, mlp_output_projections)
+    )
+    torch.testing.assert_close(attention[0], attention[1])
+    assert not torch.allclose(attention[0], attention[2], atol=1e-4)
+    assert not torch.allclose(mlp[0], mlp[1], atol=1e-4)
+
+
+def test_the_sink_layer_is_where_first_tokens_reach_half_of_their_greatest_length():
+    usual = torch.tensor([1.0, 1.0, 2.0, 2.0])
+    assert streams._sink_layer(torch.tensor([1.0, 12.0, 40.0, 30.0]), usual) == 2
+    assert streams._sink_layer(torch.tensor([1.0, 25.0, 40.0, 30.0]), usual) == 1
+    assert streams._sink_layer(torch.tensor([1.0, 9.0, 19.0, 20.0]), usual) is None

@@ -8,7 +8,7 @@ import itertools
 import numpy as np
 import pytest
 import torch
-from builders import FAMILIES, random_masks, tiny_gpt2, tiny_model
+from builders import ATTENTIONS, random_masks, tiny_gpt2, tiny_model
 
 from pruning_comparison.agency.moments import LayerMoments, observe
 from pruning_comparison.agency.prices_across_layers import layer_prices
@@ -241,7 +241,7 @@ def test_a_head_that_parks_on_the_first_token_is_not_used(model):
 
 
 @pytest.mark.parametrize("name", random_masks(3, 6))
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ATTENTIONS)
 def test_masked_and_compact_models_have_the_same_signals(family, name):
     model, keep = tiny_model(family), random_masks(3, 6)[name]
     compact = signals_of(remove_heads(model, keep), keep, batch_size=3)

@@ -92,13 +92,13 @@ def test_like_runs_are_compared_in_everything():
 def test_another_evaluation_text_leaves_no_pairs_of_documents():
     found = limits(stored(), stored(inputs={"eval_text": "other"}))
     assert [limit.reason for limit in found] == ["other evaluation text", "timed at another time"]
-    assert found[0].left_out == ("perplexity", "bits_per_byte")
+    assert found[0].left_out == ("perplexity", "kl_to_dense", "bits_per_byte")
 
 
 def test_another_tokenizer_leaves_bits_per_byte():
     assert same_tokens(stored(), stored())
     assert not same_tokens(stored(), stored(tokens=(10.0, 11.0)))
-    assert left_out(stored(), stored(tokens=(10.0, 11.0))) == {"perplexity"}
+    assert left_out(stored(), stored(tokens=(10.0, 11.0))) == {"perplexity", "kl_to_dense"}
     assert limits(stored(), stored(tokens=(9.0, 11.0)))[0].reason == "other tokens"
 
 
@@ -117,7 +117,7 @@ def test_texts_of_other_lengths_keep_the_times_that_do_not_depend_on_it():
 
 def test_another_model_judges_its_own_texts():
     found = limits(stored(), stored(inputs={"model": "n"}))
-    assert {metric for limit in found for metric in limit.left_out} == {"generation_perplexity_distance"}
+    assert {metric for limit in found for metric in limit.left_out} == {"generation_perplexity_distance", "kl_to_dense"}
     assert [limit.reason for limit in found if limit.reserved] == ["other tokenizer", "timed at another time"]
 
 

@@ -254,6 +254,33 @@ def test_word_perplexity_is_weighted_by_words_and_missing_where_none_were_counte
     assert summary.loc["perplexity", "estimate"] == pytest.approx(math.exp(57 / 47))
 
 
+def test_divergence_is_weighted_by_tokens_and_missing_in_runs_that_did_not_measure_it():
+    """By hand: a is 0.3 and b 0.1 nats from the dense model, 10 and 30 tokens; of c one window of two has no number."""
+    rows = losses("baseline", 0, 50, {"a": (20.0, 10), "b": (30.0, 30)})
+    cells = cells_of([("baseline", 0, 50, "x")])
+    before = summarize("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS)))
+    assert "kl_to_dense" not in set(before["metric"])
+    rows += [
+        rows_of("baseline", 0, 50, "window_kl_nats", nats, document=document, window=0)
+        for document, nats in (("a", 3.0), ("b", 3.0))
+    ]
+    for window, nats in ((0, 4.0), (1, None)):
+        place = {"document": "c", "window": window}
+        rows += [
+            rows_of("baseline", 0, 50, metric, value, **place)
+            for metric, value in (
+                ("window_nats", 5.0),
+                ("window_tokens", 5),
+                ("window_bytes", 20),
+                ("window_kl_nats", nats),
+            )
+        ]
+    summary = summarize("tiny", observations(cells, pd.DataFrame(rows, columns=COLUMNS))).set_index("metric")
+    assert summary.loc["kl_to_dense", "estimate"] == pytest.approx(6 / 40)
+    assert (summary.loc["kl_to_dense", "n"], summary.loc["perplexity", "n"]) == (2, 3)
+    assert summary.loc["perplexity", "estimate"] == pytest.approx(math.exp(60 / 50))
+
+
 def test_latency_in_proportion_to_flops_is_the_dense_latency_times_their_ratio():
     rows, entries = [], []
     for level, flops, seconds in ((0, 8e9, 0.04), (50, 6e9, 0.039)):

@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from builders import Letters, tiny_gpt2
+from builders import Letters, tiny_gpt2, tiny_model
 
 from pruning_comparison.losses import bits_per_byte, mean_loss
 from pruning_comparison.measure import generation
@@ -23,9 +23,11 @@ from pruning_comparison.measure.generation import (
     turn_order,
 )
 from pruning_comparison.measure.perplexity import (
+    DensePredictions,
     EvaluationWindow,
     WindowLoss,
     evaluation_windows,
+    kl_of,
     measure_perplexity,
     perplexity_of,
     window_losses,
@@ -61,6 +63,54 @@ def guide_perplexity(model, ids, max_length, stride):
         if end == seq_len:
             break
     return math.exp(nll_sum / n_tokens)
+
+
+@pytest.mark.parametrize("family", ["gpt2", "gpt_neox", "llama", "mistral", "opt", "qwen2", "qwen3"])
+@pytest.mark.parametrize("dense_first", [True, False])
+def test_divergence_from_the_dense_model_is_that_of_all_scored_tokens(family, dense_first):
+    """Against the definition, summed over the whole vocabulary in float64, on windows of which only a part is scored."""
+    dense, other = (tiny_model(family, seed=seed) for seed in (0, 1))
+    ids = [torch.randint(1, 90, (length,), generator=torch.Generator().manual_seed(length)) for length in (9, 9, 14)]
+    windows = [
+        EvaluationWindow("d", at, one, targets, 1, 1) for at, one, targets in zip(range(3), ids, (8, 3, 5), strict=True)
+    ]
+    predictions = DensePredictions(dense)
+    if dense_first:
+        first = measure_perplexity(dense, windows, batch_size=2, dense=predictions)
+        assert [loss.kl_nats for loss in first] == [0.0, 0.0, 0.0]
+        assert [loss.nats for loss in first] == [loss.nats for loss in measure_perplexity(dense, windows, batch_size=2)]
+        assert kl_of(first) == 0
+    losses = measure_perplexity(other, windows, batch_size=2, dense=predictions)
+    total = 0.0
+    for window, loss in zip(windows, losses, strict=True):
+        p, q = (
+            model(window.ids[None]).logits[0, -window.targets - 1 : -1].double().softmax(-1) for model in (dense, other)
+        )
+        by_hand = float((p * (p / q).log()).sum())
+        assert by_hand > 1e-3
+        assert loss.kl_nats == pytest.approx(by_hand, rel=1e-4)
+        total += by_hand
+    assert kl_of(losses) == pytest.approx(total / 16, rel=1e-4)
+    assert [loss.nats for loss in losses] == [loss.nats for loss in measure_perplexity(other, windows, batch_size=2)]
+
+
+def test_divergence_is_missing_where_it_was_not_measured_or_is_not_finite():
+    model = tiny_gpt2()
+    windows = [EvaluationWindow("d", 0, torch.arange(1, 9), 7, 1, 1)]
+    assert measure_perplexity(model, windows, batch_size=1)[0].kl_nats is None
+    assert math.isnan(kl_of(measure_perplexity(model, windows, batch_size=1)))
+    broken = tiny_gpt2(seed=1)
+    broken.transformer.ln_f.weight.fill_(math.nan)
+    losses = measure_perplexity(broken, windows, batch_size=1, dense=DensePredictions(model))
+    assert math.isnan(losses[0].kl_nats)
+    assert math.isnan(kl_of(losses))
+
+
+def test_divergence_of_a_copy_of_the_dense_model_is_never_below_zero():
+    model, copy = tiny_gpt2(), tiny_gpt2()
+    windows = [EvaluationWindow("d", at, torch.randint(1, 90, (20,)), 19, 1, 1) for at in range(4)]
+    losses = measure_perplexity(copy, windows, batch_size=4, dense=DensePredictions(model))
+    assert all(0 <= loss.kl_nats < 1e-4 for loss in losses)
 
 
 @pytest.mark.parametrize(

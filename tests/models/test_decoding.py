@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import gc
 import time
+import weakref
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -16,6 +18,7 @@ from pruning_comparison.measure.memory import cache_bytes
 from pruning_comparison.models import decoding
 from pruning_comparison.models.decoding import (
     STEP_LAYOUTS,
+    DecodeStep,
     ReservedCacheLayer,
     StepLayout,
     decode_step,
@@ -28,8 +31,14 @@ from pruning_comparison.pruning.surgery import converted_copy, mask_heads, remov
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
 BY_THEIR_OWN_FORWARD = {"mistral with a window", "qwen3 with windows", "opt with norms after"}
 """Caches that forget, and tokens that are embedded narrowly."""
+WITHOUT_A_STEP = {"gemma2", "gemma3_text", "gpt_oss", "granite", "ministral", "olmo2", "phi3", "qwen3_moe", "smollm3"}
+"""Model types that nobody has described a step for: they decode by their own forward."""
 MODELS = {
-    **{family: {} for family in FAMILIES if family not in BY_THEIR_OWN_FORWARD},
+    **{
+        family: {}
+        for family, (model_type, _) in FAMILIES.items()
+        if family not in BY_THEIR_OWN_FORWARD and model_type not in WITHOUT_A_STEP
+    },
     "opt": {"do_layer_norm_before": True},
     "llama": {"rope_parameters": {"rope_type": "linear", "factor": 2.0, "rope_theta": 100.0}},
     "gpt2": {"scale_attn_by_inverse_layer_idx": True, "activation_function": "relu"},
@@ -64,8 +73,10 @@ def logits_step_by_step(model, tokens, mask=None, first=4):
     return torch.cat([start.logits, torch.stack(rest, 1)], 1), cache
 
 
-def test_every_family_that_can_be_pruned_has_a_step():
-    assert set(STEP_LAYOUTS) == set(LAYOUTS)
+def test_every_family_that_can_be_pruned_has_a_step_or_is_known_to_have_none():
+    assert set(STEP_LAYOUTS) == set(LAYOUTS) - WITHOUT_A_STEP
+    for family in WITHOUT_A_STEP:
+        assert decode_step(tiny_model(family)) is None
 
 
 @pytest.mark.parametrize("family", MODELS)
@@ -284,3 +295,291 @@ def test_decoding_copies_no_cache_and_reserves_it_once(model, monkeypatch, own):
     rooms.clear()
     generate(model, [[1, 2, 3]], 9, temperatures=[0.0], step=step)
     assert len(rooms) == 3
+
+
+# Steps whose tensors stay in their place: what a GPU records. Here they are called as they are.
+
+
+def static_step_of(model):
+    step = decode_step(model, static=True)
+    assert step is not None
+    assert step.static
+    return step
+
+
+@torch.inference_mode()
+def logits_of_a_static_step(model, tokens, mask=None, first=4):
+    """As ``logits_step_by_step``, by a ``StaticStep``."""
+    rows, length = tokens.shape
+    static = static_step_of(model).reserved(model, rows, length)
+    positions = torch.arange(length).expand_as(tokens) if mask is None else (mask.cumsum(1) - 1).clamp(min=0)
+    seen = None if mask is None else mask[:, :first]
+    start = model(
+        input_ids=tokens[:, :first],
+        attention_mask=seen,
+        position_ids=positions[:, :first],
+        past_key_values=static.cache,
+        use_cache=True,
+    )
+    static.begin(first, positions[:, first], seen)
+    rest = [static(tokens[:, at]).clone() for at in range(first, length)]
+    static.end()
+    return torch.cat([start.logits, torch.stack(rest, 1)], 1), static.cache
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", MASKS)
+def test_a_static_step_computes_what_the_forward_computes(family, name):
+    """Uneven groups, emptied layers, and a cache that is longer than what is in it."""
+    model = remove_heads(tiny_model(family, **MODELS[family]), MASKS[name])
+    expected, stock = stepwise_logits(model, token_ids())
+    actual, cache = logits_of_a_static_step(model, token_ids())
+    torch.testing.assert_close(actual, expected, **CLOSE)
+    assert cache_bytes(cache) == cache_bytes(stock)
+    assert cache.get_seq_length() == stock.get_seq_length()
+
+
+@pytest.mark.parametrize("family", MODELS)
+@pytest.mark.parametrize("name", ["all kept", "uneven groups", "first layer emptied"])
+def test_a_static_step_computes_what_the_forward_computes_with_left_padding(family, name):
+    model = remove_heads(tiny_model(family), MASKS[name])
+    tokens, visible = left_padded()
+    expected, _ = stepwise_logits(model, tokens, visible)
+    actual, _ = logits_of_a_static_step(model, tokens, visible)
+    torch.testing.assert_close(actual[0, 3:], expected[0, 3:], **CLOSE)
+    torch.testing.assert_close(actual[1], expected[1], **CLOSE)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+def test_texts_of_a_static_step_are_those_of_the_forward(model, temperature):
+    prompts = [[5, 9, 11, 40, 2, 8], [7, 3], [1, 2, 3, 4]]
+    draws = torch.stack([common_uniforms(0, 0, row, 12) for row in range(3)])
+    settings = {"temperatures": [temperature] * 3, "uniforms": draws, "check_finite": True}
+    expected = generate(model, prompts, 12, **settings)
+    step = static_step_of(model)
+    for _ in range(2):  # the second takes over the first one's cache
+        actual = generate(model, prompts, 12, step=step, **settings)
+        assert torch.equal(actual.tokens, expected.tokens)
+        assert torch.equal(actual.finite, expected.finite)
+        assert actual.cache_bytes == expected.cache_bytes
+
+
+def test_static_steps_are_taken_over_when_nobody_needs_them_and_emptied(model):
+    class Owner:
+        pass
+
+    step, one, other = static_step_of(model), Owner(), Owner()
+    first = step.reserved(one, 2, 100)
+    assert first.capacity == 128
+    assert step.reserved(other, 2, 100) is not first
+    assert step.reserved(Owner(), 3, 100) is not first
+    with torch.inference_mode():
+        first.cache.layers[0].room.fill_(torch.nan)
+    del one
+    again = step.reserved(other, 2, 120)
+    assert again is first
+    assert not bool(again.cache.layers[0].room.any())
+    again.end()
+    assert step.reserved(Owner(), 2, 3) is first
+    step.release()
+    assert step.reserved(other, 2, 100) is not first
+
+
+def test_what_an_earlier_text_left_in_the_cache_does_not_spread(model):
+    """A text of numbers that are none, then one like any other: masks cannot hide what is not finite."""
+    step = static_step_of(model)
+    with torch.inference_mode():
+        step.reserved(model, 1, 8).cache.layers[1].room.fill_(torch.inf)
+    step._static_steps[0][0].end()
+    expected = generate(model, [[1, 2, 3]], 6, temperatures=[0.0])
+    assert torch.equal(generate(model, [[1, 2, 3]], 6, temperatures=[0.0], step=step).tokens, expected.tokens)
+
+
+def test_a_static_step_keeps_its_rotations_and_nobody_keeps_it():
+    """A longer text makes longer tables; what was recorded before goes on reading its own. No garbage is left to collect."""
+    step = static_step_of(tiny_model("llama"))
+    owner = token_ids()
+    short = step.reserved(owner, 2, 8)
+    before = short._step.rotations
+    step.reserved(owner, 2, 300)
+    assert short._step.rotations is before
+    assert step.rotations is not before
+    gone = weakref.ref(short)
+    gc.disable()
+    try:
+        del step, short
+        assert gone() is None
+    finally:
+        gc.enable()
+
+
+def test_a_full_static_cache_says_so(model):
+    static = static_step_of(model).reserved(model, 1, 1)
+    static.begin(static.capacity, torch.tensor([3]), None)
+    with pytest.raises(ValueError, match="129 tokens do not fit a cache that was reserved for 128"):
+        static(torch.tensor([1]))
+
+
+class Replayed:
+    """Stands in for a CUDA graph: a replay calls the step again, and writes its logits where the recorded ones are."""
+
+    def __init__(self, static, error=0.0):
+        self.static, self.error = static, error
+
+    def capture_begin(self, **settings):
+        pass
+
+    def capture_end(self):
+        pass
+
+    def replay(self):
+        self.static._logits.copy_(self.static._next() + self.error)
+
+
+def recorded(monkeypatch, static, **settings):
+    class Stream:
+        def wait_stream(self, other):
+            pass
+
+    for name, stands_in in {
+        "Stream": Stream,
+        "current_stream": Stream,
+        "stream": lambda stream: nullcontext(),
+        "device": lambda device: nullcontext(),
+        "synchronize": lambda: None,
+        "CUDAGraph": lambda: Replayed(static, **settings),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, stands_in)
+    with torch.inference_mode():
+        static._try_to_record(torch.device("cpu"))
+
+
+def test_a_recorded_step_is_replayed_from_an_empty_cache(model, monkeypatch):
+    step = static_step_of(model)
+    expected = generate(model, [[1, 2, 3]], 6, temperatures=[0.0]).tokens
+    static = step.reserved(model, 1, 8)
+    recorded(monkeypatch, static)
+    assert static.recorded
+    static.end()
+    assert torch.equal(generate(model, [[1, 2, 3]], 6, temperatures=[0.0], step=step).tokens, expected)
+
+
+def test_a_replay_that_differs_is_not_used_and_one_warning_says_so(model, monkeypatch, caplog):
+    decoding._warn_once.cache_clear()
+    for _ in range(2):
+        static = static_step_of(model).reserved(model, 1, 8)
+        recorded(monkeypatch, static, error=1.0)
+        assert not static.recorded
+    assert [record.message for record in caplog.records] == [caplog.records[0].message]
+    assert "are not recorded as CUDA graphs on this GPU: a replay differs by 1 from a plain call" in caplog.text
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_step_in_half_precision_is_as_close_as_its_tolerance_says(dtype, monkeypatch):
+    """Only GPUs take it; the arithmetic is the same. Norms the wrong way round are not within rounding."""
+    monkeypatch.setattr(decoding, "_can_be_taken_apart", lambda model, layout: True)
+    rounded = remove_heads(converted_copy(tiny_model("llama"), dtype), MASKS["uneven groups"])
+    assert decode_step(rounded, static=True) is not None
+    wrong = StepLayout(**{**vars(STEP_LAYOUTS["llama"]), "norms": ("post_attention_layernorm", "input_layernorm")})
+    monkeypatch.setattr(decoding, "STEP_LAYOUTS", {"llama": wrong})
+    assert decode_step(rounded, static=True) is None
+
+
+def amplifying(by):
+    """A Llama in every layer of which two query heads that differ by a thousandth write ``by`` times as much, with opposite
+    signs: what is left of that is no larger than before, and its rounding is.
+    """
+    model = tiny_model("llama")
+    first, second = slice(0, 8), slice(8, 16)  # features of query heads 0 and 1, which read the same keys
+    for block in blocks(model):
+        query, output = block.self_attn.q_proj.weight.data, block.self_attn.o_proj.weight.data
+        query[second] = query[first] * 1.001
+        output[:, first] *= by
+        output[:, second] = -output[:, first]
+    return model
+
+
+@pytest.fixture(
+    params=[(torch.float32, 1e5), (torch.float16, 1e3), (torch.bfloat16, 1e2)], ids=lambda pair: str(pair[0])
+)
+def amplifies(request, monkeypatch):
+    """A model whose step is off by more than rounding usually is. Half precision is as on GPUs."""
+    dtype, by = request.param
+    monkeypatch.setattr(decoding, "_can_be_taken_apart", lambda model, layout: True)
+    model = converted_copy(amplifying(by), dtype)
+    step = DecodeStep(model, STEP_LAYOUTS["llama"], {})
+    found, expected = decoding._logits_by_steps(step, model), decoding._logits_at_once(model)
+    assert decoding._difference(found, expected) > 2 * decoding.CLOSE[dtype]
+    return model
+
+
+def with_wrong_norms(monkeypatch):
+    wrong = StepLayout(**{**vars(STEP_LAYOUTS["llama"]), "norms": ("post_attention_layernorm", "input_layernorm")})
+    monkeypatch.setattr(decoding, "STEP_LAYOUTS", {"llama": wrong})
+
+
+def with_two_heads_swapped_in_one_layer(monkeypatch):
+    right = decoding._mixed
+
+    def mixed(attention, layout):
+        matrix, bias, parameter = right(attention, layout)
+        if attention.layer_idx == 2:
+            order = torch.arange(matrix.shape[1])
+            order[16:32] = order[16:32].roll(8)  # queries of heads 2 and 3
+            matrix = matrix[:, order]
+        return matrix, bias, parameter
+
+    monkeypatch.setattr(decoding, "_mixed", mixed)
+
+
+def with_rotations_backwards(monkeypatch):
+    right = DecodeStep.reserve
+
+    def reserve(step, capacity):
+        before = step.rotations
+        right(step, capacity)
+        if step.rotations is not before:
+            step.rotations = step.rotations[0], -step.rotations[1]
+
+    monkeypatch.setattr(DecodeStep, "reserve", reserve)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_model_that_amplifies_rounding_has_a_step(amplifies, static):
+    assert decode_step(amplifies, static=static) is not None
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("wrong", [with_wrong_norms, with_two_heads_swapped_in_one_layer, with_rotations_backwards])
+def test_what_is_wrong_is_found_out_in_a_model_that_amplifies_rounding(amplifies, monkeypatch, wrong, static):
+    wrong(monkeypatch)
+    assert decode_step(amplifies, static=static) is None
+
+
+def test_a_step_that_is_less_exact_than_the_forward_is_not_taken(amplifies, monkeypatch):
+    """In a finer precision it is right. Its logits are off by four times as much as the forward's."""
+    right, exact = DecodeStep.__call__, decoding._logits_at_once(converted_copy(amplifies, torch.float64))
+    error = decoding._difference(decoding._logits_at_once(amplifies), exact)
+
+    def call(step, *arguments):
+        logits = right(step, *arguments)
+        return logits + (4 * error * float(exact.abs().max()) if step.embedding.dtype == amplifies.dtype else 0)
+
+    monkeypatch.setattr(DecodeStep, "__call__", call)
+    assert decode_step(amplifies) is None
+
+
+def test_a_copy_that_does_not_fit_leaves_the_model_its_forward(amplifies, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decoding.copy, "deepcopy", full)
+    assert decode_step(amplifies) is None
+
+
+def test_a_model_in_float64_has_no_finer_precision(monkeypatch):
+    monkeypatch.setattr(decoding, "_can_be_taken_apart", lambda model, layout: True)
+    model = converted_copy(tiny_model("llama"), torch.float64)
+    assert decode_step(model) is not None
+    with_rotations_backwards(monkeypatch)
+    assert decode_step(model) is None

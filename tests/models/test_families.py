@@ -19,15 +19,18 @@ from builders import (
 )
 
 from pruning_comparison.agency import DenseStream, adapt
+from pruning_comparison.errors import InputError
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import generate
 from pruning_comparison.measure.memory import cache_bytes, cache_bytes_after, decode_bytes, parameter_bytes
 from pruning_comparison.models import load_model, preview_model
 from pruning_comparison.models.heads import (
     LAYOUTS,
+    NOT_YET,
     UnsupportedModelError,
     attentions,
     check_supported,
+    has_experts,
     head_grid,
     head_parameters,
     input_major_weight,
@@ -44,12 +47,25 @@ from pruning_comparison.pruning.surgery import (
     sharing_copy,
 )
 from pruning_comparison.run.comparison import run_comparison
+from pruning_comparison.run.inputs import prepare_pruning
 from pruning_comparison.scoring.weights import score_magnitude
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.journal import RunStore
 
 LAYERS, HEADS, WIDTH = 3, 6, 48
 CLOSE = {"rtol": 1e-4, "atol": 1e-4}
+SLIDING = {
+    "mistral with a window": (True, True, True),
+    "qwen3 with windows": (False, True, True),
+    "ministral": (False, True, True),
+    "gemma2": (True, False, True),
+    "gemma3": (True, False, True),
+    "gpt_oss": (True, False, True),
+}
+"""Which layers of a family see a window of five tokens."""
+
+EAGER_ALONE = {"gemma2", "gpt_oss"}
+
 families = pytest.mark.parametrize("family", FAMILIES)
 masks = pytest.mark.parametrize("name", MASKS)
 
@@ -163,7 +179,8 @@ def test_an_emptied_layer_skips_the_norm_that_only_its_attention_read(family):
     before = {"gpt2": "ln_1", "opt": "self_attn_layer_norm", "opt with norms after": "self_attn_layer_norm"}
     name = before.get(family, "input_layernorm")
     called = sum(call.endswith(name) for call in calls)
-    assert called == (LAYERS if family == "opt with norms after" else LAYERS - 1)
+    # OPT with norms after its sums keeps it, OLMo 2 has none.
+    assert called == {"opt with norms after": LAYERS, "olmo2": 0}.get(family, LAYERS - 1)
 
 
 def test_a_decoding_step_over_uneven_groups_copies_no_keys(monkeypatch):
@@ -207,26 +224,30 @@ def test_parameter_and_cache_bytes_fall_as_computed_by_hand(family, name):
         grid.head_size,
         {name.rsplit(".", 2)[1] for name, _ in model.named_parameters() if name.endswith("bias")},
     )
-    qkv_bias = int(bool(biases & {"c_attn", "q_proj", "query_key_value"}))
+    qkv_bias = int(bool(biases & {"c_attn", "q_proj", "query_key_value", "qkv_proj"}))
     query_heads_gone = int((~keep).sum())
     kv_left = kv_heads_left(model, keep)
     kv_heads_gone = LAYERS * grid.n_kv_heads - sum(kv_left)
     # A query head has E * D query weights and D * E output weights, a key-value head twice E * D; each with its biases.
-    per_query_head = 2 * WIDTH * size + qkv_bias * size
+    per_query_head = 2 * WIDTH * size + qkv_bias * size + (family == "gpt_oss")  # a sink
     per_kv_head = 2 * (WIDTH * size + qkv_bias * size)
+    if family == "olmo2":  # queries and keys stay, for the norms that run over all of them, until the layer is empty
+        per_query_head, per_kv_head = WIDTH * size, WIDTH * size
     # A layer without heads also loses the query and key norms, D weights each, and the norm before its attention, E weights
     # and, where norms have them, E biases. OPT with norms after its sums keeps that: it is not before attention.
     emptied = int((~keep.any(1)).sum())
     norm = {"gpt2": 2, "gpt_neox": 2, "gpt_neox in sequence": 2, "opt": 2, "opt with norms after": 0}.get(family, 1)
-    norms_gone = ((2 * size if family.startswith("qwen3") else 0) + norm * WIDTH) * emptied
+    norms_gone = ((2 * size if family.startswith(("qwen3", "gemma3")) else 0) + norm * WIDTH) * emptied
+    if family == "olmo2":
+        norms_gone = emptied * (HEADS + grid.n_kv_heads) * (WIDTH * size + size)
     gone = query_heads_gone * per_query_head + kv_heads_gone * per_kv_head + norms_gone
     assert parameter_bytes(model) - parameter_bytes(compact) == 4 * gone
     tokens = token_ids()
     _, cache = stepwise_logits(compact, tokens)
     batch, length = tokens.shape
     kept_tokens = [length] * LAYERS
-    if "window" in family:  # a window of 5 tokens needs the 4 before the newest; the first layer of "windows" is full
-        kept_tokens = [length if "windows" in family else 4, 4, 4]
+    if family in SLIDING:  # a window of 5 tokens needs the 4 before the newest
+        kept_tokens = [4 if sliding else length for sliding in SLIDING[family]]
     assert cache_bytes(cache) == sum(
         4 * 2 * batch * count * size * heads for count, heads in zip(kept_tokens, kv_left, strict=True)
     )
@@ -251,7 +272,7 @@ def test_generate_and_our_own_decoding_agree_with_the_masked_model(family, name)
     assert ours.tokens.tolist() == actual[:, 11:].tolist()
 
 
-@families
+@pytest.mark.parametrize("family", [family for family in FAMILIES if family not in EAGER_ALONE])
 def test_eager_and_sdpa_agree_on_a_pruned_model_and_the_dense_one_is_left_alone(family):
     model = tiny_model(family)
     before = model(token_ids()).logits
@@ -390,6 +411,7 @@ def test_a_grouped_model_goes_through_the_whole_comparison(tmp_path):
         calibration_tokens=256,
         calibration_window=64,
         variants=("baseline", "agency", "agency-adaptation"),
+        timing_limit_s=0.0,
         **write_short_texts(tmp_path),
     )
     with RunStore(run_comparison(spec, output_dir=tmp_path, raise_failures=True)) as store:
@@ -414,12 +436,28 @@ def test_every_family_can_be_previewed(family, tmp_path):
     )
 
 
+def test_refitting_the_mlps_of_experts_is_refused_before_any_weight_is_read(tmp_path):
+    save_tiny_model(tmp_path, model=tiny_model("qwen3_moe", vocab_size=257))
+    settings = {"model_name": str(tmp_path), "calibration_tokens": 64, "calibration_window": 32}
+    with pytest.raises(InputError, match=r"mixtures of experts\. Give --adaptation=refit"):
+        prepare_pruning(ComparisonSpec(variants=("agency",), **settings))
+    texts = write_short_texts(tmp_path)
+    for allowed in ({"variants": ("agency",), "adaptation": "refit"}, {"variants": ("baseline",)}):
+        prepare_pruning(ComparisonSpec(**allowed, **settings, **texts))
+    assert not has_experts(tiny_model("qwen3_moe", num_experts=0).config)
+
+
 def test_what_is_not_supported_says_what_is():
     config = tiny_model("llama").config
-    with pytest.raises(
-        UnsupportedModelError, match=r"gpt2, gpt_neox, llama, mistral, opt, qwen2, qwen3.*adding-a-family"
-    ):
+    with pytest.raises(UnsupportedModelError, match=rf"{', '.join(sorted(LAYOUTS))}.*adding-a-family"):
         check_supported(type("Config", (), {"model_type": "martian"}))
+    with pytest.raises(UnsupportedModelError, match=r"'falcon' is not supported yet: .*cache"):
+        check_supported(type("Config", (), {"model_type": "falcon"}))
+    assert not set(NOT_YET) & set(LAYOUTS)
+    ahead = tiny_model("gemma3").config
+    ahead.use_bidirectional_attention = True
+    with pytest.raises(UnsupportedModelError, match="looks ahead"):
+        check_supported(ahead)
     config.num_key_value_heads = 4
     with pytest.raises(UnsupportedModelError, match="6 query heads and 4 key-value heads"):
         check_supported(config)

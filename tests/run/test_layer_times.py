@@ -152,7 +152,7 @@ def test_cells_are_taken_over_with_their_layer_times_and_never_from_others(folde
     assert len(clock) == 2
     with RunStore(third) as store:
         assert store.layer_times_s() == EVENLY  # those of the newest run it took from
-    whole = load_workspace(timed(folder, pruning_methods=("magnitude",)), prepare(timed(folder)), EVENLY)
+    whole = load_workspace(timed(folder, pruning_methods=("magnitude",)), prepare(timed(folder)), layer_times_s=EVENLY)
     keep = whole.trajectory(workspace.VARIANTS["agency"], "magnitude", 0).at(50.0).keep
     assert list(heads_of(third)[50.0].values()) == keep.sum(1).tolist()
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from builders import FAMILIES, GROUPS_OF_TWO_AND_THREE, LargestTensor, tiny_gpt2, tiny_model
+from builders import ATTENTIONS, GROUPS_OF_TWO_AND_THREE, LargestTensor, tiny_gpt2, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -30,20 +30,28 @@ MASKS = {
     "emptied layer": EMPTIED,
     "last layer emptied": LAST_EMPTIED,
 }
-families = pytest.mark.parametrize("family", FAMILIES)
+WINDOW = 5
+SLIDING = {"mistral": (0, 1, 2), "qwen3": (1, 2), "gemma2": (0, 2), "gpt_oss": (0, 2)}
+"""Layers of the tiny models that see five tokens, by model type, where their config has a window."""
+
+families = pytest.mark.parametrize("family", ATTENTIONS)
 masks = pytest.mark.parametrize("keep", MASKS.values(), ids=list(MASKS))
 
 
 @torch.inference_mode()
 def entropy_of_eager_maps(model, keep):
-    """[L, H] from whole maps; 0 where a head has gone."""
+    """[L, H] from whole maps; 0 where a head has gone. Keys are seen where the map is not 0, and sinks are left out."""
     before = model.config._attn_implementation
     model.set_attn_implementation("eager")
     maps = [m for m in model(WINDOWS, output_attentions=True, use_cache=False).attentions if m is not None]
     model.set_attn_implementation(before)
     expected = torch.zeros(keep.shape, dtype=torch.float64)
     for layer, of_layer in zip([layer for layer in range(len(keep)) if keep[layer].any()], maps, strict=True):
-        entropy = torch.special.entr(of_layer.double()).sum(-1)[..., 1:] / torch.arange(2, LENGTH + 1).log()
+        slides = layer in SLIDING.get(model.config.model_type, ()) and model.config.sliding_window is not None
+        window = WINDOW if slides else LENGTH
+        seen = torch.arange(2, LENGTH + 1).clamp(max=window)
+        maps_of_tokens = of_layer.double() / of_layer.double().sum(-1, keepdim=True)
+        entropy = torch.special.entr(maps_of_tokens).sum(-1)[..., 1:] / seen.log()
         expected[layer, keep[layer]] = entropy.mean((0, 2))
     return expected
 
@@ -65,6 +73,16 @@ def test_entropies_are_those_of_whole_maps(family, keep):
     found = mean_attention_entropy(model, WINDOWS, batch_size=2)
     torch.testing.assert_close(found, entropy_of_eager_maps(model, keep), rtol=1e-6, atol=1e-6)
     assert (found > 0).equal(keep)
+
+
+@pytest.mark.parametrize("window", [9, 1])
+def test_uniform_attention_scores_one_in_a_window_too(window):
+    """Queries of zeros attend to all that they see alike: 9 keys of up to 45, or the token itself alone."""
+    model = tiny_model("mistral with a window", sliding_window=window)
+    for attention in attentions(model):
+        attention.q_proj.weight.data.zero_()
+    expected = torch.full((3, 6), float(window > 1), dtype=torch.float64)
+    torch.testing.assert_close(mean_attention_entropy(model, WINDOWS, batch_size=2), expected, rtol=1e-5, atol=1e-6)
 
 
 @families

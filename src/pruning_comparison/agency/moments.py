@@ -8,6 +8,7 @@ of one layer x D).
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pruning_comparison.models.devices import exact_sums
 from pruning_comparison.models.heads import (
+    attention_implementation,
     attentions,
     head_columns,
     head_grid,
@@ -60,11 +63,12 @@ class LayerMoments:
         if self.shift is None:
             self.shift = x.mean((0, 1))
         x = x - self.shift
-        for half in (0, 1):
-            part = x[(half - first_window) % 2 :: 2].flatten(0, 1)
-            self.counts[half] += len(part)
-            self.sums[half] += part.double().sum(0)
-            self.products[half] += (part.T @ part).double()
+        with exact_sums(x):
+            for half in (0, 1):
+                part = x[(half - first_window) % 2 :: 2].flatten(0, 1)
+                self.counts[half] += len(part)
+                self.sums[half] += part.double().sum(0)
+                self.products[half] += (part.T @ part).double()
 
     def count(self, half: int | None = None) -> int:
         """Tokens in one half of the text, or in all of it."""
@@ -210,9 +214,6 @@ def observe(
     return HeadMoments(tuple(moments), ratio.masked_fill(~seen, torch.nan), keep.clone())
 
 
-_ATTENTION = "sdpa"
-
-
 def _empty_moments(model: PreTrainedModel, keep: Tensor) -> list[LayerMoments | None]:
     """One accumulator for every layer with live heads. ValueError where ``keep`` does not fit the model."""
     grid = head_grid(model.config)
@@ -262,9 +263,12 @@ def _watched_attention(model: PreTrainedModel, keep: Tensor, used: Tensor, avail
     The stock implementation is overridden rather than a new one registered, because masks are chosen by its name.
     """
     layers = {module: layer for layer, module in enumerate(attentions(model))}
-    stock = ALL_ATTENTION_FUNCTIONS[_ATTENTION]
+    name = attention_implementation(model.config)
+    registered = ALL_ATTENTION_FUNCTIONS.get(name)
 
     def attend(module: nn.Module, query: Tensor, key: Tensor, value: Tensor, *args: Any, **kwargs: Any) -> Any:
+        # Eager attention is registered nowhere: it is a function beside each family's attention.
+        stock = registered or sys.modules[type(module).__module__].eager_attention_forward
         if module in layers:
             norm = torch.linalg.vector_norm(value, dim=-1)  # [B, K, T]
             norm[..., 0] = 0
@@ -281,10 +285,10 @@ def _watched_attention(model: PreTrainedModel, keep: Tensor, used: Tensor, avail
         return stock(module, query, key, value, *args, **kwargs)
 
     before = model.config._attn_implementation
-    model.set_attn_implementation(_ATTENTION)
-    ALL_ATTENTION_FUNCTIONS[_ATTENTION] = attend
+    model.set_attn_implementation(name)
+    ALL_ATTENTION_FUNCTIONS[name] = attend
     try:
         yield
     finally:
-        del ALL_ATTENTION_FUNCTIONS[_ATTENTION]
+        del ALL_ATTENTION_FUNCTIONS[name]
         model.set_attn_implementation(before)

@@ -6,19 +6,17 @@ V vocabulary.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
-from typing import Any
+from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency.moments import HeadMoments, LayerMoments, observe
+from pruning_comparison.agency.cuts import Cut, cut_layer, divergences, has_bias
+from pruning_comparison.agency.moments import HeadMoments, observe
 from pruning_comparison.models.devices import fast_products
-from pruning_comparison.models.heads import input_major_weight, kept_heads, output_projections
-from pruning_comparison.scoring.ablation import recorded_blocks, resumed_at
-from pruning_comparison.scoring.prices import RIDGE, Curve, LayerPrices, Prices, elimination
+from pruning_comparison.models.heads import kept_heads, output_projections
+from pruning_comparison.scoring.prices import RIDGE, LayerPrices, Prices, elimination
 from pruning_comparison.scoring.scores import HeadScores
 
 FRESH_SHARE = 1 / 8
@@ -118,7 +116,7 @@ def layer_prices(
         None
         if of_layer is None
         else LayerPrices.of(
-            of_layer.covariance(centred=_has_bias(projection, new_bias)), of_layer.weight, of_layer.heads, ridge=ridge
+            of_layer.covariance(centred=has_bias(projection, new_bias)), of_layer.weight, of_layer.heads, ridge=ridge
         )
         for of_layer, projection in zip(moments.moments, output_projections(model), strict=True)
     )
@@ -134,6 +132,7 @@ def layer_weights(
     exclude_first: bool = False,
     new_bias: bool = True,
     group_size: int = 1,
+    reference: PreTrainedModel | None = None,
 ) -> Tensor:
     """What a unit of squared error in what each layer writes costs the model, nats per token, float64 [L].
 
@@ -142,103 +141,23 @@ def layer_weights(
 
         w_l = mean over positions of KL(model || model with that layer changed) / C_l(half).
 
+    With a ``reference`` model, KL(reference || model with that layer changed) less KL(reference || model) instead: what the
+    cut adds for a model that has been pruned already.
+
     A measured slope where a second-order expansion would need the Hessian of everything that follows. 0 for a layer that
     has no heads, or whose heads can go without an error.
     """
     curves = [None if layer is None else layer.cheapest_first(group_size) for layer in layers]
-    changed: dict[int, tuple[Tensor, Tensor | None]] = {}
+    halves = torch.ones(len(layers), dtype=torch.float64)
+    cut: list[int] = []
+    trials: list[dict[int, Cut]] = []
     for number, (layer, curve, of_layer) in enumerate(zip(layers, curves, moments.moments, strict=True)):
         if layer is not None and curve is not None and of_layer is not None and curve.sums[curve.half] > 0:
-            changed[number] = _half_cut(model, number, of_layer, layer, curve, new_bias)
-    nats = torch.zeros(len(layers), dtype=torch.float64)
-    positions = 0
-    for window in fresh:
-        ids = window.unsqueeze(0).to(model.device)
-        with fast_products(model), _exact_logits(model):
-            with recorded_blocks(model) as outputs:
-                reference = _log_probabilities(model, ids, exclude_first)
-            positions += len(reference)
-            for number, (weight, bias) in changed.items():
-                with resumed_at(model, number, outputs), _projecting(model, number, weight, bias):
-                    now = _log_probabilities(model, ids, exclude_first)
-                nats[number] += float(nn.functional.kl_div(now, reference, reduction="sum", log_target=True))
-    halves = torch.ones(len(layers), dtype=torch.float64)
-    for number, curve in enumerate(curves):
-        if number in changed and curve is not None:
+            leaving = curve.first(curve.half)
+            cut.append(number)
+            trials.append({number: cut_layer(model, number, of_layer, layer, leaving, new_bias=new_bias)})
             halves[number] = curve.sums[curve.half]
-    return (nats / positions / halves).clamp(min=0)
-
-
-def _half_cut(
-    model: PreTrainedModel, number: int, moments: LayerMoments, layer: LayerPrices, curve: Curve, new_bias: bool
-) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias [E] of a layer's output projection when its cheaper half has left and the others have adapted.
-
-    The weight has as many rows as the projection, those of heads that have left zero.
-    """
-    projection = output_projections(model)[number]
-    assert projection is not None
-    old_weight, old_bias = input_major_weight(projection), getattr(projection, "bias", None)
-    left: LayerPrices | None = layer
-    for head in curve.first(curve.half):
-        assert left is not None
-        left = None if len(left.heads) == 1 else left.withdraw(head)
-    adapted = torch.zeros_like(layer.weight)
-    if left is not None:
-        staying = torch.tensor([head in left.heads for head in moments.heads], device=adapted.device)
-        adapted[staying.repeat_interleave(moments.head_size)] = left.weight
-    bias = None
-    if _has_bias(projection, new_bias):
-        # What the heads write on average is kept up: the mean of what is missing goes into the bias.
-        bias = moments.mean() @ (moments.weight.double() - adapted)
-        bias = bias if old_bias is None else bias + old_bias.double()
-    weight = torch.zeros_like(old_weight)
-    weight[moments.columns(len(old_weight))] = adapted.to(old_weight)
-    return weight, None if bias is None else bias.to(old_weight)
-
-
-@contextmanager
-def _projecting(model: PreTrainedModel, number: int, weight: Tensor, bias: Tensor | None) -> Iterator[None]:
-    """Within it, a layer's output projection multiplies by ``weight`` and adds ``bias``."""
-    projection: Any = output_projections(model)[number]
-
-    def forward(x: Tensor) -> Tensor:
-        product = x @ weight.to(x.dtype)
-        return product if bias is None else product + bias.to(x.dtype)
-
-    projection.forward = forward
-    try:
-        yield
-    finally:
-        del projection.forward
-
-
-@contextmanager
-def _exact_logits(model: PreTrainedModel) -> Iterator[None]:
-    """Within it, logits are computed in the precision of the weights whatever the blocks are computed in.
-
-    Rounded to bfloat16 they would differ by a twentieth of a nat between two runs, more than many a layer's half costs.
-    """
-    head: Any = model.get_output_embeddings()
-    plain = head.forward
-
-    def forward(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            logits: Tensor = plain(x.to(head.weight.dtype))
-            return logits
-
-    head.forward = forward
-    try:
-        yield
-    finally:
-        del head.forward
-
-
-def _log_probabilities(model: PreTrainedModel, ids: Tensor, exclude_first: bool) -> Tensor:
-    """Of every next token, [positions, V], for one window of ids [1, T]."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[0, int(exclude_first) :]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
-
-
-def _has_bias(projection: nn.Module | None, new_bias: bool) -> bool:
-    return new_bias or getattr(projection, "bias", None) is not None
+    start, found = divergences(model, trials, fresh, reference=reference, exclude_first=exclude_first)
+    nats = torch.zeros(len(layers), dtype=torch.float64)
+    nats[cut] = (found - start).mean(1)
+    return (nats / halves).clamp(min=0)

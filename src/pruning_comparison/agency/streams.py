@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,13 +19,18 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.models.devices import fast_products
-from pruning_comparison.models.heads import attentions, blocks, last_norms
+from pruning_comparison.agency.before_norms import added_to_stream
+from pruning_comparison.models.devices import fast_products, room_for_streams_bytes
+from pruning_comparison.models.heads import Part, attentions, blocks, last_norms, norms_of_outputs
 
-Place = Literal["after attention", "after block"]
+Place = Literal["after attention", "after block", "attention length", "mlp length"]
 
-MOST_BYTES_IN_MEMORY = 256 * 2**20
-"""A dense stream larger than this, in float32, goes to a scratch file, in float16."""
+
+SINK_RATIO = 10.0
+"""A position whose stream is in some block so many times longer than that of the median position is a sink.
+
+Models park attention on such positions, mostly the first token, and write next to nothing there otherwise.
+"""
 
 
 class _Stop(Exception):
@@ -34,10 +39,16 @@ class _Stop(Exception):
 
 @dataclass
 class Stream:
-    """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks."""
+    """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks.
+
+    ``weight`` is what each of its positions counts for in regressions. ``opening`` streams are of openings, which come after
+    all others.
+    """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
+    weight: float = 1.0
+    opening: bool = False
 
     def run(self, model: PreTrainedModel, layer: int) -> Tensor:
         """The stream after the block."""
@@ -54,7 +65,7 @@ class Stream:
 
     def run_apart(self, model: PreTrainedModel, layer: int) -> tuple[Tensor, Tensor, Tensor]:
         """The stream after the block, the sum that the block ends with (before its last norm, if it has one there), and
-        what its attention adds."""
+        what its attention writes."""
         added: list[Tensor] = []
         norm = last_norms(model)[layer]
         handle = attentions(model)[layer].register_forward_hook(
@@ -74,15 +85,27 @@ class Stream:
 class DenseStream:
     """What the dense model's residual stream is after attention and after the MLP of every block, over calibration text.
 
-    It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. A
-    large one is kept in a scratch file, which ``scratch_bytes`` reports and ``close`` (or the end of the process) removes:
-    memory then holds one batch at a time. In a file values are in float16, each piece scaled by a power of two.
+    It is what adaptation aims at, whatever has been pruned, so it is computed once for all levels, methods and variants. It
+    stays on the model's device while it fits (``room_for_streams_bytes``). A larger one is kept in a scratch file, which
+    ``scratch_bytes`` reports and ``close`` (or the end of the process) removes: memory then holds one batch at a time. In a
+    file values are in float16, each piece scaled by a power of two.
     """
 
     def __init__(
-        self, model: PreTrainedModel, windows: Tensor, *, batch_size: int, scratch_folder: Path | None = None
+        self,
+        model: PreTrainedModel,
+        windows: Tensor,
+        *,
+        batch_size: int,
+        openings: Tensor | None = None,
+        opening_weight: float = 1.0,
+        scratch_folder: Path | None = None,
     ) -> None:
-        """Walks the dense ``model`` over ``windows`` [N, T] of token ids.
+        """Walks the dense ``model`` over ``windows`` [N, T] of token ids, and over ``openings`` [M, K] where there are any.
+
+        Openings are short windows. Models park their attention on the first token, whose activations are many times larger
+        than all others, and a long window has but one of it. In regressions each of their positions counts
+        ``opening_weight``.
 
         ValueError if it is not float32 or float64: streams in less are too coarse to accumulate regression statistics in.
         """
@@ -94,20 +117,43 @@ class DenseStream:
         self.model = model
         self.windows = windows
         batches = [batch.to(model.device) for batch in windows.split(batch_size)]
+        weights = [1.0] * len(batches)
+        if openings is not None:
+            # As many tokens at once as of the windows, so that memory is the same.
+            more = openings.split(max(1, batch_size * windows.shape[1] // openings.shape[1]))
+            batches += [batch.to(model.device) for batch in more]
+            weights += [opening_weight] * len(more)
         self._starts = block_inputs(model, batches)
+        whole = -(-len(windows) // batch_size)
+        for number, (start, weight) in enumerate(zip(self._starts, weights, strict=True)):
+            start.weight, start.opening = weight, number >= whole
         layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
-        size = 2 * layers * windows.numel() * width * model.dtype.itemsize
+        size = 2 * layers * sum(batch.numel() for batch in batches) * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
-        self._scratch = _Scratch(scratch_folder) if size > MOST_BYTES_IN_MEMORY else None
+        self._scratch = _Scratch(scratch_folder) if size > room_for_streams_bytes(model.device) else None
+        self.sinks: list[Tensor] = []
+        first_lengths, usual_lengths = [], []
         with torch.no_grad(), fast_products(model):
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)
+                longest = start.hidden.new_zeros(start.hidden.shape[:2])
                 for layer in range(layers):
                     before = stream.hidden
-                    after, total, added = stream.run_apart(model, layer)
+                    with _caught_lengths(model, layer) as lengths:
+                        after, total, written = stream.run_apart(model, layer)
                     stream.hidden = after.to(model.dtype)
+                    added = added_to_stream(model, layer, "attention", written)
                     self._keep(number, layer, "after attention", before + added)
+                    for place, length in lengths.items():
+                        self._keep(number, layer, place, length)
                     self._keep(number, layer, "after block", total.to(model.dtype))
+                    lengths = torch.linalg.vector_norm(total.to(model.dtype), dim=-1)
+                    longest = torch.maximum(longest, lengths)
+                    if number == 0:
+                        first_lengths.append(lengths[:, 0].median())
+                        usual_lengths.append(lengths.median())
+                self.sinks.append(longest > SINK_RATIO * longest.median())
+        self.sink_layer = _sink_layer(torch.stack(first_lengths), torch.stack(usual_lengths))
         self.seconds = time.perf_counter() - started
 
     @property
@@ -122,7 +168,7 @@ class DenseStream:
         for stream in self._starts:
             if most_tokens is not None and tokens >= most_tokens:
                 break
-            streams.append(Stream(stream.hidden, stream.calls))
+            streams.append(Stream(stream.hidden, stream.calls, stream.weight, stream.opening))
             tokens += stream.hidden.shape[0] * stream.hidden.shape[1]
         return streams
 
@@ -131,6 +177,19 @@ class DenseStream:
         if self._scratch is None:
             return self._kept[batch][layer, place]
         return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
+
+    def lengths(self, batch: int, layer: int, part: Part) -> Tensor | None:
+        """Of what attention, or the MLP, of a block writes, [B, T, 1]; None where no norm comes before it is added."""
+        if norms_of_outputs(self.model, part)[layer] is None:
+            return None
+        return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
+
+    def before(self, batch: int, layer: int) -> Tensor:
+        """The stream [B, T, E] of a batch that enters a block."""
+        if layer == 0:
+            return self._starts[batch].hidden
+        total, norm = self.at(batch, layer - 1, "after block"), last_norms(self.model)[layer - 1]
+        return total if norm is None else norm(total)
 
     def close(self) -> None:
         """Removes the scratch file."""
@@ -142,6 +201,17 @@ class DenseStream:
             self._kept[batch][layer, place] = value
         else:
             self._scratch.write(batch, layer, place, value)
+
+
+def _sink_layer(first: Tensor, usual: Tensor) -> int | None:
+    """The block that makes first tokens long: the first after which they have half the greatest length that they reach.
+
+    ``first`` and ``usual`` [L] are the lengths of the stream after every block, at first tokens and at the median position.
+    None where first tokens are nowhere ``SINK_RATIO`` times as long as others.
+    """
+    if not bool((first > SINK_RATIO * usual).any()):
+        return None
+    return int((first >= first.max() / 2).nonzero()[0])
 
 
 class _Scratch:
@@ -238,6 +308,22 @@ def silent_inputs(module: nn.Module, features: int) -> Iterator[list[Tensor]]:
         yield caught
     finally:
         del module.forward
+
+
+@contextmanager
+def _caught_lengths(model: PreTrainedModel, layer: int) -> Iterator[dict[Place, Tensor]]:
+    """Filled at its end with the lengths of what entered the norms of a block's outputs, [B, T, 1] by place."""
+    lengths: dict[Place, Tensor] = {}
+    places: dict[Part, Place] = {"attention": "attention length", "mlp": "mlp length"}
+    with ExitStack() as stack:
+        caught: dict[Place, list[Tensor]] = {}
+        for part, place in places.items():
+            norm = norms_of_outputs(model, part)[layer]
+            if norm is not None:
+                caught[place] = stack.enter_context(_caught_inputs(norm))
+        yield lengths
+        for place, inputs in caught.items():
+            lengths[place] = torch.linalg.vector_norm(inputs[0].to(model.dtype), dim=-1, keepdim=True)
 
 
 @contextmanager

@@ -67,6 +67,13 @@ from pruning_comparison.analysis.stopping import (
     primary_answers,
     primary_answers_at,
 )
+from pruning_comparison.analysis.strongest import (
+    CHOSEN_ON_HELD_OUT,
+    NOT_CHOSEN,
+    ONLY_BASELINE,
+    STRONGEST_COLUMNS,
+    strongest_baselines,
+)
 from pruning_comparison.analysis.tradeoffs import (
     EQUAL_COLUMNS,
     OPTIMUM_COLUMNS,
@@ -88,6 +95,7 @@ __all__ = [
     "AGREEMENT_COLUMNS",
     "ANSWERED",
     "BETTER",
+    "CHOSEN_ON_HELD_OUT",
     "CONTRAST_COLUMNS",
     "EQUAL_COLUMNS",
     "ERROR_RATE",
@@ -95,9 +103,11 @@ __all__ = [
     "HYPOTHESIS_COLUMNS",
     "LOOKS",
     "MISSING_COLUMNS",
+    "NOT_CHOSEN",
     "NOT_ENOUGH",
     "NO_CONTROL",
     "NO_DIFFERENCE",
+    "ONLY_BASELINE",
     "OPTIMUM_COLUMNS",
     "PLANNING",
     "QUALITY_LEVEL",
@@ -108,6 +118,7 @@ __all__ = [
     "RELATIVE_COLUMNS",
     "RUN_COLUMNS",
     "SIGNALS",
+    "STRONGEST_COLUMNS",
     "SUMMARY_COLUMNS",
     "SUPPORTED",
     "VERDICTS",
@@ -154,5 +165,6 @@ __all__ = [
     "relative_change",
     "relative_to_dense",
     "speed_at_equal_perplexity",
+    "strongest_baselines",
     "summarize",
 ]

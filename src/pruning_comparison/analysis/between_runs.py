@@ -177,10 +177,10 @@ def _only_in_one(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Limit
 def _evaluation_limits(first: RunTables, second: RunTables) -> list[Limit]:
     contents = [manifest_part(run.manifest, "inputs").get("eval_text") for run in (first, second)]
     if contents[0] != contents[1]:
-        return [Limit("other evaluation text", compared_metrics("loss"))]
+        return [Limit("other evaluation text", compared_metrics("loss", "divergence"))]
     if same_tokens(first, second):
         return []
-    return [Limit("other tokens", _that_need("tokenizer", compared_metrics("loss")))]
+    return [Limit("other tokens", _that_need("tokenizer", compared_metrics("loss", "divergence")))]
 
 
 def compared_metrics(*kinds: Kind) -> tuple[str, ...]:
@@ -195,13 +195,15 @@ def _that_need(what: Alike, metrics: Sequence[str]) -> tuple[str, ...]:
 
 def _generation_limits(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[Limit]:
     of_generation = (*compared_metrics("text", "distance", "timing", "memory"), "prefill_flops")
+    same_judge = manifest_part(one, "inputs").get("model") == manifest_part(other, "inputs").get("model")
     if manifest_part(one, "inputs").get("prompts") != manifest_part(other, "inputs").get("prompts"):
-        return [Limit("other prompts", of_generation)]
+        judged = compared_metrics("divergence")
+        return [Limit("other prompts", of_generation), *([] if same_judge else [Limit("other judge", judged)])]
     found = []
     if one["spec"]["num_tokens"] != other["spec"]["num_tokens"]:
         found.append(Limit("other text length", _that_need("length", of_generation)))
-    if manifest_part(one, "inputs").get("model") != manifest_part(other, "inputs").get("model"):
-        found.append(Limit("other judge", _that_need("dense model", of_generation)))
+    if not same_judge:
+        found.append(Limit("other judge", _that_need("dense model", (*of_generation, *compared_metrics("divergence")))))
         found.append(Limit("other tokenizer", reserved=_that_need("tokenizer", of_generation)))
     return found
 
@@ -221,7 +223,7 @@ def _revision_limits(one: Mapping[str, Any], other: Mapping[str, Any]) -> list[L
     metrics = tuple(name for name in METRICS if f"metric {name}" in changed)
     found = [Limit("other formula", metrics)] if metrics else []
     if "the protocol" in changed or bool(revisions[0]) != bool(revisions[1]):
-        measured = compared_metrics("loss", "text", "distance", "timing", "memory")
+        measured = compared_metrics("loss", "divergence", "text", "distance", "timing", "memory")
         found.append(Limit("other protocol", reserved=tuple(name for name in measured if name not in metrics)))
     return found
 
@@ -258,7 +260,7 @@ def compare_runs(first: RunTables, second: RunTables, *, left_out: Collection[st
         one, other = tables[0][metric].table, tables[1][metric].table
         if first.model != second.model and "dense model" in record.alike:
             continue
-        if record.kind == "loss" and "tokenizer" in record.alike and not _same_tokens(one, other):
+        if record.kind in ("loss", "divergence") and "tokenizer" in record.alike and not _same_tokens(one, other):
             continue
         for names in pairs:
             rows += _run_rows(source, metric, one, other, names)

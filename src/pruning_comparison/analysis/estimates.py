@@ -21,7 +21,7 @@ from pruning_comparison.analysis.random_effects import (
     ratio_of,
     relative_change,
 )
-from pruning_comparison.metrics import METRICS, Metric, metric_named, of_kind
+from pruning_comparison.metrics import METRICS, RAW, Metric, metric_named, of_kind
 from pruning_comparison.variants import DENSE
 
 SUMMARY_COLUMNS = (
@@ -214,7 +214,7 @@ def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> dict[str, M
     """Every metric that the measurements hold, by its name. A report makes them once and hands them on."""
     known = _known(cells, measurements)
     losses = _document_losses(known)
-    result = [_loss_per(metric, losses) for metric in of_kind("loss") if metric.compared]
+    result = [_loss_per(metric, losses) for metric in of_kind("loss", "divergence") if metric.compared]
     for metric in of_kind("text"):
         rows = known[known["metric"] == metric.name].assign(cluster=lambda t: t["prompt"])
         # New draws make new texts from the same model; only greedy decoding repeats itself.
@@ -250,9 +250,12 @@ def _on_scale(metric: Metric, values: pd.Series[Any]) -> pd.Series[Any]:
 
 
 def _loss_per(metric: Metric, losses: pd.DataFrame) -> MetricTable:
-    """Loss per token, byte or word of every document, weighted by how many it has. Older runs count no words."""
-    table = losses[losses[metric.over] > 0]
-    per = metric.function()(table["window_nats"], table[metric.over])
+    """Loss or divergence per token, byte or word of every document, weighted by how many it has.
+
+    Older runs count no words, and none of their divergence is known.
+    """
+    table = losses[(losses[metric.over] > 0) & losses[metric.summed].notna()]
+    per = metric.function()(table[metric.summed], table[metric.over])
     return MetricTable(metric.name, table.assign(x=per), metric.scale == "log", metric.over)
 
 
@@ -275,14 +278,16 @@ def _ratio_to_dense(metric: Metric, losses: pd.DataFrame) -> MetricTable:
 
 
 def _document_losses(known: pd.DataFrame) -> pd.DataFrame:
-    """Loss, tokens, bytes and words of every document that a cell was evaluated on."""
+    """Loss, tokens, bytes, words and divergence of every document that a cell was evaluated on."""
     windows = {
         name: known[known["metric"] == name].groupby([*_CELL, "iteration", "document", "fingerprint"])["value"]
-        for name in ("window_nats", "window_tokens", "window_bytes", "window_words")
+        for name in RAW
     }
     table = pd.concat([group.sum().rename(name) for name, group in windows.items()], axis=1)
     # A document of which a window has no finite loss is left out whole: the sum of the others would flatter the model.
-    whole = windows["window_nats"].size().reindex(table.index) == windows["window_tokens"].size().reindex(table.index)
+    counts = {name: group.size().reindex(table.index) for name, group in windows.items()}
+    whole = counts["window_nats"] == counts["window_tokens"]
+    table["window_kl_nats"] = table["window_kl_nats"].where(counts["window_kl_nats"] == counts["window_tokens"])
     table = table[whole].reset_index().rename(columns={"document": "cluster"})
     return table.assign(temperature=np.nan, model_id=table["fingerprint"])
 

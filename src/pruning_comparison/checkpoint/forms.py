@@ -32,6 +32,7 @@ from pruning_comparison.models.heads import (
     LAYOUTS,
     PRUNED,
     EmptiedAttention,
+    attention_implementation,
     attention_outputs,
     attentions,
     family_of,
@@ -270,6 +271,12 @@ def _stock_config(config: Any, changes: Mapping[str, Any]) -> Any:
 def _stock_parts(model: PreTrainedModel, form: str) -> tuple[Any, dict[str, Tensor]]:
     """Config and weights of the family's own class for a pruned model. InputError where it cannot have them."""
     config = _checked_config(model)
+    if form == "plain" and layout_of(model).joint_norms is not None and not bool(kept_heads(config).all()):
+        raise InputError(
+            "the plain form is not possible: norms run over the queries and keys of all heads together, so the projections "
+            f"of heads that are gone stay, which the config of {family_of(config)} cannot say. Use the compact or the "
+            "padded form."
+        )
     changes = _uniform_sizes(config) if form == "plain" else {}
     family = str(family_of(config))
     extra: list[str] = []
@@ -344,12 +351,14 @@ def _padded_weights(model: PreTrainedModel, stock: PreTrainedModel) -> dict[str,
             ours[f"{layout.output}.bias"] = ours.pop("bias")
         columns = kept_columns(layout, grid, kept) if bool(kept.any()) else {}
         for name, parameter in attention.named_parameters():
-            module, kind = name.rsplit(".", 1)
+            module, _, kind = name.rpartition(".")
             full = torch.zeros(parameter.shape, dtype=model.dtype, device=model.device)
             outputs = 1 if isinstance(attention.get_submodule(module), Conv1D) and kind == "weight" else 0
             if name not in ours:
-                if module not in {layout.query, layout.key, layout.value, layout.output}:
+                if module and module not in {layout.query, layout.key, layout.value, layout.output}:
                     full.fill_(1.0)  # a norm over the features of each head, in a layer without heads
+            elif name == layout.sinks:
+                full[kept.to(full.device)] = ours[name]
             elif module in columns:
                 full.index_copy_(outputs, columns[module].to(full.device), ours[name])
             elif module == layout.output and kind == "weight":
@@ -376,7 +385,7 @@ def _filled(model_class: Any, config: Any, weights: Mapping[str, Tensor], dtype:
             config=config,
             state_dict=dict(weights),
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention_implementation(config),
             output_loading_info=True,
         )
     wrong = sorted(str(key) for kind in ("missing_keys", "unexpected_keys", "mismatched_keys") for key in report[kind])

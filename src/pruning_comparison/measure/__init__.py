@@ -12,9 +12,11 @@ from pruning_comparison.measure.generation import (
 )
 from pruning_comparison.measure.memory import PeakMemory, cache_bytes, decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import (
+    DensePredictions,
     EvaluationWindow,
     WindowLoss,
     evaluation_windows,
+    kl_of,
     measure_perplexity,
     perplexity_of,
     window_losses,
@@ -30,6 +32,7 @@ from pruning_comparison.measure.text_quality import (
 
 __all__ = [
     "FIRST_TOKENS",
+    "DensePredictions",
     "EvaluationWindow",
     "Generation",
     "PeakMemory",
@@ -45,6 +48,7 @@ __all__ = [
     "expectation_adjusted_distinct_n",
     "generate",
     "generation_losses",
+    "kl_of",
     "measure_perplexity",
     "parameter_bytes",
     "perplexity_of",

@@ -18,7 +18,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.measure.memory import PeakMemory, cache_bytes
-from pruning_comparison.models.decoding import DecodeStep, decode_steps, reserved_cache
+from pruning_comparison.models.decoding import DecodeStep, StaticStep, decode_steps, reserved_cache
 
 TOKENS_PER_TURN = 10
 """Variants that are timed take turns of so many tokens."""
@@ -85,7 +85,7 @@ def sampler(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     """``sample`` with what depends on the temperatures alone worked out once."""
     drawing = temperatures > 0
     all_draw, none_draws = bool(drawing.all()), not bool(drawing.any())
-    divisors = temperatures.where(drawing, 1.0).unsqueeze(1)
+    divisors = temperatures.masked_fill(~drawing, 1.0).unsqueeze(1)
 
     def draw(logits: Tensor, uniforms: Tensor) -> Tensor:
         if none_draws:
@@ -158,7 +158,10 @@ class GenerationUnderWay:
             added = torch.zeros(self.visible.shape, dtype=model.dtype, device=device)
             self.added = added.masked_fill(self.visible == 0, -torch.inf)[:, None, None]
             self.positions = (self.positions - pads).clamp(min=0)
-        if step is not None:
+        self.static: StaticStep | None = None
+        if step is not None and step.static:
+            self.static = step.reserved(self, rows, self.capacity)
+        elif step is not None:
             step.reserve(self.capacity)
         self.cache: Any = None
         self.tokens: list[Tensor] = []
@@ -172,7 +175,7 @@ class GenerationUnderWay:
         _synchronize(self.model.device)
         started = time.perf_counter()
         if not self.tokens:
-            self.cache = reserved_cache(self.model, self.capacity)
+            self.cache = reserved_cache(self.model, self.capacity) if self.static is None else self.static.cache
             self.ids, self.positions = self.ids.to(self.model.device), self.positions.to(self.model.device)
             self._next()
             self.tokens[0].tolist()
@@ -189,6 +192,8 @@ class GenerationUnderWay:
         """The whole generation, after all tokens that are left."""
         while self.left:
             self.advance(self.left)
+        if self.static is not None:
+            self.static.end()
         return Generation(
             torch.stack(self.tokens, 1).cpu(),
             cache_bytes(self.cache),
@@ -210,6 +215,11 @@ class GenerationUnderWay:
                 logits_to_keep=1,
             )
             logits = output.logits[:, -1]
+            if self.static is not None:
+                prompt = None if self.visible is None else self.visible[:, :seen]
+                self.static.begin(seen, self.positions[:, -1] + 1, prompt)
+        elif self.static is not None:
+            logits = self.static(self.ids[:, 0])
         else:
             mask = None if self.added is None else self.added[..., :seen]
             logits = self.step(self.ids[:, 0], self.positions[:, 0], self.cache, mask)
@@ -261,6 +271,8 @@ def time_generation(
     for name, model in models.items():
         with PeakMemory(model.device, enabled=measure_peak) as peaks[name]:
             begun(name, warm_up_tokens(num_tokens, measure_peak=measure_peak)).finish()
+        if measure_peak and (step := steps[name]) is not None:
+            step.release()  # or the next one's peak would hold this one's cache
     timings = []
     for repeat in repeats:
         latencies: dict[str, list[float]] = {name: [] for name in models}

@@ -10,9 +10,14 @@ R rotary features, T time, V vocabulary.
 
 from __future__ import annotations
 
+import copy
+import gc
+import logging
+import math
+import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from types import MappingProxyType
 from typing import Any
 
@@ -24,6 +29,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 from pruning_comparison.models.heads import (
     LAYOUTS,
     EmptiedAttention,
+    EmptiedCacheLayer,
     FamilyLayout,
     attend_packed,
     blocks,
@@ -36,8 +42,24 @@ from pruning_comparison.models.heads import (
 MOST_REORDERED_BYTES = 2**30
 """Models up to this size get a second copy of those weights that are read faster in another order, while they decode."""
 
-_CLOSE = 1e-3
+LOGGER = logging.getLogger(__name__)
+
+CLOSE: Mapping[torch.dtype, float] = MappingProxyType(
+    {torch.float64: 1e-3, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+)
+"""How far a step's logits may be from the model's own, as a share of the largest of these: rounding of whole models, ten to
+twenty times the spacing of numbers in half precision. A wrong layout is off by the logits themselves."""
+
+_FINER: Mapping[torch.dtype, torch.dtype] = MappingProxyType(
+    {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+)
+_OF_THE_FORWARDS_ERROR = 3
+"""A step's rounding error may be so many times that of the model's forward; 0.7 to 2 times was measured
+(``docs/decisions/0031-on-a-gpu.md``)."""
+
 _ROTARY_POSITIONS = 256
+_CAPACITY_STEP = 128
+_CHECKED_TOKENS = 4
 
 
 @dataclass(frozen=True)
@@ -152,23 +174,52 @@ def reserved_cache(model: PreTrainedModel, capacity: int) -> Cache:
     return cache
 
 
-def decode_step(model: PreTrainedModel, reordered: dict[int, Tensor] | None = None) -> DecodeStep | None:
+def decode_step(
+    model: PreTrainedModel, reordered: dict[int, Tensor] | None = None, *, static: bool | None = None
+) -> DecodeStep | None:
     """What makes the next token's logits of this model, or None where only its own forward can be trusted to.
 
-    That is on a CPU in float32, for a family in ``STEP_LAYOUTS``, without hooks, in layers whose cache keeps all tokens. Its
-    logits are compared with the model's own on a few tokens before it is handed out. ``reordered`` holds weights that were
-    put in another order, by the identity of the parameter: models that share parameters share those as well.
+    That is on a CPU in float32, or on a CUDA GPU in any precision, for a family in ``STEP_LAYOUTS``, without hooks, in
+    layers whose cache keeps all tokens. Its logits are compared with the model's own on a few tokens before it is handed
+    out. Where they differ by more than ``CLOSE``, the model may amplify rounding: then a copy of it in a finer precision
+    has to agree with its own step, and the step has to be about as exact as the model's forward, measured by that copy.
+    ``reordered`` holds weights that were put in another order, by the identity of the parameter: models that share
+    parameters share those as well.
+
+    ``static`` says whether its cache stays in its place, so that the step can be replayed as a CUDA graph; by default on a
+    GPU. Where such a step cannot be recorded, or gives other logits than the model, a warning says so and the model's own
+    forward is left.
 
     It works on the weights as they are now: make a new one after changing them.
     """
     layout = STEP_LAYOUTS.get(str(family_of(model.config)))
     if layout is None or not _can_be_taken_apart(model, layout):
         return None
+    on_gpu = model.device.type == "cuda"
     try:
-        step = DecodeStep(model, layout, {} if reordered is None else reordered)
+        step = DecodeStep(
+            model, layout, {} if reordered is None else reordered, static=on_gpu if static is None else static
+        )
     except (AttributeError, TypeError):
         return None  # a part that this version of the family has not
-    return step if _agrees(step, model) else None
+    expected = _logits_at_once(model)
+    found = _logits_by_steps(step, model)
+    step.release()
+    difference = math.inf if found is None else _difference(found, expected)
+    if difference <= CLOSE[model.dtype]:
+        return step
+    if found is not None and math.isfinite(difference) and _is_as_exact(found, expected, model, layout, step.static):
+        return step
+    if on_gpu and math.isfinite(difference):
+        _warn_once(
+            "models decode by their own forward: the logits of a recorded step differ from it by more than rounding"
+        )
+    return None
+
+
+@lru_cache
+def _warn_once(message: str) -> None:
+    LOGGER.warning(message)
 
 
 def decode_steps(models: Mapping[str, PreTrainedModel]) -> dict[str, DecodeStep | None]:
@@ -183,16 +234,24 @@ def decode_steps(models: Mapping[str, PreTrainedModel]) -> dict[str, DecodeStep 
 
 
 class DecodeStep:
-    """Logits of the next token of every row, from the model's weights; see ``decode_step``."""
+    """Logits of the next token of every row, from the model's weights; see ``decode_step``.
 
-    def __init__(self, model: PreTrainedModel, layout: StepLayout, reordered: dict[int, Tensor]) -> None:
+    With ``static``, generations decode by a ``StaticStep``, which ``reserved`` hands out.
+    """
+
+    def __init__(
+        self, model: PreTrainedModel, layout: StepLayout, reordered: dict[int, Tensor], *, static: bool = False
+    ) -> None:
+        self.static = static
+        self._static_steps: list[tuple[StaticStep, weakref.ref[Any]]] = []
         size = sum(p.numel() * p.element_size() for p in model.parameters())
-        weights = _Weights(reordered, size <= MOST_REORDERED_BYTES)
+        weights = _Weights(reordered, model.device.type == "cpu" and size <= MOST_REORDERED_BYTES)
         self.embedding = model.get_parameter(f"{layout.embedding}.weight")
         table = None if layout.positions is None else model.get_parameter(f"{layout.positions}.weight")
         self.positions = None if table is None else table[layout.first_position :]
         self.rotary: Any = None if layout.rotary is None else model.get_submodule(layout.rotary)
         self.rotations: tuple[Tensor, Tensor] | None = None
+        self.partner: Tensor | None = None
         self.layers = [_Layer(model, number, layout, weights) for number in range(len(blocks(model)))]
         final: Any = model
         for name in layout.final_norm.split("."):
@@ -215,6 +274,27 @@ class DecodeStep:
         half = torch.arange(turned, device=cosines.device).roll(turned // 2)
         self.partner = torch.cat([half, torch.arange(turned, size, device=cosines.device)])
 
+    def reserved(self, owner: Any, rows: int, capacity: int) -> StaticStep:
+        """A static step for ``rows`` and at least ``capacity`` tokens, with an empty cache: the ``owner``'s until that ends
+        it, or is gone. Steps that nobody owns are taken over, because recording one takes as long as many tokens.
+        """
+        capacity = -(-capacity // _CAPACITY_STEP) * _CAPACITY_STEP
+        for number, (known, user) in enumerate(self._static_steps):
+            free = known.ended or user() is None
+            if free and known.rows == rows and known.capacity == capacity:
+                self._static_steps[number] = known, weakref.ref(owner)
+                known.clear()
+                return known
+        made = StaticStep(self, rows, capacity)
+        self._static_steps.append((made, weakref.ref(owner)))
+        return made
+
+    def release(self) -> None:
+        """Lets go of all static steps that nobody uses, and their memory."""
+        self._static_steps = [
+            (known, user) for known, user in self._static_steps if not known.ended and user() is not None
+        ]
+
     def __call__(self, tokens: Tensor, positions: Tensor, cache: Any, mask: Tensor | None) -> Tensor:
         """Logits [B, V] after ``tokens`` [B] at ``positions`` [B], which are added to the cache.
 
@@ -223,13 +303,189 @@ class DecodeStep:
         hidden = nn.functional.embedding(tokens, self.embedding)
         if self.positions is not None:
             hidden = hidden + nn.functional.embedding(positions, self.positions)
-        turn: tuple[Tensor, Tensor, Tensor] | None = None
+        turn: tuple[Tensor, Tensor, Tensor | None] | None = None
         if self.rotations is not None:
             cosines, sines = (table[positions].unsqueeze(1) for table in self.rotations)
             turn = cosines, sines, self.partner
         for layer, kept in zip(self.layers, cache.layers, strict=True):
             hidden = layer(hidden, turn, kept, mask)
         return self.head(self.final_norm(hidden))
+
+
+class _StaticRoom(DynamicLayer):
+    """The cache of one layer in a place that never changes: ``room`` [2, B, K, capacity, D], keys and then values.
+
+    A step reads all of it, whatever is filled, and a mask hides the rest.
+    """
+
+    def __init__(self, room: Tensor, place: Tensor) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self.room, self.place = room, place
+        self.seen = 0
+        self.is_initialized = True
+        self.keys, self.values = room
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Adds the prompt's keys and values [B, K, T, D] and returns all so far."""
+        start, self.seen = self.seen, self.seen + key_states.shape[-2]
+        self.room[0, :, :, start : self.seen] = key_states
+        self.room[1, :, :, start : self.seen] = value_states
+        return self.room[0, :, :, : self.seen], self.room[1, :, :, : self.seen]
+
+    def append(self, pair: Tensor) -> tuple[Tensor, Tensor]:
+        """Writes one token, keys and values together [B, 2, K, D], where ``place`` says, and returns the whole room."""
+        self.room.index_copy_(3, self.place, pair.transpose(0, 1).unsqueeze(3))
+        keys, values = self.room
+        return keys, values
+
+    def get_seq_length(self) -> int:
+        return self.seen
+
+
+class StaticStep:
+    """A decoding step all of whose tensors stay where they are: on a GPU it is recorded once, and replayed for each token.
+
+    A pruned model's shapes are fixed layer by layer, so this holds for any heads. ``cache`` is what the model's forward
+    reads the prompt into; ``begin`` then says what of it is visible, and each call decodes one token of every row. What is
+    visible and where a token is written are tensors, advanced within the step. Elsewhere than on a GPU the same step is
+    called as it is.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, step: DecodeStep, rows: int, capacity: int) -> None:
+        self.rows, self.capacity = rows, capacity
+        self.ended = False
+        step.reserve(capacity)
+        # What is recorded reads weights and rotations where they are now. A copy keeps them, but not what keeps this step.
+        self._step = copy.copy(step)
+        self._step._static_steps = []
+        like = step.embedding
+        device = like.device
+        sizes = [
+            0 if layer.emptied else 2 * rows * layer.kv_heads * capacity * layer.head_size for layer in step.layers
+        ]
+        # In one piece, so that one operation empties it: what is left there may be infinite, and no mask can hide that.
+        self._all_rooms = like.new_zeros(sum(sizes))
+        self._place = torch.zeros(1, dtype=torch.long, device=device)
+        rooms = self._all_rooms.split(sizes)
+        self.cache: Any = DynamicCache()
+        self.cache.layers = [
+            EmptiedCacheLayer()
+            if layer.emptied
+            else _StaticRoom(room.view(2, rows, layer.kv_heads, capacity, layer.head_size), self._place)
+            for layer, room in zip(step.layers, rooms, strict=True)
+        ]
+        self._tokens = torch.zeros(rows, dtype=torch.long, device=device)
+        self._positions = torch.zeros(rows, dtype=torch.long, device=device)
+        self._hidden_before = like.new_zeros(rows, 1, 1, capacity)
+        self._hidden = like.new_full((), -torch.inf)
+        self._slots = torch.arange(capacity, device=device)
+        self._graph: Any = None
+        if device.type == "cuda":
+            self._try_to_record(device)
+
+    @property
+    def recorded(self) -> bool:
+        """Whether calls replay a CUDA graph."""
+        return self._graph is not None
+
+    @torch.inference_mode()
+    def clear(self) -> None:
+        """Empties the cache."""
+        self.ended = False
+        self._all_rooms.zero_()
+        for layer in self.cache.layers:
+            layer.seen = 0
+
+    @torch.inference_mode()
+    def begin(self, prompt: int, positions: Tensor, visible: Tensor | None) -> None:
+        """After the model has read ``prompt`` tokens into the cache: the next token's ``positions`` [B], and which of the
+        prompt's tokens are ``visible`` [B, prompt]; all where None.
+        """
+        self._place.fill_(prompt)
+        self._positions.copy_(positions)
+        self._hidden_before.zero_()
+        if visible is not None:
+            self._hidden_before[..., :prompt].masked_fill_(visible[:, None, None] == 0, -torch.inf)
+        for layer in self.cache.layers:
+            layer.seen = prompt
+
+    @torch.inference_mode()
+    def __call__(self, tokens: Tensor) -> Tensor:
+        """Logits [B, V] after ``tokens`` [B], to be read before the next call. ValueError where the cache is full."""
+        seen = self.cache.layers[0].seen
+        if seen >= self.capacity:
+            raise ValueError(f"{seen + 1} tokens do not fit a cache that was reserved for {self.capacity}")
+        self._tokens.copy_(tokens)
+        if self._graph is None:
+            self._logits = self._next()
+        else:
+            self._graph.replay()
+        for layer in self.cache.layers:
+            layer.seen = seen + 1
+        return self._logits
+
+    def end(self) -> None:
+        """Leaves the cache's keys and values as what has been filled, and the step to whoever needs one."""
+        self.ended = True
+        for layer in self.cache.layers:
+            if isinstance(layer, _StaticRoom):
+                layer.keys, layer.values = (part[:, :, : layer.seen] for part in layer.room)
+
+    def _next(self) -> Tensor:
+        """The step itself: what is recorded."""
+        mask = torch.where(self._slots <= self._place, self._hidden_before, self._hidden)
+        logits = self._step(self._tokens, self._positions, self.cache, mask)
+        self._place += 1
+        self._positions += 1
+        return logits
+
+    def _try_to_record(self, device: torch.device) -> None:
+        """Records the step as a CUDA graph. Where that fails, a warning says so and calls are plain ones."""
+        collects = gc.isenabled()
+        gc.disable()  # what is collected meanwhile might free memory of the GPU, which ends a recording
+        try:
+            with torch.cuda.device(device):
+                self._record()
+        except torch.OutOfMemoryError:
+            raise
+        except RuntimeError as error:
+            self._graph = None
+            _warn_once(f"decoding steps are not recorded as CUDA graphs on this GPU: {str(error).splitlines()[0]}")
+        finally:
+            if collects:
+                gc.enable()
+        self.clear()
+
+    def _record(self) -> None:
+        """Records the step, if a replay then gives the logits of a plain call; RuntimeError if not."""
+        aside = torch.cuda.Stream()
+        aside.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(aside):
+            for _ in range(2):  # libraries make themselves ready at their first calls, which a graph cannot hold
+                self._to_start()
+                plain = self._next()
+            self._to_start()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            graph.capture_begin(capture_error_mode="thread_local")
+            try:
+                self._logits = self._next()
+            finally:
+                graph.capture_end()
+            self._to_start()
+            self._logits.fill_(torch.nan)
+            graph.replay()
+            size, difference = float(plain.abs().max()), float((self._logits - plain).abs().max())
+        torch.cuda.current_stream().wait_stream(aside)
+        # Logits that are no numbers either way are found out where they are compared with the model's.
+        if math.isfinite(size) and not difference <= CLOSE[plain.dtype] * size:
+            raise RuntimeError(f"a replay differs by {difference:.3g} from a plain call, whose largest is {size:.3g}")
+        self._graph = graph
+
+    def _to_start(self) -> None:
+        self._place.zero_()
+        self._positions.zero_()
 
 
 Function = Callable[[Tensor], Tensor]
@@ -392,7 +648,10 @@ def _mixed(attention: Any, layout: FamilyLayout) -> tuple[Tensor, Tensor | None,
 
 def _can_be_taken_apart(model: PreTrainedModel, layout: StepLayout) -> bool:
     """Whether nothing but weights decides what the model computes, where and how ``DecodeStep`` can compute it."""
-    if model.device.type != "cpu" or model.training or {p.dtype for p in model.parameters()} != {torch.float32}:
+    dtypes, where = {p.dtype for p in model.parameters()}, {p.device for p in model.parameters()}
+    if model.training or len(dtypes) != 1 or len(where) != 1:
+        return False
+    if model.device.type != "cuda" and (model.device.type != "cpu" or dtypes != {torch.float32}):
         return False
     if model.get_parameter(f"{layout.embedding}.weight").shape[1] != model.config.hidden_size:
         return False  # tokens are embedded narrowly, and projected
@@ -404,17 +663,69 @@ def _can_be_taken_apart(model: PreTrainedModel, layout: StepLayout) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-@torch.inference_mode()
-def _agrees(step: DecodeStep, model: PreTrainedModel) -> bool:
-    """Whether a few tokens, one by one and of two rows, get the logits that the model gives them at once."""
+def _checked_tokens(model: PreTrainedModel) -> Tensor:
+    """A few tokens of two rows, [2, T]: the same for every model of one vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (2, 4), generator=torch.Generator().manual_seed(0))
-    expected = model(input_ids=ids, use_cache=False).logits
-    if not bool(expected.isfinite().all()):
+    ids = torch.randint(vocabulary, (2, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
+@torch.inference_mode()
+def _logits_at_once(model: PreTrainedModel) -> Tensor:
+    """Logits [2, T, V] of the checked tokens by the model's own forward."""
+    logits: Tensor = model(input_ids=_checked_tokens(model), use_cache=False).logits
+    return logits
+
+
+@torch.inference_mode()
+def _logits_by_steps(step: DecodeStep, model: PreTrainedModel) -> Tensor | None:
+    """The same logits [2, T, V], all after the first token by ``step``; None where it cannot be recorded on a GPU, or the
+    cache has counted wrong.
+    """
+    ids = _checked_tokens(model)
+    static = step.reserved(ids, 2, _CHECKED_TOKENS) if step.static else None
+    cache: Any = reserved_cache(model, _CHECKED_TOKENS) if static is None else static.cache
+    found = [model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits[:, -1]]
+    if static is None:
+        step.reserve(_CHECKED_TOKENS)
+        for at in range(1, _CHECKED_TOKENS):
+            found.append(step(ids[:, at], torch.full_like(ids[:, 0], at), cache, None))
+    else:
+        static.begin(1, torch.ones_like(ids[:, 0]), None)
+        if model.device.type == "cuda" and not static.recorded:
+            return None
+        found += [static(ids[:, at]).clone() for at in range(1, _CHECKED_TOKENS)]
+    if any(layer.get_seq_length() != _CHECKED_TOKENS for layer in cache.layers):
+        return None
+    return torch.stack(found, 1)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest expected logit; infinite where there are other than finite ones."""
+    found, expected = found.to(torch.float64), expected.to(torch.float64)
+    difference = float((found - expected).abs().max() / expected.abs().max())
+    return difference if math.isfinite(difference) else math.inf
+
+
+def _is_as_exact(found: Tensor, expected: Tensor, model: PreTrainedModel, layout: StepLayout, static: bool) -> bool:
+    """Whether it is rounding alone that sets the logits of a step, ``found``, apart from those of the forward, ``expected``.
+
+    A copy of the model in a finer precision tells: there the step has to be within ``CLOSE``, which no wrong layout is, and
+    the copy's logits are exact enough to measure the errors of both by.
+    """
+    finer = _FINER.get(model.dtype)
+    if finer is None:
         return False
-    cache: Any = reserved_cache(model, 4)
-    first = model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits[:, -1]
-    step.reserve(4)
-    found = [first, *(step(ids[:, at], torch.full((2,), at), cache, None) for at in range(1, 4))]
-    close = torch.allclose(torch.stack(found, 1), expected, rtol=_CLOSE, atol=_CLOSE * float(expected.abs().max()))
-    return close and all(layer.get_seq_length() == 4 for layer in cache.layers)
+    try:
+        converted: dict[int, Any] = {
+            id(parameter): nn.Parameter(parameter.detach().to(finer), requires_grad=False)
+            for parameter in model.parameters()
+        }
+        fine = copy.deepcopy(model, converted)
+        exact = _logits_at_once(fine)
+        by_steps = _logits_by_steps(DecodeStep(fine, layout, {}, static=static), fine)
+    except torch.OutOfMemoryError:
+        return False
+    if by_steps is None or not _difference(by_steps, exact) <= CLOSE[finer]:
+        return False
+    return _difference(found, exact) <= _OF_THE_FORWARDS_ERROR * _difference(expected, exact) < math.inf

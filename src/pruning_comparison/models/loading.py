@@ -37,6 +37,7 @@ from pruning_comparison.models.heads import (
     PRUNED,
     HeadGrid,
     UnsupportedModelError,
+    attention_implementation,
     check_supported,
     head_grid,
     input_major_weight,
@@ -61,6 +62,7 @@ class ModelPreview:
 
     ``name`` is what was asked for, ``title`` what results call it where that says too little. ``generation`` are the model's
     own settings for ``generate``, None where it has none: they never act on a measurement, but say what ends a text.
+    ``stand_in`` is true where the tokenizer is the bundled model's, since a config was all that there is.
     """
 
     name: str
@@ -69,6 +71,7 @@ class ModelPreview:
     tokenizer: Any
     title: str | None = None
     generation: GenerationConfig | None = None
+    stand_in: bool = False
 
     @property
     def grid(self) -> HeadGrid:
@@ -166,8 +169,10 @@ def bundled_model_folder() -> Path:
     return Path(str(files("pruning_comparison").joinpath("data", "bundled_model")))
 
 
-def preview_model(model_name: str) -> ModelPreview:
+def preview_model(model_name: str, *, weights: bool = True) -> ModelPreview:
     """Reads config and tokenizer only, and checks that the weights are there in a safe format.
+
+    Without ``weights`` a local folder needs neither those nor a tokenizer: for a plan, the bundled model's stands in.
 
     Raises ModelLoadError naming the cause: unknown id, no network, unsupported architecture, pickle-only or corrupt
     weights, missing tokenizer, missing package.
@@ -175,9 +180,12 @@ def preview_model(model_name: str) -> ModelPreview:
     if model_name == gguf.SMOLLM2:
         path = gguf.smollm2_file()
         return ModelPreview(model_name, str(path), *gguf.read_header(path), title=gguf.SMOLLM2_TITLE)
+    if model_name.endswith(gguf.SUFFIX) and kind_of(model_name, "--model_name") == "file":
+        path = Path(model_name)
+        return ModelPreview(model_name, str(path), *gguf.read_header(path), title=f"{path.stem}, dequantised from GGUF")
     folder = bundled_model_folder() if model_name == BUNDLED else Path(model_name)
     if model_name == BUNDLED or kind_of(model_name, "--model_name") == "folder":
-        _check_local_folder(folder, model_name)
+        _check_local_folder(folder, model_name, weights=weights)
         source = str(folder)
     elif _looks_like_path(model_name):
         raise ModelLoadError(
@@ -198,17 +206,20 @@ def preview_model(model_name: str) -> ModelPreview:
             raise ModelLoadError(str(error)) from error
         except Exception as error:
             raise ModelLoadError(f"the config.json of {model_name!r} makes no sense: {_first_line(error)}.") from error
-        _check_sizes(config, model_name, folder if folder.is_dir() else None)
+        has_weights = folder.is_dir() and any(folder.glob("*.safetensors"))
+        _check_sizes(config, model_name, folder if has_weights else None)
+        stand_in = not weights and folder.is_dir() and not any((folder / name).exists() for name in TOKENIZER_FILES)
+        tokenizer_source = str(bundled_model_folder()) if stand_in else source
         try:
-            tokenizer = AutoTokenizer.from_pretrained(source, trust_remote_code=False)
+            tokenizer = AutoTokenizer.from_pretrained(tokenizer_source, trust_remote_code=False)
         except Exception as error:
             raise ModelLoadError(
                 f"the tokenizer of {model_name!r} cannot be loaded: {_first_line(error)}. "
                 "A model needs its tokenizer files (tokenizer.json, or vocab.json and merges.txt) beside config.json."
             ) from error
         generation = _generation_config(source, model_name)
-        check_tokenizer(tokenizer, source, model_name)
-    return ModelPreview(model_name, source, config, tokenizer, generation=generation)
+        check_tokenizer(tokenizer, tokenizer_source, model_name)
+    return ModelPreview(model_name, source, config, tokenizer, generation=generation, stand_in=stand_in)
 
 
 def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype = torch.float32) -> LoadedModel:
@@ -217,7 +228,7 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
     report: Any
     loader: Any = AutoModelForCausalLM
     source: dict[str, Any] = {"pretrained_model_name_or_path": preview.source}
-    if preview.name == gguf.SMOLLM2:
+    if preview.source.endswith(gguf.SUFFIX):
         weights = gguf.read_weights(Path(preview.source), preview.config)
         loader, source = LlamaForCausalLM, {"pretrained_model_name_or_path": None, "state_dict": weights}
     with quiet_transformers():
@@ -228,7 +239,7 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
                 dtype=dtype,
                 use_safetensors=True,
                 trust_remote_code=False,
-                attn_implementation="sdpa",
+                attn_implementation=attention_implementation(preview.config),
                 output_loading_info=True,
                 # Upstream's error speaks of a report that is not shown; ours names tensor, shapes and config field.
                 ignore_mismatched_sizes=True,
@@ -417,12 +428,12 @@ def _file_digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _check_local_folder(folder: Path, model_name: str) -> None:
+def _check_local_folder(folder: Path, model_name: str, *, weights: bool) -> None:
     names = [name for name in names_in(folder, "--model_name") if kind_of(folder / name, "--model_name") == "file"]
     if "config.json" not in names:
         raise ModelLoadError(f"{model_name!r} has no config.json in {folder}. Give a folder saved by save_pretrained.")
-    weights = [folder / name for name in names if name.endswith(".safetensors")]
-    if not weights:
+    stored = [folder / name for name in names if name.endswith(".safetensors")]
+    if weights and not stored:
         pickled = sorted(name for name in names if name.endswith(_PICKLE_SUFFIXES))
         if pickled:
             raise ModelLoadError(
@@ -430,11 +441,11 @@ def _check_local_folder(folder: Path, model_name: str) -> None:
                 "loaded. Save it again with save_pretrained, which writes safetensors."
             )
         raise ModelLoadError(f"{model_name!r} has no .safetensors weights in {folder}. Give the folder that has them.")
-    if not set(TOKENIZER_FILES) & set(names):
+    if weights and not set(TOKENIZER_FILES) & set(names):
         raise ModelLoadError(
             f"{model_name!r} has no tokenizer files in {folder}. Save the tokenizer there with save_pretrained."
         )
-    for path in weights:
+    for path in stored:
         safetensors_header(path, model_name)
     model_type = _model_type(folder)
     if model_type.startswith(PRUNED):

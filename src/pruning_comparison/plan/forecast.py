@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
+from pruning_comparison.agency.recovery import recovery_grid
 from pruning_comparison.formatting import format_duration
 from pruning_comparison.measure import FIRST_TOKENS, generate, parameter_bytes, warm_up_tokens
 from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED
 from pruning_comparison.metrics import RAW, of_kind
-from pruning_comparison.models import decode_step
+from pruning_comparison.models import attention_implementation, decode_step
 from pruning_comparison.run import TEXT_BATCHES, Inputs, timing_rounds
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
@@ -33,6 +34,7 @@ _OVERHEAD_S = 25.0
 
 # Costs in forward passes over the tokens concerned, as processor time of the bundled model had them.
 _ADAPT_PASSES = 0.9
+_DIVERGENCE_PASSES = 0.3
 _SAVED_BY_PRUNING = 0.4
 """Of a model's time, the share that goes to attention: cutting all heads would save it."""
 
@@ -61,7 +63,9 @@ def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, parame
         seconds = {
             "scores and negotiation": counts["score_tokens"] * speeds.per_token_s,
             "adaptation": counts["adaptation_tokens"] * speeds.per_token_s,
-            "perplexity": size * counts["evaluation_tokens"] * speeds.per_token_s,
+            "perplexity": size
+            * (counts["evaluation_tokens"] + _DIVERGENCE_PASSES * counts["compared_tokens"])
+            * speeds.per_token_s,
             "texts": size * (counts["text_steps"] * speeds.text_step_s + counts["text_tokens"] * speeds.per_token_s),
             "timing": size * counts["timed_steps"] * speeds.timed_step_s,
             "loading and report": _OVERHEAD_S,
@@ -104,11 +108,13 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     each = rounds * (FIRST_TOKENS - 1 + spec.num_tokens + warm_up_tokens(spec.num_tokens, measure_peak=False))
     if spec.memory_logging:
         each += spec.num_tokens - warm_up_tokens(spec.num_tokens, measure_peak=False)
-    recovery = 4.0 * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
+    trials = len(recovery_grid(spec.recovery_rate, spec.recovery_parameters))
+    recovery = 4.0 * trials * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
     return {
         "score_tokens": score * iterations * scored,
         "adaptation_tokens": _ADAPT_PASSES * windows * adapted * methods * iterations * len(pruned) + recovery,
         "evaluation_tokens": (models + 1) * float(sum(len(window.ids) for window in inputs.windows)),
+        "compared_tokens": models * float(sum(window.targets for window in inputs.windows)),
         "text_tokens": (models + iterations)
         * len(spec.temperatures)
         * float(sum(prompts) + len(prompts) * spec.num_tokens),
@@ -128,7 +134,11 @@ def measure_speeds(spec: ComparisonSpec, inputs: Inputs) -> Speeds:
     torch.set_num_threads(spec.threads)
     # Weights are drawn here and nowhere else, so the caller's generators are left as they are.
     with torch.random.fork_rng():
-        model = AutoModelForCausalLM.from_config(inputs.preview.config, dtype=torch.float32, attn_implementation="sdpa")
+        model = AutoModelForCausalLM.from_config(
+            inputs.preview.config,
+            dtype=torch.float32,
+            attn_implementation=attention_implementation(inputs.preview.config),
+        )
     model = model.to(spec.device).eval().requires_grad_(False)
     window = min(spec.eval_window, inputs.preview.context)
     rows = max(1, min(spec.quality_batch_size, _PROBE_TOKENS // window))
@@ -186,13 +196,30 @@ def available_bytes() -> int | None:
 
 
 def _memory_bytes(spec: ComparisonSpec, inputs: Inputs, parameters: int) -> int:
-    """The reference in float32, a full-size working copy, a model per variant in its precision, and the largest logits."""
+    """The reference in float32, a full-size working copy, a model per variant in its precision, the largest logits, and
+    prices with what they are made of."""
     width = 4 if spec.precision == "float32" else 2
     measured = len(spec.variants) + (0 if spec.precision == "float32" else 1)
     window = min(max(spec.eval_window, spec.calibration_window), inputs.preview.context)
     logits = spec.quality_batch_size * window * int(inputs.preview.config.vocab_size) * 4 * 2
     libraries = 500_000_000
-    return int(libraries + parameters * (8 + measured * width) + logits)
+    return int(libraries + parameters * (8 + measured * width) + logits + _prices_bytes(spec, inputs))
+
+
+def _prices_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:
+    """Of moments and prices, where any heads are priced: in float64, per layer with F features and embedding size E.
+
+    Moments are products of two halves of the text, F x F each. Prices are an inverse, F x F, and a weight, F x E; a path on
+    which heads are asked has its own beside those of the dense model.
+    """
+    asked = any(variant_named(name).negotiates for name in spec.variants)
+    if not asked and PRICED not in spec.pruning_methods:
+        return 0
+    grid = inputs.preview.grid
+    features = grid.n_heads * grid.head_size
+    width = int(inputs.preview.config.get_text_config().hidden_size)
+    prices = features * (features + width)
+    return 8 * grid.n_layers * (2 * features**2 + prices * (2 if asked else 1))
 
 
 def _disk_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:

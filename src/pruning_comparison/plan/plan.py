@@ -189,6 +189,11 @@ def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
         notes.append(
             f"what {method.name} costs is not known: {method.passes:g} passes over the calibration text are assumed."
         )
+    if inputs.preview.stand_in:
+        notes.append(
+            f"there is no tokenizer in {inputs.preview.name}: windows and prompts are counted in tokens of the bundled "
+            "model's, of which a text has more than of a large vocabulary's."
+        )
     if len(inputs.prompts) < spec.max_prompts:
         notes.append(f"there are only {len(inputs.prompts)} prompts; --max_prompts asks for {spec.max_prompts}.")
     return notes

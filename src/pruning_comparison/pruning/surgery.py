@@ -81,7 +81,7 @@ def masked_copy(dense: PreTrainedModel, compact: PreTrainedModel, keep: Tensor) 
             restore_output_rows(copied, compact, layer, head_columns(keep[layer], grid.head_size))
     mlps = zip(mlp_output_projections(copied), mlp_output_projections(compact), strict=True)
     for before, after in mlps:
-        if before.weight is not after.weight:
+        if before is not None and after is not None and before.weight is not after.weight:
             set_projection(before, input_major_weight(after), getattr(after, "bias", None))
     return copied
 

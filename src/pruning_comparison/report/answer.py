@@ -15,6 +15,7 @@ from typing import Any
 import pandas as pd
 
 from pruning_comparison.analysis import ANSWERED, NO_DIFFERENCE, NOT_ENOUGH, QUESTIONS, REFUTED, SUPPORTED
+from pruning_comparison.analysis.questions import QUALITY_LEVEL
 from pruning_comparison.formatting import capitalised, counted, listed, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import metric_named
 from pruning_comparison.report.rows import rows_of
@@ -92,7 +93,7 @@ def answer_of(
     method = _leading_method(ranked, rows)
     sentences = [
         *_quality_sentences(method, [row for row in rows if row.method == method], relative),
-        *_versus_sentences(method, answers),
+        *_versus_sentences(method, [row for row in rows if row.method == method], answers),
         *_safe_sentences(method, optimal, relative),
         *_method_sentences(ranked, [row.method for row in rows]),
     ]
@@ -165,12 +166,16 @@ def _rows(relative: pd.DataFrame, optimal: pd.DataFrame) -> list[AnswerRow]:
 
 
 def _leading_method(ranked: pd.DataFrame, rows: Sequence[AnswerRow]) -> str:
-    """The method that sentences are about: the one ranked first within agency, else within any variant, else the first."""
-    methods = ranked[(ranked["compared"] == "method") & (ranked["rank"] == 1)]
-    if len(methods):
-        order = sorted(rows_of(methods), key=lambda row: str(row["within"]) != "agency")
-        return str(order[0]["name"])
-    return rows[0].method if rows else ""
+    """The method that sentences are about: the one ranked first within agency, else within any variant, else the first.
+
+    Random is a control: it is spoken of only where it is decidedly best, or alone.
+    """
+    methods = ranked[ranked["compared"] == "method"]
+    order = sorted(rows_of(methods), key=lambda row: (str(row["within"]) != "agency", float(row["rank"])))
+    for row in order:
+        if row["name"] != "random" or bool(row["decided"]):
+            return str(row["name"])
+    return str(order[0]["name"]) if order else rows[0].method if rows else ""
 
 
 # The sentences
@@ -242,7 +247,7 @@ def _reservations(relative: pd.DataFrame, method: str, variants: Sequence[str], 
     return sentences
 
 
-def _versus_sentences(method: str, answers: pd.DataFrame) -> list[str]:
+def _versus_sentences(method: str, of_levels: Sequence[AnswerRow], answers: pd.DataFrame) -> list[str]:
     """Agency against the baseline in perplexity at high levels: the primary answer."""
     chosen = answers[(answers["id"] == "E2") & (answers["kind"] == "expectation") & (answers["method"] == method)]
     rows = [row for row in rows_of(chosen) if not pd.isna(row["estimate"])]
@@ -251,7 +256,10 @@ def _versus_sentences(method: str, answers: pd.DataFrame) -> list[str]:
     row = rows[0]
     ratio, low, high = (math.exp(float(row[key])) for key in ("estimate", "ci_low", "ci_high"))
     interval = f"{_range(low, high)}" if not math.isnan(low) else "no interval"
-    place = QUESTIONS["E2"].place
+    high_levels = sorted(
+        {row.level for row in of_levels if row.level >= QUALITY_LEVEL and not math.isnan(row.perplexity)}
+    )
+    place = f"with {_levels(high_levels)} of the heads pruned" if len(high_levels) == 1 else QUESTIONS["E2"].place
     verdict = str(row["verdict"])
     if verdict == NO_DIFFERENCE:
         return [f"{capitalised(place)}, agency and the baseline do not differ meaningfully in perplexity ({interval})."]
@@ -398,7 +406,9 @@ def _chip(name: str, methods: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
         good = sum(verdict == best for verdict in verdicts.values())
         same = len(set(verdicts.values())) == 1 and len(verdicts) == len(methods)
         label = (
-            f"{worst}: all {len(methods)} methods" if same else f"{best}: {good} of {counted(len(methods), 'method')}"
+            f"{worst}: {'both' if len(methods) == 2 else f'all {len(methods)}'} methods"
+            if same
+            else f"{best}: {good} of {counted(len(methods), 'method')}"
         )
     shown = _shown_row(name, measured, verdicts, worst)
     several = len(methods) > 1
@@ -483,4 +493,5 @@ def _optimal_chip(methods: Sequence[str], optimal: pd.DataFrame) -> Chip:
         best = max(
             [best, *(float(row["highest_level"]) for row in found if row["variant"] in ("agency", *PRIMARY[:1]))]
         )
-    return Chip("Q2", question.title, ANSWERED, ANSWERED, f"up to {per_cent(best)}", " ".join([question.asked, *told]))
+    number = f"up to {per_cent(best)}" if best > 0 else "no level"
+    return Chip("Q2", question.title, ANSWERED, ANSWERED, number, " ".join([question.asked, *told]))

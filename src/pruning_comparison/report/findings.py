@@ -8,6 +8,7 @@ here.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -19,7 +20,7 @@ from pruning_comparison.formatting import interval_with_unit, listed, per_cent, 
 from pruning_comparison.report.rows import rows_of
 from pruning_comparison.variants import AGENCY_VS_BASELINE
 
-__all__ = ["Finding", "plain_findings"]
+__all__ = ["Finding", "plain_findings", "recovery_findings", "strongest_findings"]
 
 
 _ONE_OBSERVATION = "one observation, no interval"
@@ -105,8 +106,8 @@ def plain_findings(
 
 
 def _quality_by_level(summary: pd.DataFrame, relative: pd.DataFrame, method: str) -> Finding | None:
-    """What pruning does to perplexity: each variant at each level beside the unpruned model, without setting them against
-    each other.
+    """What pruning does to perplexity and predictions: each variant at each level beside the unpruned model, without setting
+    them against each other.
     """
     sentences, evidence = [], []
     for variant in ("baseline", "agency"):
@@ -115,6 +116,15 @@ def _quality_by_level(summary: pd.DataFrame, relative: pd.DataFrame, method: str
             ratios = _against_dense(relative, "perplexity", method, variant)
             sentences.append(_perplexity_told(summary, ratios, method, variant, rows))
             evidence.append(f"{variant}: {_evidence(rows, False, '1')}")
+            apart = [row for row in _measured(summary, "kl_to_dense", method, variant) if row["level"] > 0]
+            if apart:
+                distances = [
+                    f"{plain_number(row['estimate'])} nats per token at {per_cent(row['level'])}" for row in apart
+                ]
+                sentences.append(f"Its predictions differ from the unpruned model's by {listed(distances)} (KL).")
+                evidence.append(
+                    f"{variant}, divergence from the unpruned model: {_evidence(apart, False, 'nat/token')}"
+                )
             if ratios:
                 told = "; ".join(f"at {per_cent(level)} {_times(row)}" for level, row in sorted(ratios.items()))
                 evidence.append(f"{variant}, by pairs: {told}")
@@ -271,6 +281,71 @@ def _cost_of_adaptation(summary: pd.DataFrame, method: str) -> Finding | None:
         evidence.append(f"negotiation: {_evidence(asked, False, 's')}")
     sentence += " The baseline has no such cost."
     return Finding(f"{method}: what agency cost", sentence, "; ".join(evidence))
+
+
+def strongest_findings(strongest: pd.DataFrame) -> list[Finding]:
+    """Agency against the strongest baseline of each level, one finding for each of agency's methods.
+
+    ``strongest`` has the columns ``STRONGEST_COLUMNS``. A run whose only baseline it is, says so.
+    """
+    found = []
+    of_agency = strongest[strongest["variant"] == "agency"] if len(strongest) else strongest
+    for method, rows in of_agency.groupby("method", sort=False) if len(of_agency) else ():
+        told, evidence = [], []
+        for row in rows_of(rows.sort_values("level")):
+            if pd.isna(row["estimate"]):
+                continue
+            baseline = f"{row['baseline_variant']} by {row['baseline_method']}"
+            unclear = pd.isna(row["ci_low"]) or row["ci_low"] <= 1 <= row["ci_high"]
+            clear = " (unclear whether that is a difference)" if unclear else ""
+            told.append(f"at {per_cent(row['level'])} {plain_number(row['estimate'])} times that of {baseline}{clear}")
+            evidence.append(f"at {per_cent(row['level'])}: {_interval(row, '1')}, {row['chosen']}")
+        if not told:
+            continue
+        only = int(rows["candidates"].max()) == 1
+        which = (
+            "This run has one baseline, so nothing says how strong it is among others"
+            if only
+            else f"The best of {int(rows['candidates'].max())} baselines at each level, chosen on held-out calibration text"
+        )
+        sentence = f"{which}. Agency's perplexity with heads ranked by {method} is {listed(told)}."
+        found.append(Finding(f"{method}: agency and the strongest baseline", sentence, "; ".join(evidence)))
+    return found
+
+
+def recovery_findings(cells: pd.DataFrame) -> list[Finding]:
+    """What recovery chose for each model, where it had a choice, from the ``details`` of ``cells``."""
+    told: dict[tuple[str, str, float], list[str]] = {}
+    evidence = []
+    for row in rows_of(cells[cells["status"] == "done"]):
+        recovery = json.loads(row["details"] or "{}").get("recovery")
+        if not isinstance(recovery, Mapping) or not recovery["trials"]:
+            continue
+        place = (str(row["variant"]), str(row["method"]), float(row["level"]))
+        told.setdefault(place, []).append(f"{recovery['learning_rate']:g} for {_trained(recovery['parameters'])}")
+        evidence.append(
+            f"{row['variant']}, {row['method']}, iteration {int(row['iteration']) + 1}, {per_cent(row['level'])}: "
+            + ", ".join(
+                f"{trial['learning_rate']:g} {trial['parameters']} {plain_number(trial['held_out_kl_nats'])}"
+                for trial in recovery["trials"]
+            )
+        )
+    if not told:
+        return []
+    parts = [
+        f"{variant} by {method} at {per_cent(level)}: {listed(list(dict.fromkeys(choices)))}"
+        for (variant, method, level), choices in told.items()
+    ]
+    sentence = (
+        "Every model chose its learning rate, and what is trained, from the same grid on held-out calibration text. "
+        f"{'; '.join(parts)}."
+    )
+    numbers = f"divergence from the dense model on held-out text, nats per token: {'; '.join(evidence)}"
+    return [Finding("What recovery chose", sentence, numbers)]
+
+
+def _trained(parameters: str) -> str:
+    return "all weights" if parameters == "all" else "output projections, norms and biases"
 
 
 def _same_at_level_0(contrasts: pd.DataFrame) -> Finding | None:

@@ -9,13 +9,14 @@ from __future__ import annotations
 import base64
 import hashlib
 import math
+import re
 from collections.abc import Mapping, Sequence
 from importlib.resources import files
 from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, PackageLoader, StrictUndefined
-from markupsafe import Markup
+from markupsafe import Markup, escape
 
 from pruning_comparison.analysis import NO_DIFFERENCE, NOT_ENOUGH, HeadMap
 from pruning_comparison.errors import InputError
@@ -46,6 +47,7 @@ from pruning_comparison.report.tables import (
     pairs,
     plain_table,
     ranking_table,
+    strongest_table,
 )
 from pruning_comparison.report.verdicts import Verdict
 
@@ -79,6 +81,7 @@ def render_report(
     hero: str | None,
     drawings: Mapping[str, str],
     manifest: Mapping[str, Any],
+    strongest: pd.DataFrame | None = None,
     lines: Sequence[str] = (),
     texts: pd.DataFrame | None = None,
     heads: Sequence[HeadMap] = (),
@@ -91,6 +94,8 @@ def render_report(
     ``hero``, its chart, and ``lines``, at most two, under the chips: the only place where anything may be added to it.
     ``relative`` (``RELATIVE_COLUMNS``) and ``ranked`` (``RANKING_COLUMNS``) are drawn and listed. ``hero`` and ``drawings``
     (by name) are SVG files as text.
+
+    ``strongest`` (``STRONGEST_COLUMNS``) names the strongest baseline of each level and what is held against it.
 
     ``texts`` holds the generated texts, where they were kept; of these the report shows, per
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
@@ -121,6 +126,7 @@ def render_report(
         "explorer_data": explorer,
         "explorer_left_out": explorer_left_out,
         "ranking": ranking_table(ranked, "method"),
+        "strongest": strongest_table(strongest),
         "ranked_variants": ranking_table(ranked, "variant"),
         "started": str(manifest.get("started") or ""),
         "opening": opening(name, summary, cells, manifest),
@@ -244,9 +250,10 @@ def _verdict_class(verdict: str) -> str:
     return classes.get(verdict, verdict)
 
 
-def _tied(text: str) -> str:
-    """Keep a number and its per cent sign on one line."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%")
+def _tied(text: str) -> Markup:
+    """Keeps a number and its per cent sign, and the name of an option, on one line; escapes everything else."""
+    escaped = str(escape(clean(text).replace(" %", "\N{NO-BREAK SPACE}%")))
+    return Markup(re.sub(r"--[a-z_]+", r"<code>\g<0></code>", escaped))
 
 
 def _sequence(value: Any) -> Sequence[Any]:

@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 
 from pruning_comparison.analysis import NOT_ENOUGH, QUESTIONS
-from pruning_comparison.formatting import format_value, interval_with_unit, per_cent, plain_number, with_unit
+from pruning_comparison.formatting import counted, format_value, interval_with_unit, per_cent, plain_number, with_unit
 from pruning_comparison.metrics import METRICS, in_role, metric_named
 from pruning_comparison.report.answer import format_times
 from pruning_comparison.report.rows import rows_of
@@ -234,6 +234,37 @@ def ranking_table(ranked: pd.DataFrame, compared: str) -> Table | None:
         "n",
     )
     return Table(f"{what}s in order within each {within.lower()}", columns, tuple(table))
+
+
+def strongest_table(strongest: pd.DataFrame | None) -> Table | None:
+    """The strongest baseline of each level, and every other variant's perplexity over its own; None in a run without one."""
+    if strongest is None or strongest.empty:
+        return None
+    rows = []
+    for row in rows_of(strongest):
+        baseline = f"{row['baseline_variant']}, {row['baseline_method']}" if row["baseline_variant"] else "unknown"
+        held_out = float(row["held_out_perplexity"])
+        of_several = f"of {counted(row['candidates'], 'baseline')}: {row['chosen']}"
+        compared = f"{row['variant']}, {row['method']}" if _has_text(row["variant"]) else ""
+        rows.append(
+            TableRow(
+                TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
+                (
+                    TableCell(baseline, of_several if row["candidates"] > 1 else str(row["chosen"])),
+                    TableCell("" if math.isnan(held_out) else plain_number(held_out), sort=_sort_key(held_out)),
+                    TableCell(compared or "nothing", tone="" if compared else "muted"),
+                    TableCell(_times(row["estimate"]), _ratio_interval(row, ""), _sort_key(row["estimate"]))
+                    if compared
+                    else TableCell(""),
+                    TableCell(f"{int(row['n'])}" if row["n"] else ""),
+                ),
+            )
+        )
+    columns = (
+        "Level", "Strongest baseline", "Its perplexity on held-out calibration text", "Compared with it",
+        "Perplexity, times the strongest baseline's", "n",
+    )  # fmt: skip
+    return Table("The strongest baseline of each level", columns, tuple(rows))
 
 
 def _has_text(value: Any) -> bool:

@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pruning_comparison.analysis import ANSWERED, NO_DIFFERENCE, NOT_ENOUGH, REFUTED, SUPPORTED
-from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.formatting import counted, per_cent, plain_number, with_unit
 from pruning_comparison.report.answer import Answer, AnswerRow, Chip, format_times
 
 if TYPE_CHECKING:
     from rich.console import RenderableType
     from rich.table import Table
+
+    from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 
 __all__ = ["answer_text", "before_and_after_text", "stored_answer", "stored_form"]
 

@@ -34,6 +34,7 @@ from pruning_comparison.analysis import (
     rank_variants,
     relative_to_dense,
     speed_at_equal_perplexity,
+    strongest_baselines,
     summarize,
 )
 from pruning_comparison.errors import InputError, StoreError
@@ -80,6 +81,7 @@ class _Tables:
     answers: pd.DataFrame
     optimal_levels: pd.DataFrame
     equal_perplexity: pd.DataFrame
+    strongest_baselines: pd.DataFrame
     fronts: pd.DataFrame
     missing: pd.DataFrame
 
@@ -110,6 +112,8 @@ def write_results(
     told = verdicts.verdicts(tables.answers, tables.optimal_levels)
     plain = [
         *findings.plain_findings(tables.summary, tables.relative, tables.contrasts, run.cells, manifest),
+        *findings.strongest_findings(tables.strongest_baselines),
+        *findings.recovery_findings(run.cells),
         *layer_findings(tables.contrasts, heads),
         *verdicts.part_findings(tables.answers),
         *verdicts.exploratory_findings(tables.answers),
@@ -168,6 +172,7 @@ def write_results(
         answers=tables.answers,
         optimal=tables.optimal_levels,
         equal=tables.equal_perplexity,
+        strongest=tables.strongest_baselines,
         findings=plain,
         hero=drawings.pop(HERO),
         drawings=drawings,
@@ -243,6 +248,7 @@ def _estimate(run: Run, margins: Margins) -> _Tables:
         _answers(run, tables, run.variants, margins),
         optimal_levels(run.model, run.cells, tables, margins=margins, seed=run.seed),
         speed_at_equal_perplexity(run.model, run.cells, tables),
+        strongest_baselines(run.model, tables),
         find_fronts(run.model, summary, relative),
         missing_figures(run.measurements),
     )

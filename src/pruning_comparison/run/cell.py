@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency import AdaptationCost, RecoveryCost, adapt, recover
+from pruning_comparison.formatting import file_name_of
 from pruning_comparison.pruning import (
     expected_heads_pruned,
     mask_heads,
@@ -22,6 +23,9 @@ from pruning_comparison.run.workspace import Workspace, at_precision
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store import CellResult
 from pruning_comparison.variants import variant_named
+
+RECOVERY = "recovery"
+"""The folder within a run's in which a recovery that is under way is kept."""
 
 
 def run_cell(workspace: Workspace, cell: Cell) -> tuple[PrunedModel, CellResult]:
@@ -106,14 +110,20 @@ def _recover(
     if not spec.recovery_steps:
         return compact, None
     identity.append(f"recovered {cell.iteration}".encode())
+    name = f"{cell.variant}_{file_name_of(cell.method)}_{cell.iteration}_{cell.level:g}.safetensors"
     return recover(
         workspace.reference,
         compact,
-        workspace.calibration(cell.iteration),
+        workspace.recovery_windows(cell.iteration),
         steps=spec.recovery_steps,
         batch_size=spec.quality_batch_size,
         learning_rate=spec.recovery_rate,
+        parameters=spec.recovery_parameters,
+        held_out=workspace.held_out(cell.iteration),
         generator=workspace.generator("recovery", cell.iteration),
+        checkpoint=None if workspace.folder is None else workspace.folder / RECOVERY / name,
+        identity=hashlib.sha256(b"|".join(identity)).hexdigest(),
+        what=f"recovery, {cell.describe()}",
     )
 
 

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.perplexity import EvaluationWindow, evaluation_windows
-from pruning_comparison.models import HeadGrid, ModelPreview, preview_model
+from pruning_comparison.models import HeadGrid, ModelPreview, has_experts, preview_model
 from pruning_comparison.pruning import expected_heads_pruned
 from pruning_comparison.spec import ComparisonSpec, PruneUnit
 from pruning_comparison.texts import (
@@ -21,6 +21,7 @@ from pruning_comparison.texts import (
     tokenize,
     whole_windows,
 )
+from pruning_comparison.variants import variant_named
 
 
 @dataclass(frozen=True)
@@ -40,13 +41,15 @@ class Inputs:
     bos: int | None = None
 
 
-def prepare(spec: ComparisonSpec, *, identify: bool = True) -> Inputs:
+def prepare(spec: ComparisonSpec, *, identify: bool = True, weights: bool = True) -> Inputs:
     """Reads config, tokenizer and texts, and checks that they fit the spec. InputError where they do not.
 
-    ``identify`` also takes the content hashes, which reads the weights of a local model through once.
+    ``identify`` also takes the content hashes, which reads the weights of a local model through once. Without ``weights`` a
+    model may be a folder with a config alone, which is all that a plan needs.
     """
-    preview = preview_model(spec.model_name)
+    preview = preview_model(spec.model_name, weights=weights)
     _check_levels(spec, preview.grid)
+    _check_adaptation(spec, preview)
     bos = preview.bos(spec.bos)
     prompts = load_prompts(spec.prompt_file, spec.max_prompts)
     before = [] if bos is None else [bos]
@@ -92,6 +95,7 @@ def prepare_pruning(spec: ComparisonSpec) -> Inputs:
     """The part of ``prepare`` that pruning itself needs. Prompts and evaluation text are neither read nor checked."""
     preview = preview_model(spec.model_name)
     _check_levels(spec, preview.grid)
+    _check_adaptation(spec, preview)
     bos = preview.bos(spec.bos)
     calibration = load_documents(spec.calibration_text, option="--calibration_text")
     return Inputs(preview, (), (), (), _calibration_windows(spec, preview, calibration, bos), {}, bos)
@@ -103,6 +107,12 @@ def _calibration_windows(
     """All windows of calibration text [M, T]; InputError where there are too few, or a token has no embedding."""
     windows = whole_windows(documents, preview.tokenizer, min(spec.calibration_window, preview.context), bos=bos)
     check_enough(windows, spec.calibration_tokens)
+    if spec.recovery_steps and len(windows) - -(-spec.calibration_tokens // windows.shape[1]) < 2:
+        raise InputError(
+            f"--recovery_steps: {spec.calibration_tokens} calibration tokens leave none of the calibration text, and "
+            "recovery trains on text that nothing else has read. Give a longer --calibration_text, or fewer "
+            "--calibration_tokens."
+        )
     _check_ids([int(windows.max())], preview, "--calibration_text")
     return windows
 
@@ -122,6 +132,17 @@ def _check_levels(spec: ComparisonSpec, grid: HeadGrid) -> None:
     ]
     if counts and not any(counts):
         raise InputError(nothing_pruned(spec, grid), option="--pruning_levels")
+
+
+def _check_adaptation(spec: ComparisonSpec, preview: ModelPreview) -> None:
+    """InputError where MLPs are to be refitted that have no one projection to refit."""
+    adapts = any(variant_named(name).adapts for name in spec.variants)
+    if adapts and spec.adaptation == "refit-mlp" and has_experts(preview.config):
+        raise InputError(
+            f"refit-mlp cannot refit the MLPs of {preview.config.model_type}, which are mixtures of experts. "
+            "Give --adaptation=refit, which refits attention alone.",
+            option="--adaptation",
+        )
 
 
 def nothing_pruned(spec: ComparisonSpec, grid: HeadGrid) -> str:

@@ -18,7 +18,7 @@ from transformers import PreTrainedModel
 from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import FIRST_TOKENS, Timing, common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import cache_bytes_after, decode_bytes, parameter_bytes
-from pruning_comparison.measure.perplexity import WindowLoss, measure_perplexity
+from pruning_comparison.measure.perplexity import WindowLoss, measure_perplexity, window_losses
 from pruning_comparison.measure.text_quality import (
     WrittenText,
     cut_at_end_of_text,
@@ -31,7 +31,7 @@ from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store.records import CellResult, GeneratedText, Measurement, TimingEffort
-from pruning_comparison.variants import DENSE
+from pruning_comparison.variants import DENSE, variant_named
 
 TEXT_BATCHES = 4
 """Texts are written in batches of so many times ``quality_batch_size``: a step of decoding has one token per row, a
@@ -46,6 +46,7 @@ def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> Ce
     if pruned.scores is None:
         raise ValueError("a model that was made again from known heads has been measured before")
     perplexity = perplexity_measurements(workspace, pruned)
+    perplexity += _held_out_measurements(workspace, cell, pruned)
     if pruned.predicted_nats is not None:
         perplexity.append(_measurement("predicted_perplexity_ratio", math.exp(pruned.predicted_nats)))
     rest = measure_texts_and_size(workspace, cell, pruned)
@@ -58,7 +59,7 @@ def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> Ce
         heads_pruned=gone,
         heads_total=total,
         fingerprint=pruned.fingerprint,
-        details=pruned.scores.details,
+        details={**pruned.scores.details, **_details_of_recovery(pruned)},
         measurements=[*perplexity, *rest.measurements],
         heads=[
             (layer, head, float(scores[layer, head]), bool(pruned.keep[layer, head]))
@@ -67,6 +68,24 @@ def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> Ce
         ],
         round_records=pruned.round_records,
     )
+
+
+def _held_out_measurements(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> list[Measurement]:
+    """A baseline's perplexity on held-out calibration text, by which the strongest of several is chosen."""
+    if not variant_named(cell.variant).is_baseline or bool(pruned.keep.all()):
+        return []
+    windows = workspace.held_out(cell.iteration)
+    value, reason = None, "all calibration text has been read: none is held out"
+    if len(windows):
+        nats, tokens = window_losses(pruned.model, list(windows), batch_size=workspace.spec.quality_batch_size)
+        loss = float(nats.sum() / tokens.sum())
+        value = math.exp(loss) if loss < 700 else None  # not so where it is no number
+        reason = "the model's loss is not a finite number"
+    return [_measurement("held_out_perplexity", value, reason)]
+
+
+def _details_of_recovery(pruned: PrunedModel) -> dict[str, Any]:
+    return {} if pruned.recovery is None else {"recovery": pruned.recovery.as_dict()}
 
 
 def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResult:
@@ -250,15 +269,19 @@ def _timed_metrics(*, on_request: bool = False) -> list[str]:
 
 
 def perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
+    """Losses of every evaluation window, and its divergence from the dense model, in one pass; once for each model."""
     if pruned.fingerprint not in workspace._losses:
         workspace._losses[pruned.fingerprint] = measure_perplexity(
-            pruned.model, workspace.inputs.windows, batch_size=workspace.spec.quality_batch_size
+            pruned.model,
+            workspace.inputs.windows,
+            batch_size=workspace.spec.quality_batch_size,
+            dense=workspace.dense_predictions,
         )
     return window_measurements(workspace._losses[pruned.fingerprint])
 
 
 def window_measurements(losses: Iterable[WindowLoss]) -> list[Measurement]:
-    """The sums of every window, from which the report makes perplexity, bits per byte and word perplexity."""
+    """The sums of every window, from which the report makes perplexity, bits per byte, word perplexity and divergence."""
     rows = []
     for loss in losses:
         place: dict[str, Any] = {"document": loss.document, "window": loss.index}
@@ -266,6 +289,9 @@ def window_measurements(losses: Iterable[WindowLoss]) -> list[Measurement]:
         rows.append(_measurement("window_tokens", loss.tokens, **place))
         rows.append(_measurement("window_bytes", loss.text_bytes, **place))
         rows.append(_measurement("window_words", loss.text_words, **place))
+        if loss.kl_nats is not None:
+            reason = "a prediction of the model, or of the dense one, is not a finite number"
+            rows.append(_measurement("window_kl_nats", loss.kl_nats, reason, **place))
     return rows
 
 
@@ -333,7 +359,11 @@ def _cost_measurements(pruned: PrunedModel) -> list[Measurement]:
     """What making the model has cost; a cost that it did not have is left out."""
     costs: dict[str, float | None] = {"negotiation_s": pruned.negotiation_s}
     if pruned.recovery is not None:
-        costs |= {"recovery_s": pruned.recovery.seconds, "recovery_tokens": pruned.recovery.tokens}
+        costs |= {
+            "recovery_s": pruned.recovery.seconds,
+            "recovery_tokens": pruned.recovery.tokens,
+            "recovery_learning_rate": pruned.recovery.learning_rate,
+        }
     if pruned.cost is not None:
         costs |= {
             "adaptation_s": pruned.cost.seconds,

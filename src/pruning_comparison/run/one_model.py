@@ -18,10 +18,11 @@ from pruning_comparison.checkpoint.forms import forms_ruled_out
 from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
-from pruning_comparison.measure.perplexity import measure_perplexity, perplexity_of
+from pruning_comparison.measure.perplexity import kl_of, measure_perplexity, perplexity_of
 from pruning_comparison.models import ModelPreview
+from pruning_comparison.models.devices import prepare_in
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
-from pruning_comparison.pruning.surgery import converted_copy
+from pruning_comparison.pruning.surgery import converted_copy, sharing_copy
 from pruning_comparison.run.cell import build
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, nothing_pruned
 from pruning_comparison.run.max_loss import UNKNOWN_LEVELS, build_within, check_max_loss
@@ -93,6 +94,9 @@ def prune(
     check_enough(windows, spec.calibration_tokens)
     with _in_evaluation_mode(model):
         reference = model if model.dtype == torch.float32 else converted_copy(model, torch.float32)
+        if spec.prepare_precision != "float32":
+            reference = sharing_copy(reference)  # how it is prepared is noted on it, and the caller's stays as it is
+            prepare_in(reference, spec.prepare_precision)
         workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}, bos), reference, model)
         # What pruning leaves alone is shared until here.
         made = build_one(workspace) if max_loss is None else build_within(workspace, max_loss).pruned
@@ -196,18 +200,24 @@ def build_one(workspace: Workspace, on_step: Callable[[str], None] = lambda what
 def measure_one(
     workspace: Workspace, pruned: PrunedModel, on_step: Callable[[str], None] = lambda what: None
 ) -> list[BeforeAndAfter]:
-    """Perplexity, speed and bytes of the dense model and of the pruned one, measured as a comparison measures them.
+    """Perplexity, divergence, speed and bytes of the dense and the pruned model, measured as a comparison measures them.
 
     ``on_step`` is told what begins.
     """
     spec = workspace.spec
     models = {DENSE: workspace.dense, "pruned": pruned.model}
-    perplexities = []
+    perplexities: list[float | None] = []
+    divergences: list[float | None] = []
     for name, model in models.items():
         on_step(f"measuring the perplexity of the {name} model")
-        losses = measure_perplexity(model, workspace.inputs.windows, batch_size=spec.quality_batch_size)
-        perplexity = perplexity_of(losses)
-        perplexities.append(perplexity if math.isfinite(perplexity) else None)
+        losses = measure_perplexity(
+            model,
+            workspace.inputs.windows,
+            batch_size=spec.quality_batch_size,
+            dense=workspace.dense_predictions,
+        )
+        for found, value in ((perplexities, perplexity_of(losses)), (divergences, kl_of(losses))):
+            found.append(value if math.isfinite(value) else None)
     on_step("measuring speed, both models in turns")
     timings = time_level(workspace, models, 0).rows
 
@@ -216,7 +226,10 @@ def measure_one(
         values = [row.value for row in rows if row.value is not None]
         return sum(values) / len(values) if values and len(values) == len(rows) else None
 
-    figures = [BeforeAndAfter("perplexity", "on the evaluation text", *perplexities)]
+    figures = [
+        BeforeAndAfter("perplexity", "on the evaluation text", *perplexities),
+        BeforeAndAfter("KL to the dense model", "nats per token", *divergences),
+    ]
     for label, unit, metric in (
         ("speed", "tokens per second", "tokens_per_second"),
         ("first-token latency", "s", "first_token_latency_s"),

@@ -40,6 +40,8 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
         "consent": spec.consent if variant_named(cell.variant).negotiates and spec.consent != "quality" else None,
         "new_bias": spec.new_bias if adapts else None,
         "recovery_steps": spec.recovery_steps or None,
+        "recovery_learning_rate": None if pruned.recovery is None else pruned.recovery.learning_rate,
+        "recovery_parameters": None if pruned.recovery is None else pruned.recovery.parameters,
         "precision": spec.precision,
         "seed": spec.seed,
         "versions": versions(),

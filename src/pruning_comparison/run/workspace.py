@@ -6,6 +6,7 @@ import hashlib
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,9 +17,10 @@ from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, Progres
 from pruning_comparison.agency.moments import HeadMoments
 from pruning_comparison.agency.prices_across_layers import measure_prices, observe_for_prices
 from pruning_comparison.agency.savings import Savings, cache_savings, time_savings
-from pruning_comparison.measure.perplexity import WindowLoss
+from pruning_comparison.measure.perplexity import DensePredictions, WindowLoss
 from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
+from pruning_comparison.models.devices import asked_products, prepare_in
 from pruning_comparison.pruning.surgery import converted_copy, remove_heads
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together
 from pruning_comparison.run.layer_times import PROMPT_TOKENS, measure_layer_times
@@ -26,7 +28,7 @@ from pruning_comparison.scoring.prices import Prices
 from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.records import GeneratedText, Measurement
-from pruning_comparison.texts import sample_windows, unsampled_windows
+from pruning_comparison.texts import sample_windows, unread_windows
 from pruning_comparison.variants import VARIANTS, Variant
 
 
@@ -39,20 +41,29 @@ class PricedHeads:
     seconds: float
 
 
+HELD_OUT_TOKENS = 2048
+"""Calibration text that nothing reads but choices between models: of recovery's grid, and of the strongest baseline."""
+
+
 @dataclass
 class Workspace:
-    """A loaded comparison: the dense model, its inputs, and what has been computed once and is needed again."""
+    """A loaded comparison: the dense model, its inputs, and what has been computed once and is needed again.
+
+    ``folder`` is the run's, where training is kept from time to time; None where there is none, or none within reach.
+    """
 
     spec: ComparisonSpec
     inputs: Inputs
     reference: PreTrainedModel
     dense: PreTrainedModel
+    folder: Path | None = None
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
     _priced: dict[int, PricedHeads] = field(default_factory=dict)
     _negotiated: dict[tuple[str, str, int], NegotiatedTrajectory] = field(default_factory=dict)
     _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
+    _predictions: DensePredictions | None = None
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
     _layer_times_s: Mapping[int, float] | None = None
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
@@ -79,10 +90,33 @@ class Workspace:
             )
         return self._calibration[iteration]
 
+    def held_out(self, iteration: int) -> Tensor:
+        """Calibration windows [N, T] that this iteration's scores, prices, adaptation and recovery do not read.
+
+        At most ``HELD_OUT_TOKENS``, and a quarter of what the iteration's sample leaves; none where it leaves nothing.
+        """
+        unread = self._unread(iteration)
+        return unread[len(unread) - self._held_out_count(len(unread)) :]
+
+    def recovery_windows(self, iteration: int) -> Tensor:
+        """Calibration windows [N, T] for recovery to train on, which nothing else reads."""
+        unread = self._unread(iteration)
+        return unread[: len(unread) - self._held_out_count(len(unread))]
+
     def unread_windows(self, iteration: int, tokens: int) -> Tensor:
-        """Calibration windows [N, T] that are not in this iteration's sample, at most ``tokens``: nothing has read them."""
+        """Calibration windows [N, T] that nothing has read, as many as hold ``tokens``, or all that there are.
+
+        They are outside this iteration's sample; where recovery trains on such windows, only the ones held out of it count.
+        """
+        unread = self.held_out(iteration) if self.spec.recovery_steps else self._unread(iteration)
+        return unread[max(0, len(unread) - -(-tokens // unread.shape[1])) :]
+
+    def _unread(self, iteration: int) -> Tensor:
         generator = self.generator("calibration", iteration)
-        return unsampled_windows(self.inputs.calibration, self.spec.calibration_tokens, tokens, generator)
+        return unread_windows(self.inputs.calibration, self.spec.calibration_tokens, generator)
+
+    def _held_out_count(self, unread: int) -> int:
+        return min(-(-unread // 4), -(-HELD_OUT_TOKENS // self.inputs.calibration.shape[1]))
 
     def score_windows(self, iteration: int) -> Tensor:
         """The part of this iteration's calibration windows that heads are scored on, [N, T]."""
@@ -100,6 +134,13 @@ class Workspace:
                 self.reference, self.calibration(iteration), batch_size=self.spec.quality_batch_size
             )
         return self._dense_streams[iteration]
+
+    @property
+    def dense_predictions(self) -> DensePredictions:
+        """What the dense model, in the precision that is measured, predicts for the evaluation windows."""
+        if self._predictions is None:
+            self._predictions = DensePredictions(self.dense)
+        return self._predictions
 
     def ranking(self, method: str, iteration: int) -> HeadScores:
         """The method's scores on the dense model, computed once per iteration."""
@@ -210,9 +251,10 @@ class Workspace:
             group_size=self.group_size,
             prices=lambda: self._prices_of(model, iteration),
         )
-        return score_heads(
-            self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
-        )
+        with asked_products(model):
+            return score_heads(
+                self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
+            )
 
     def _prices_of(self, model: PreTrainedModel, iteration: int) -> Prices:
         """The prices of the dense model's heads, or of those that one which has lost heads physically still has."""
@@ -235,15 +277,23 @@ def negotiation_rules(variant: Variant) -> str:
     return next(name for name, one in VARIANTS.items() if one.negotiates and one.consent == variant.consent)
 
 
-def load_workspace(spec: ComparisonSpec, inputs: Inputs, layer_times_s: Mapping[int, float] | None = None) -> Workspace:
-    """Loads the weights. Scores and adaptation work in float32 whatever the precision that is measured.
+def load_workspace(
+    spec: ComparisonSpec,
+    inputs: Inputs,
+    folder: Path | None = None,
+    *,
+    layer_times_s: Mapping[int, float] | None = None,
+) -> Workspace:
+    """Loads the weights. Scores, prices and adaptation start from float32 weights whatever precision is measured, and their
+    matrix products are in the spec's ``prepare_precision``.
 
     ``layer_times_s`` are the layer times that the run has; without them they are measured where they are needed.
     """
     torch.set_num_threads(spec.threads)
     loaded: LoadedModel = load_model(inputs.preview, device=spec.device, dtype=torch.float32)
+    prepare_in(loaded.model, spec.prepare_precision)
     dense = at_precision(loaded.model, spec.precision)
-    return Workspace(spec, inputs, loaded.model, dense, _layer_times_s=layer_times_s)
+    return Workspace(spec, inputs, loaded.model, dense, folder, _layer_times_s=layer_times_s)
 
 
 def at_precision(model: PreTrainedModel, precision: str, workspace: Workspace | None = None) -> PreTrainedModel:

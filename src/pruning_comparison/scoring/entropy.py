@@ -20,7 +20,7 @@ from pruning_comparison.models.heads import (
 )
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads
-from pruning_comparison.scoring.entropy_attention import entropies_in_place_of_maps
+from pruning_comparison.scoring.entropy_attention import entropies_in_place_of_maps, keys_seen
 from pruning_comparison.scoring.scores import HeadScores
 from pruning_comparison.spec import Scope
 
@@ -33,22 +33,24 @@ class _NothingMoreWanted(Exception):
 def mean_attention_entropy(model: PreTrainedModel, windows: Tensor, *, batch_size: int) -> Tensor:
     """Mean entropy of each head's attention in [0, 1], [L, H], over ``windows`` [N, T] of token ids.
 
-    At each position the entropy is divided by the log of the number of positions up to it, so that 1 is uniform attention;
-    the first position, where log 1 = 0, is left out. Maps are made block by block and reduced at once: no [batch, H, T, T]
-    exists, see ``entropy_attention``, and a pass ends with the last attention. Heads that a pruned model has lost get 0.
-    Follows the attention entropy of Ghader and Monz (2017, "What does attention in neural machine translation pay attention
-    to?"), normalised.
+    At each position the entropy is divided by the log of the number of keys that can be seen there, so that 1 is uniform
+    attention: of all positions up to it, or of as many as a sliding layer's window holds. The first position, where
+    log 1 = 0, is left out, and a head that never sees more than one key gets 0. Maps are made block by block and reduced at
+    once: no [batch, H, T, T] exists, see ``entropy_attention``, and a pass ends with the last attention. Heads that a pruned
+    model has lost get 0. Follows the attention entropy of Ghader and Monz (2017, "What does attention in neural machine
+    translation pay attention to?"), normalised.
     """
     keep = kept_heads(model.config)
     last = max((layer for layer, kept in enumerate(keep) if kept.any()), default=-1)
     total = torch.zeros(keep.shape, dtype=torch.float64)
-    positions = torch.arange(2, windows.shape[1] + 1, device=model.device, dtype=torch.float32).log()
 
     def add(layer: int) -> Any:
-        def hook(module: torch.nn.Module, inputs: Any, outputs: Any) -> Any:
+        def hook(module: torch.nn.Module, inputs: Any, kwargs: Any, outputs: Any) -> Any:
             entropies = outputs[1]
             if entropies is not None:
-                total[layer, keep[layer]] += (entropies[..., 1:] / positions).double().mean(-1).sum(0).cpu()
+                most = keys_seen(kwargs.get("attention_mask"), entropies)[..., 1:].log()
+                shares = entropies[..., 1:] / most.masked_fill(most == 0, 1)
+                total[layer, keep[layer]] += shares.double().mean(-1).sum(0).cpu()
             if layer == last:
                 raise _NothingMoreWanted
             return (outputs[0], None, *outputs[2:])
@@ -56,7 +58,7 @@ def mean_attention_entropy(model: PreTrainedModel, windows: Tensor, *, batch_siz
         return hook
 
     with entropies_in_place_of_maps(model):
-        handles = [a.register_forward_hook(add(layer)) for layer, a in enumerate(attentions(model))]
+        handles = [a.register_forward_hook(add(layer), with_kwargs=True) for layer, a in enumerate(attentions(model))]
         try:
             for batch in windows.split(batch_size):
                 with suppress(_NothingMoreWanted):

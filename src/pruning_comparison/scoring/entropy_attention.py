@@ -50,6 +50,8 @@ def attend_with_entropies(
     value: Tensor,
     attention_mask: Tensor | None,
     scaling: float | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **kwargs: Any,
 ) -> tuple[Tensor, Tensor]:
     """Attention and its entropies in nats: query [B, H, T, D], key and value [B, K, S, D] to [B, T, H, D] and [B, H, T].
@@ -58,6 +60,10 @@ def attend_with_entropies(
     softmax, the entropy is
 
         H(p) = -sum p (s - m) - log(max p),   since p = exp(s - m) / Z and so max p = 1 / Z.
+
+    ``softcap`` bounds the scores smoothly before the mask is added, to softcap tanh(s / softcap).
+    ``s_aux`` [H] are sinks: scores of a key with the value zero, which takes its share of the attention. The entropy is that
+    of what the other keys get, as shares of it, so that a sink changes the output and not the entropy.
 
     Both terms are at least 0, so nothing cancels, and no logarithm is taken for each key. Maps are made for a block of
     queries at a time, against the keys that any of them sees. Everything is in float32 where the model computes in less.
@@ -69,6 +75,7 @@ def attend_with_entropies(
     scale = size**-0.5 if scaling is None else scaling
     query = (query.to(dtype) * scale).unflatten(1, (groups, shared)).contiguous()
     key, value = key.to(dtype).contiguous(), value.to(dtype).contiguous()
+    sinks = None if s_aux is None else s_aux.to(dtype).view(groups, shared, 1)
     mask, visible = _readable(attention_mask, dtype)
 
     numbers = _BLOCK_NUMBERS if query.device.type == "cpu" else _ACCELERATOR_BLOCK_NUMBERS
@@ -93,15 +100,34 @@ def attend_with_entropies(
             sizes = (*asked.shape[:2], seen.stop - seen.start)
             scores, maps = (buffer[: sizes[0] * sizes[1] * sizes[2]].view(sizes) for buffer in buffers)
             torch.bmm(asked, keys[:, seen].transpose(1, 2), out=scores)
+            if softcap is not None:
+                scores.div_(softcap).tanh_().mul_(softcap)
             if mask is not None and masked.stop > masked.start:
                 inside = slice(masked.start - seen.start, masked.stop - seen.start)
                 scores.view(*shape, -1)[..., inside] += mask[(*some, slice(None), queries, masked)]
-            scores -= scores.amax(-1, keepdim=True)
+            largest = scores.amax(-1, keepdim=True)
+            scores -= largest
             torch.softmax(scores, -1, out=maps)
-            found = scores.mul_(maps).sum(-1).add_(maps.amax(-1).log_()).neg_()
+            most = maps.amax(-1)
+            found = scores.mul_(maps).sum(-1).add_(most.log()).neg_()
+            if sinks is not None:
+                # With Z = 1 / max p the sum of exp(s - m), a sink leaves the others Z / (Z + exp(sink - m)) of the whole.
+                taken = (sinks[some[1]].expand(shape) - largest.view(shape)).exp() * most.view(shape)
+                maps.view(*shape, -1).mul_((1 / (1 + taken)).unsqueeze(-1))
             entropies_by_group[(*some, slice(None), queries)] = found.view(shape)
             output_by_group[(*some, slice(None), queries)] = torch.bmm(maps, values[:, seen]).view(*shape, size)
     return output.to(given), entropies
+
+
+def keys_seen(mask: Tensor | None, entropies: Tensor) -> Tensor:
+    """How many keys each query sees under an additive mask [1 or B, 1 or H, T, S], [1 or B, 1 or H, T]; float32.
+
+    Without a mask, as many as there are queries in ``entropies`` [B, H, T].
+    """
+    _, visible = _readable(mask, torch.float32)
+    if visible is None:
+        return entropies.new_full(entropies.shape[-1:], entropies.shape[-1], dtype=torch.float32)
+    return visible.sum(-1).float()
 
 
 def _readable(mask: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:

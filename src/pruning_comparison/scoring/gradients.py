@@ -32,6 +32,9 @@ LEAST_RANK_AGREEMENT = 0.99
 _MOST_LOGIT_BYTES = 64 * 2**20
 """Of a batch that is differentiated, in float32: a backward pass holds many times as much. One window is always taken."""
 
+_MOST_LOGIT_BYTES_ON_GPU = 2**30
+"""The same on a GPU, which small batches leave idle."""
+
 
 _AGREEMENT_WINDOWS = 8
 
@@ -55,9 +58,15 @@ def gate_gradients(model: PreTrainedModel, windows: Tensor, *, batch_size: int) 
     logits take ``_MOST_LOGIT_BYTES``. The parameters need no gradients and get none. ValueError for a model that has lost
     heads physically.
     """
-    logit_bytes = 4 * windows.shape[1] * model.config.get_text_config().vocab_size
-    for batch in windows.split(max(1, min(batch_size, _MOST_LOGIT_BYTES // logit_bytes))):
+    for batch in windows.split(_windows_at_once(model, windows, batch_size)):
         yield _batch_gate_gradients(model, batch)
+
+
+def _windows_at_once(model: PreTrainedModel, windows: Tensor, batch_size: int) -> int:
+    """How many of ``windows`` [N, T] are differentiated at once: at most ``batch_size``, at least one."""
+    most = _MOST_LOGIT_BYTES_ON_GPU if model.device.type == "cuda" else _MOST_LOGIT_BYTES
+    logit_bytes = 4 * windows.shape[1] * int(model.config.get_text_config().vocab_size)
+    return max(1, min(batch_size, most // logit_bytes))
 
 
 def _batch_gate_gradients(model: PreTrainedModel, ids: Tensor) -> Tensor:
@@ -191,11 +200,10 @@ def _weight_taylor(model: PreTrainedModel, windows: Tensor, batch_size: int) -> 
     weights = [p for attention in attentions(model) for p in attention.parameters() if p.ndim == 2]
     trained = [parameter.requires_grad for parameter in weights]
     gradients = [torch.zeros_like(parameter, dtype=torch.float32) for parameter in weights]
-    logit_bytes = 4 * windows.shape[1] * model.config.get_text_config().vocab_size
     try:
         for parameter in weights:
             parameter.requires_grad_(True)
-        for batch in windows.split(max(1, min(batch_size, _MOST_LOGIT_BYTES // logit_bytes))):
+        for batch in windows.split(_windows_at_once(model, windows, batch_size)):
             with torch.inference_mode(False), torch.enable_grad():
                 ids = batch.clone().to(model.device)
                 logits = model(input_ids=ids, use_cache=False).logits[:, :-1].flatten(0, 1)

@@ -9,7 +9,7 @@ Dimension letters: L layers, H heads, D head size, E embedding, F features (live
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class LayerPrices:
     inverse: Tensor
     weight: Tensor
     costs: Tensor
+    _curves: dict[int, Curve] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, gram: Tensor, weight: Tensor, heads: Sequence[int], *, ridge: float = RIDGE) -> LayerPrices:
@@ -58,14 +59,17 @@ class LayerPrices:
         """
         place = self._place(head)
         size = len(self.inverse) // len(self.heads)
-        gone = torch.zeros(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
-        gone[place * size : (place + 1) * size] = True
+        gone = slice(place * size, (place + 1) * size)
         left = self.heads[:place] + self.heads[place + 1 :]
-        cross = self.inverse[gone][:, ~gone]
-        gain = torch.linalg.solve(self.inverse[gone][:, gone], cross)
-        inverse = self.inverse[~gone][:, ~gone] - cross.T @ gain
+        # By numbers and not by a mask: a device would have to be waited for to count what a mask holds.
+        rest = torch.tensor([row for row in range(len(self.inverse)) if not gone.start <= row < gone.stop])
+        rest = rest.to(self.inverse.device)
+        rows = self.inverse[rest]
+        cross = self.inverse[gone][:, rest]
+        gain = torch.linalg.solve(self.inverse[gone, gone], cross)
+        inverse = rows[:, rest] - cross.T @ gain
         inverse = (inverse + inverse.T) / 2
-        weight = self.weight[~gone] - gain.T @ self.weight[gone]
+        weight = self.weight[rest] - gain.T @ self.weight[gone]
         return LayerPrices(left, inverse, weight, _block_costs(inverse, weight, len(left)))
 
     def joint_cost(self, heads: Sequence[int]) -> float:
@@ -82,6 +86,8 @@ class LayerPrices:
 
         Heads of a whole ``group_size`` leave together, at their joint cost. Of equals the first leaves.
         """
+        if group_size in self._curves:
+            return self._curves[group_size]
         order: list[int] = []
         sums = [0.0]
         layer: LayerPrices | None = self
@@ -96,7 +102,8 @@ class LayerPrices:
                 layer = None if len(layer.heads) == 1 else layer.withdraw(head)
                 if layer is None:
                     break
-        return Curve(tuple(order), tuple(sums), group_size)
+        self._curves[group_size] = Curve(tuple(order), tuple(sums), group_size)
+        return self._curves[group_size]
 
     def _place(self, head: int) -> int:
         if head not in self.heads:
@@ -124,6 +131,10 @@ class Curve:
     def first(self, groups: int) -> tuple[int, ...]:
         """The heads of that many cheapest groups."""
         return self.order[: groups * self.group_size]
+
+    def weighed(self, weight: float) -> Curve:
+        """The same with every sum times ``weight``."""
+        return Curve(self.order, tuple(weight * total for total in self.sums), self.group_size)
 
 
 @dataclass(frozen=True)
@@ -158,7 +169,7 @@ class Prices:
         prices = torch.full((len(self.layers), self.n_heads), torch.nan, dtype=torch.float64)
         for layer, of_layer in enumerate(self.layers):
             if of_layer is not None:
-                prices[layer, list(of_layer.heads)] = self.weights[layer] * of_layer.costs.cpu()
+                prices[layer, list(of_layer.heads)] = self.weights[layer] * of_layer.costs
         return prices
 
     def withdraw(self, layer: int, head: int) -> Prices:
@@ -189,14 +200,22 @@ def elimination(prices: Prices, group_size: int = 1) -> tuple[Tensor, Tensor]:
     a position, and its price evenly. Heads that have left before have position -1 and price 0. Ties leave in the order of
     layers.
     """
-    shape = len(prices.layers), prices.n_heads
+    weighed: list[Curve | None] = []
+    for layer, weight in zip(prices.layers, prices.weights, strict=True):
+        curve = None if layer is None else layer.cheapest_first(group_size)
+        weighed.append(None if curve is None else curve.weighed(weight))
+    return merged(weighed, prices.n_heads)
+
+
+def merged(curves: Sequence[Curve | None], n_heads: int) -> tuple[Tensor, Tensor]:
+    """The order of all heads, and what each is paid for, of layers whose curves are in nats: see ``elimination``."""
+    shape = len(curves), n_heads
     order, paid = torch.full(shape, -1.0, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
-    curves = [None if layer is None else layer.cheapest_first(group_size) for layer in prices.layers]
     taken = [0] * len(curves)
     position = 0
     while True:
         offers = {
-            layer: prices.weights[layer] * (curve.sums[taken[layer] + 1] - curve.sums[taken[layer]])
+            layer: curve.sums[taken[layer] + 1] - curve.sums[taken[layer]]
             for layer, curve in enumerate(curves)
             if curve is not None and taken[layer] + 1 < len(curve.sums)
         }
@@ -205,7 +224,7 @@ def elimination(prices: Prices, group_size: int = 1) -> tuple[Tensor, Tensor]:
         layer = min(offers, key=lambda one: offers[one])
         curve = curves[layer]
         assert curve is not None
-        leaving = curve.order[taken[layer] * group_size : (taken[layer] + 1) * group_size]
+        leaving = curve.order[taken[layer] * curve.group_size : (taken[layer] + 1) * curve.group_size]
         order[layer, list(leaving)] = float(position)
         paid[layer, list(leaving)] = offers[layer] / len(leaving)
         taken[layer] += 1
@@ -239,10 +258,10 @@ _LEAST_SCALE = 1e-100
 
 
 def _block_costs(inverse: Tensor, weight: Tensor, heads: int) -> Tensor:
-    """tr(W_h' [P_hh]^-1 W_h) for every head, [H]; squares of a Cholesky solve, so never negative."""
+    """tr(W_h' [P_hh]^-1 W_h) for every head, [H] on the CPU; squares of a Cholesky solve, so never negative."""
     size = len(inverse) // heads
     blocks = inverse.view(heads, size, heads, size).diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     factors = torch.linalg.cholesky(blocks)
     solved = torch.linalg.solve_triangular(factors, weight.view(heads, size, -1), upper=False)
-    costs: Tensor = solved.square().sum((1, 2))
+    costs: Tensor = solved.square().sum((1, 2)).cpu()
     return costs

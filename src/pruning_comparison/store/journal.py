@@ -281,7 +281,8 @@ class RunStore:
 
     def copy_parts_from(self, other: RunStore, cells: Collection[Cell]) -> None:
         """Takes over heads, negotiation and perplexity of cells that another run has measured with other prompts."""
-        keep = "AND ([window] IS NOT NULL OR metric IN ('negotiation_s', 'predicted_perplexity_ratio'))"
+        others = "'negotiation_s', 'predicted_perplexity_ratio', 'held_out_perplexity'"
+        keep = f"AND ([window] IS NOT NULL OR metric IN ({others}))"
         with self._transaction():
             for cell in cells:
                 for table in ("cells", "heads", "signals", "replies"):

@@ -190,8 +190,12 @@ def _draw_speed_against_quality(
 
 @in_style
 def quality_metrics(summary: pd.DataFrame, *, size: FigureSize = WIDE) -> Figure:
-    """Perplexity, diversity (distinct-2) and repetition (seq-rep-4) against the level, one row of panels per method."""
-    metrics = in_role("quality chart")
+    """Perplexity, divergence from the dense model, diversity (distinct-2) and repetition (seq-rep-4) against the level.
+
+    One row of panels per method; runs of earlier versions did not measure divergence, and have no panel for it.
+    """
+    measured = set(summary["metric"])
+    metrics = [name for name in in_role("quality chart") if METRICS[name].kind != "divergence" or name in measured]
     return _metric_rows(
         summary,
         metrics,

@@ -91,7 +91,10 @@ class Worker:
                 f"{node} has another {self._spec.model_name} than the driver. Copy the same files there."
             )
         inputs = Inputs(preview, *self._work["inputs"])
-        self._workspace = load_workspace(self._spec, inputs, self._work["layer_times_s"])
+        folder = self._work["folder"]
+        # A worker that the folder is not shared with keeps no training that is under way.
+        shared = folder if (folder / MANIFEST).is_file() else None
+        self._workspace = load_workspace(self._spec, inputs, shared, layer_times_s=self._work["layer_times_s"])
         return hardware(self._spec)
 
     def layer_times_s(self) -> Mapping[int, float]:

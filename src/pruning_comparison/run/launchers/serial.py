@@ -30,7 +30,7 @@ def launch_serially(work: Work) -> Iterator[Event]:
     if not work:
         return
     LOGGER.info("loading %s", spec.model_name)
-    workspace = load_workspace(spec, work.inputs, work.layer_times_s)
+    workspace = load_workspace(spec, work.inputs, work.folder, layer_times_s=work.layer_times_s)
     if work.lacks_layer_times:
         yield Begun(LAYER_TIMES)
         yield LayersTimed(workspace.layer_times_s())

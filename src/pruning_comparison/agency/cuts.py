@@ -1,0 +1,196 @@
+"""Layers whose heads have left and whose output projection is refitted from moments alone, and what the model says then.
+
+Nothing is removed: a cut stands in for the output projection while the model runs, so that many can be tried on one text.
+
+Dimension letters: N windows, B batch, T time, E embedding, V vocabulary, Q trials.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import PreTrainedModel
+
+from pruning_comparison.agency.moments import LayerMoments
+from pruning_comparison.models.devices import fast_products
+from pruning_comparison.models.heads import input_major_weight, output_projections
+from pruning_comparison.scoring.ablation import recorded_blocks, resumed_at
+from pruning_comparison.scoring.prices import LayerPrices
+
+
+@dataclass(frozen=True)
+class Cut:
+    """Weight and bias [E] of a layer's output projection after some of its heads have left and the others have adapted.
+
+    The weight has as many rows as the projection, those of heads that have left zero.
+    """
+
+    weight: Tensor
+    bias: Tensor | None
+
+
+def cut_layer(
+    model: PreTrainedModel,
+    number: int,
+    moments: LayerMoments,
+    layer: LayerPrices,
+    heads: Sequence[int],
+    *,
+    new_bias: bool = True,
+) -> Cut:
+    """The cut of a layer that loses ``heads``: ridge regression in closed form, the bias from the means.
+
+    ``layer`` and ``moments`` are of the same live heads. With no heads to lose the projection is as it is.
+    """
+    projection = output_projections(model)[number]
+    assert projection is not None
+    old_weight, old_bias = input_major_weight(projection), getattr(projection, "bias", None)
+    left: LayerPrices | None = layer
+    for head in heads:
+        assert left is not None
+        left = None if len(left.heads) == 1 else left.withdraw(head)
+    adapted = torch.zeros_like(layer.weight)
+    if left is not None:
+        staying = torch.tensor([head in left.heads for head in moments.heads], device=adapted.device)
+        adapted[staying.repeat_interleave(moments.head_size)] = left.weight
+    bias = None
+    if has_bias(projection, new_bias):
+        # What the heads write on average is kept up: the mean of what is missing goes into the bias.
+        bias = moments.mean() @ (moments.weight.double() - adapted)
+        bias = bias if old_bias is None else bias + old_bias.double()
+    weight = torch.zeros_like(old_weight)
+    weight[moments.columns(len(old_weight))] = adapted.to(old_weight)
+    return Cut(weight, None if bias is None else bias.to(old_weight))
+
+
+@torch.no_grad()
+def divergences(
+    model: PreTrainedModel,
+    trials: Sequence[Mapping[int, Cut]],
+    windows: Tensor,
+    *,
+    base: Mapping[int, Cut] | None = None,
+    reference: PreTrainedModel | None = None,
+    exclude_first: bool = False,
+) -> tuple[Tensor, Tensor]:
+    """KL(reference || model), nats per token, over each of the ``windows`` [N, T]: with the cuts of ``base`` alone, float64
+    [N], and with those of each trial in addition, float64 [Q, N].
+
+    A trial holds cuts by number of the layer, which take the place of the base's. ``reference`` is the model itself, without
+    any cut, if None. ``exclude_first`` leaves the first position of every window out. Blocks before a trial's first cut are
+    not run again. Where the device gains from it blocks run in bfloat16. Logits are not rounded to it: they would differ by
+    a twentieth of a nat between two runs, more than many a cut costs.
+    """
+    known, judged_by = dict(base or {}), reference or model
+    at_once = 1 if model.device.type == "cpu" else _WINDOWS_AT_ONCE
+    of_base, of_trials = [], []
+    for batch in windows.split(at_once):
+        ids = batch.to(model.device)
+        with fast_products(model), ExitStack() as stack:
+            logits = _Logits()
+            for one in {id(one): one for one in (judged_by, model)}.values():
+                stack.enter_context(logits.of(one))
+            with recorded_blocks(judged_by) as outputs:
+                expected = _log_probabilities(judged_by, ids, exclude_first)
+            likely = expected.exp()
+            if known or judged_by is not model:
+                with _projecting(model, known), recorded_blocks(model) as outputs:
+                    of_base.append(_divergence(likely, expected, _log_probabilities(model, ids, exclude_first)))
+            else:
+                of_base.append(torch.zeros(len(batch), dtype=torch.float64))
+            row = torch.zeros(len(trials), len(batch), dtype=torch.float64)
+            for number, trial in enumerate(trials):
+                with resumed_at(model, min(trial), outputs), _projecting(model, {**known, **trial}):
+                    row[number] = _divergence(likely, expected, _log_probabilities(model, ids, exclude_first))
+            of_trials.append(row)
+    return torch.cat(of_base), torch.cat(of_trials, 1)
+
+
+def has_bias(projection: nn.Module | None, new_bias: bool) -> bool:
+    """Whether an output projection has a bias, or may be given one."""
+    return new_bias or getattr(projection, "bias", None) is not None
+
+
+_WINDOWS_AT_ONCE = 4
+"""On a GPU. On a CPU one is as fast as several, and log probabilities of a large vocabulary are what takes up memory."""
+
+
+@contextmanager
+def _projecting(model: PreTrainedModel, cuts: Mapping[int, Cut]) -> Iterator[None]:
+    """Within it, the output projections of these layers multiply by the cuts' weights and add their biases."""
+    changed: list[Any] = []
+    every = output_projections(model)
+    for number, cut in cuts.items():
+        projection: Any = every[number]
+
+        def forward(x: Tensor, cut: Cut = cut) -> Tensor:
+            product = x @ cut.weight.to(x.dtype)
+            return product if cut.bias is None else product + cut.bias.to(x.dtype)
+
+        projection.forward = forward
+        changed.append(projection)
+    try:
+        yield
+    finally:
+        for projection in changed:
+            del projection.forward
+
+
+class _Logits:
+    """Logits in the precision of the weights, whatever the blocks are computed in; the first ones are the reference.
+
+    Multiplying out a vocabulary takes most of a pass that is resumed in the middle. Where blocks run in half precision only
+    the reference is multiplied in full, and of every other pass what differs from it in half precision as well: the rounding
+    is then relative to the difference.
+    """
+
+    def __init__(self) -> None:
+        self._first: tuple[Tensor, Tensor] | None = None
+        self._rounded: dict[int, Tensor] = {}
+
+    @contextmanager
+    def of(self, model: PreTrainedModel) -> Iterator[None]:
+        """Within it, a model's logits are these. All models share one matrix from the stream to logits."""
+        head: Any = model.get_output_embeddings()
+        plain = head.forward
+
+        def forward(x: Tensor) -> Tensor:
+            where = x.device.type
+            half = torch.get_autocast_dtype(where) if torch.is_autocast_enabled(where) else None
+            with torch.autocast(where, enabled=False):
+                x = x.to(head.weight.dtype)
+                if self._first is None or half is None:
+                    logits: Tensor = plain(x)
+                    self._first = self._first or (x, logits)
+                    return logits
+                start, logits = self._first
+                if id(head) not in self._rounded:
+                    self._rounded[id(head)] = head.weight.to(half)
+                return logits + nn.functional.linear((x - start).to(half), self._rounded[id(head)])
+
+        head.forward = forward
+        try:
+            yield
+        finally:
+            del head.forward
+
+
+def _log_probabilities(model: PreTrainedModel, ids: Tensor, exclude_first: bool) -> Tensor:
+    """Of every next token, [B, T, V], for windows of ids [B, T]."""
+    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, int(exclude_first) :]
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+
+
+def _divergence(likely: Tensor, expected: Tensor, now: Tensor) -> Tensor:
+    """KL(expected || now) of log probabilities [B, T, V], mean over positions, float64 [B] on the CPU; ``now`` is used up.
+
+    ``likely`` are the expected probabilities themselves.
+    """
+    # In place: fresh memory of this size costs as much as filling it.
+    nats = torch.sub(expected, now, out=now).mul_(likely)
+    return nats.sum(-1).mean(1, dtype=torch.float64).cpu()
