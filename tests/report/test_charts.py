@@ -513,3 +513,19 @@ def test_speed_has_both_bounds():
              if line.get_label() == "_reference"]  # fmt: skip
     assert np.allclose(drawn, [[40.0, 30.0]] * 2)
     assert "in proportion to the bytes or FLOPs left" in words(figure)
+
+
+def test_four_panels_of_a_method_stand_two_by_two_where_only_three_fit():
+    rows = [
+        estimate_row(metric, variant, level, 1.0 + level, method=method)
+        for metric in ("perplexity", "kl_to_dense", "distinct_2", "seq_rep_4")
+        for variant in ("baseline", "agency")
+        for level in (0, 50)
+        for method in ("entropy", "random")
+    ]
+    figure = charts.quality_metrics(summary_of(*rows))
+    figure.canvas.draw()
+    places = [axes.get_position() for axes in figure.axes]
+    assert len({round(place.x0, 2) for place in places}) == 2
+    assert len({round(place.y0, 2) for place in places}) == 4
+    assert [bool(axes.get_xlabel()) for axes in figure.axes] == [False] * 6 + [True] * 2

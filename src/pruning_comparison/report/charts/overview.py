@@ -40,6 +40,7 @@ from pruning_comparison.report.charts.panels import (
     new_figure,
     panel_grid,
     panel_title,
+    panels_across,
     panels_height,
     placeholder,
     rows_at,
@@ -257,7 +258,7 @@ def _metric_rows(
             label_values(axes, format_axis(metric, unit), size)
     for axes, metric in zip(grid[0], metrics, strict=True):
         value_axis(axes, rows[rows["metric"] == metric], metric, 1.0)
-    label_levels(list(grid.ravel()), len(metrics), size)
+    label_levels(list(grid.ravel()), panels_across(len(metrics), size), size)
     return figure
 
 

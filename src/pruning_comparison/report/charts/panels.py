@@ -156,11 +156,17 @@ def _legend_columns(handles: Sequence[Line2D | Patch], size: FigureSize) -> int:
     return max(1, int(size.width_in / max(widths)))
 
 
+def panels_across(columns: int, size: FigureSize) -> int:
+    """How many of ``columns`` panels stand side by side: all, or else as many as divide them into equal rows."""
+    return max(across for across in range(1, size.columns + 1) if columns % across == 0)
+
+
 def panel_grid(figure: Figure, rows: int, columns: int, size: FigureSize) -> np.ndarray[Any, np.dtype[np.object_]]:
-    """Axes ``[rows, columns]`` that share the value axis by column; one below the other where the figure is narrow."""
-    if columns <= size.columns:
+    """Axes ``[rows, columns]`` that share the value axis by column; a row takes several where the figure is too narrow."""
+    across = panels_across(columns, size)
+    if columns == across:
         return np.asarray(figure.subplots(rows, columns, squeeze=False, sharey="col"))
-    grid = np.asarray(figure.subplots(rows * columns, 1, squeeze=False)).reshape(rows, columns)
+    grid = np.asarray(figure.subplots(rows * columns // across, across, squeeze=False)).reshape(rows, columns)
     for row in grid[1:]:
         for axes, first in zip(row, grid[0], strict=True):
             axes.sharey(first)
@@ -310,4 +316,5 @@ def name_if_several(methods: Sequence[str], method: str) -> str | None:
 
 def panels_height(row_in: float, rows: int, columns: int, size: FigureSize) -> float:
     """How high the panels are together, in inches, where a row of them is ``row_in`` high in a wide figure."""
-    return row_in * rows if columns <= size.columns else NARROW_PANEL_IN * rows * columns
+    across = panels_across(columns, size)
+    return (NARROW_PANEL_IN if across < columns and across == 1 else row_in) * rows * columns / across
