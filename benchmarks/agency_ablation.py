@@ -5,11 +5,15 @@ A configuration is a comma-separated list of settings that differ from the refer
 on the same evaluation windows: one JSON line per sample, configuration and level as soon as it is known, and at the end
 paired contrasts with the reference with 95 % intervals over samples and windows. A configuration that fails is reported, and
 the others go on.
+
+With ``--final_text`` one of them is then chosen, by a rule (``best_of``) that was written before its first use, and is
+measured beside the reference on that text, which nothing before has read.
 """
 
 from __future__ import annotations
 
 import argparse
+import gc
 import hashlib
 import json
 import math
@@ -17,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +53,7 @@ from pruning_comparison.models.heads import head_grid
 from pruning_comparison.models.loading import ModelPreview, load_model, preview_model
 from pruning_comparison.pruning import remove_heads, select_heads
 from pruning_comparison.scoring.ablation import recorded_blocks
-from pruning_comparison.scoring.prices import RIDGE, Prices, elimination, merged
+from pruning_comparison.scoring.prices import RIDGE, LayerPrices, Prices, elimination, merged
 from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
@@ -64,17 +68,20 @@ class Configuration:
     ``method`` ranks heads. ``consent`` is "none" (they leave in its order, as where everyone consents) or a number, the
     factor of the limit. ``weights`` of layers: "half" (half of one layer is cut), "curve" (at three sizes), "context" and
     "context2" (with the other layers cut as at the level, once or twice), "rounds" (measured again on the model that is
-    adapted at 30 %). ``swaps`` is how many rounds of regrowth there are. ``ridge``, ``mlp_ridge``, ``parts``,
-    ``part_layers``, ``lost_ratio``, ``error_share``, ``longest`` and ``sinks_apart`` are those of ``adapt``; ``passes`` is
-    how often it runs. ``price_ridge`` is that of prices. ``openings`` adds so many short windows of ``opening_tokens``, from
-    places of the calibration windows drawn at random; in regressions each position counts ``opening_weight``. ``sampled``
-    adds so many times the calibration windows of text that the dense model continues them with.
+    adapted at 30 %). The windows that they are measured on are cut into shorter ones of ``fresh_window`` tokens, if that is
+    above 0: more first tokens in as much text. ``swaps`` is how many rounds of regrowth there are. ``ridge``, ``mlp_ridge``,
+    ``parts``, ``part_layers``, ``lost_ratio``, ``error_share``, ``longest``, ``sinks_apart`` and ``openings_to_sink`` are
+    those of ``adapt``; ``passes`` is how often it runs. ``price_ridge`` is that of prices. ``openings`` adds so many short
+    windows of ``opening_tokens``, from places of the calibration windows drawn at random; in regressions each position
+    counts ``opening_weight``. ``sampled`` adds so many times the calibration windows of text that the dense model continues
+    them with.
     """
 
     method: str = "obs"
     consent: str = "none"
     weights: str = "half"
     price_ridge: float = RIDGE
+    fresh_window: int = 0
     swaps: int = 0
     ridge: float = 0.1
     mlp_ridge: float = 0.3
@@ -88,6 +95,7 @@ class Configuration:
     openings: int = 0
     opening_tokens: int = 8
     opening_weight: float = 1.0
+    openings_to_sink: int = 0
     sampled: float = 0.0
 
     @classmethod
@@ -110,22 +118,27 @@ class Configuration:
 
 WEIGHTS = ("half", "curve", "context", "context2", "rounds")
 
+FIRST_TOKENS = "openings=4096,opening_tokens=1,opening_weight=1,openings_to_sink=1"
+"""Windows of one token, up to where first tokens become long. In 65,536 tokens they count for 6 %."""
+
 DEFAULT = (
     "reference",
-    "openings=1024,opening_weight=0.06",
-    "openings=1024,opening_tokens=2,opening_weight=0.06",
-    "swaps=3",
-    "weights=context",
+    FIRST_TOKENS,
     "weights=rounds",
-    "weights=curve",
-    "mlp_ridge=0.1",
+    f"weights=rounds,{FIRST_TOKENS}",
+    f"fresh_window=128,{FIRST_TOKENS}",
+    "fresh_window=128",
+    "weights=context",
     "mlp_ridge=1",
+    "mlp_ridge=0.1",
+    "swaps=3",
+    "openings=1024,opening_weight=0.06",
+    "weights=curve",
     "ridge=0.03",
     "ridge=0.3",
     "lost_ratio=8",
     "price_ridge=0.01",
     "price_ridge=0.1",
-    "openings=256,opening_weight=0.25,sinks_apart=1",
     "sinks_apart=1",
     "longest=30",
     "weights=context2",
@@ -146,10 +159,11 @@ class Bench:
     note: Callable[[str, float], None]
     score_tokens: int
     _moments: HeadMoments | None = None
-    _prices: dict[float, Prices] = field(default_factory=dict)
-    _scores: dict[tuple[str, float], Tensor] = field(default_factory=dict)
+    _layers: dict[float, tuple[LayerPrices | None, ...]] = field(default_factory=dict)
+    _prices: dict[tuple[float, int], Prices] = field(default_factory=dict)
+    _scores: dict[tuple[str, float, int], Tensor] = field(default_factory=dict)
     _stream: tuple[Any, DenseStream] | None = None
-    _round: tuple[Any, HeadMoments] | None = None
+    _rounds: dict[int, Tensor] = field(default_factory=dict)
 
     @contextmanager
     def timed(self, what: str) -> Iterator[None]:
@@ -166,32 +180,43 @@ class Bench:
                 self._moments = observe_for_prices(self.model, self.windows, batch_size=BATCH)
         return self._moments
 
-    def prices(self, ridge: float) -> Prices:
+    def fresh(self, window: int) -> Tensor:
+        """The windows that layers are weighed on, in pieces of ``window`` tokens if that is not 0."""
+        windows = split_windows(self.windows)[1]
+        return windows.reshape(-1, window) if window else windows
+
+    def prices(self, ridge: float, fresh_window: int) -> Prices:
         """Prices of the dense model's heads, layers weighed by half of each."""
-        if ridge not in self._prices:
+        if ridge not in self._layers:
             moments = self.moments()
             with self.timed("withdrawal costs"):
-                layers = layer_prices(self.model, moments, ridge=ridge)
+                self._layers[ridge] = layer_prices(self.model, moments, ridge=ridge)
+                for layer in self._layers[ridge]:
+                    if layer is not None:
+                        layer.cheapest_first()
+        if (ridge, fresh_window) not in self._prices:
+            layers = self._layers[ridge]
             with self.timed("weights of layers"):
-                weights = layer_weights(self.model, moments, layers, split_windows(self.windows)[1])
-            self._prices[ridge] = Prices.of(layers, weights.tolist(), head_grid(self.model.config).n_heads)
-        return self._prices[ridge]
+                weights = layer_weights(self.model, self.moments(), layers, self.fresh(fresh_window))
+            n_heads = head_grid(self.model.config).n_heads
+            self._prices[ridge, fresh_window] = Prices.of(layers, weights.tolist(), n_heads)
+        return self._prices[ridge, fresh_window]
 
-    def scores(self, method: str, ridge: float) -> Tensor:
+    def scores(self, configuration: Configuration) -> Tensor:
         """The method's scores of the dense model's heads, [L, H]."""
+        method = configuration.method
         if method == "obs":
-            if (method, ridge) not in self._scores:
-                prices = self.prices(ridge)
-                with self.timed("order of all heads"):
-                    self._scores[method, ridge] = elimination(prices)[0]
-            return self._scores[method, ridge]
-        if (method, 0.0) not in self._scores:
+            key = method, configuration.price_ridge, configuration.fresh_window
+            if key not in self._scores:
+                self._scores[key] = elimination(self.prices(*key[1:]))[0]
+            return self._scores[key]
+        if (method, 0.0, 0) not in self._scores:
             settings = ScoreSettings(batch_size=BATCH, generator=self.generator("random ranking"))
             with self.timed(f"scores by {method}"):
                 windows = self.windows[: -(-self.score_tokens // self.windows.shape[1])]
                 found = score_heads(method_named(method), self.model, windows, settings)
-            self._scores[method, 0.0] = found.scores
-        return self._scores[method, 0.0]
+            self._scores[method, 0.0, 0] = found.scores
+        return self._scores[method, 0.0, 0]
 
     def stream(self, configuration: Configuration) -> DenseStream:
         """What adaptation aims at; of the last text asked for, since it is large."""
@@ -224,15 +249,15 @@ class Bench:
 
     def keep(self, configuration: Configuration, level: float) -> tuple[Tensor, dict[str, Any]]:
         """The heads that stay, bool [L, H], and what is worth saying of how they were chosen."""
-        scores = self.scores(configuration.method, configuration.price_ridge)
+        scores = self.scores(configuration)
         keep = select_heads(scores, level)
-        prices = self.prices(configuration.price_ridge)
+        prices = self.prices(configuration.price_ridge, configuration.fresh_window)
         if configuration.consent != "none":
             keep = asked(scores, prices, level, float(configuration.consent))
-        fresh = split_windows(self.windows)[1]
+        fresh = self.fresh(configuration.fresh_window)
         if configuration.weights != "half":
             with self.timed(f"weights={configuration.weights}"):
-                keep = self._weighed(configuration.weights, prices, keep, level, fresh)
+                keep = self._weighed(configuration, prices, keep, level, fresh)
         said: dict[str, Any] = {"predicted": round(math.exp(min(prices.total(~keep), 50.0)), 4)}
         if configuration.swaps:
             with self.timed("regrowth"):
@@ -242,8 +267,11 @@ class Bench:
             said |= {"nats_before": round(grown.nats_before, 4), "nats_after": round(grown.nats_after, 4)}
         return keep, said
 
-    def _weighed(self, weights: str, prices: Prices, keep: Tensor, level: float, fresh: Tensor) -> Tensor:
+    def _weighed(
+        self, configuration: Configuration, prices: Prices, keep: Tensor, level: float, fresh: Tensor
+    ) -> Tensor:
         """The heads of a level when layers are weighed in another way."""
+        weights = configuration.weights
         moments, layers, n_heads = self.moments(), prices.layers, keep.shape[1]
         if weights == "curve":
             order, _ = merged(measured_curves(self.model, moments, layers, fresh), n_heads)
@@ -251,10 +279,7 @@ class Bench:
         if weights == "rounds":
             if level <= ROUND_AT:
                 return keep
-            adapted, after = self._adapted(select_heads(self.scores("obs", RIDGE), ROUND_AT))
-            of_adapted = layer_prices(adapted, after)
-            again = layer_weights(adapted, after, of_adapted, fresh, reference=self.model)
-            return select_heads(elimination(Prices.of(of_adapted, again.tolist(), n_heads))[0], level)
+            return select_heads(self._order_after_a_round(configuration), level)
         current = prices.weights
         for _ in range(2 if weights == "context2" else 1):
             found = weights_in_context(self.model, moments, layers, ~keep, prices.weights, fresh)
@@ -263,15 +288,21 @@ class Bench:
             keep = select_heads(elimination(Prices.of(layers, current, n_heads))[0], level)
         return keep
 
-    def _adapted(self, keep: Tensor) -> tuple[PreTrainedModel, HeadMoments]:
-        """The model that is adapted at the level of a round, without having read the fresh windows, and its moments."""
-        if self._round is None:
-            fitted, _ = split_windows(self.windows)
-            adapted = remove_heads(self.model, keep)
+    def _order_after_a_round(self, configuration: Configuration) -> Tensor:
+        """The order of heads by prices of the model adapted at the level of a round, without having read fresh windows."""
+        window = configuration.fresh_window
+        if window not in self._rounds:
+            fitted, fresh = split_windows(self.windows)[0], self.fresh(window)
+            first = replace(Configuration(), fresh_window=window)
+            adapted = remove_heads(self.model, select_heads(self.scores(first), ROUND_AT))
             whole = max(1, len(fitted) // BATCH) * BATCH * fitted.shape[1]
-            adapt(self.stream(Configuration()), adapted, most_tokens=whole)
-            self._round = adapted, observe_for_prices(adapted, self.windows, batch_size=BATCH)
-        return self._round
+            adapt(self.stream(first), adapted, most_tokens=whole)
+            moments = observe_for_prices(adapted, self.windows, batch_size=BATCH)
+            layers = layer_prices(adapted, moments)
+            weights = layer_weights(adapted, moments, layers, fresh, reference=self.model)
+            n_heads = head_grid(self.model.config).n_heads
+            self._rounds[window] = elimination(Prices.of(layers, weights.tolist(), n_heads))[0]
+        return self._rounds[window]
 
     def build(self, configuration: Configuration, keep: Tensor) -> PreTrainedModel:
         """The model that has lost its other heads, adapted."""
@@ -290,6 +321,7 @@ class Bench:
                     error_share=configuration.error_share,
                     longest=configuration.longest or None,
                     sinks_apart=bool(configuration.sinks_apart),
+                    openings_to_sink=bool(configuration.openings_to_sink),
                 )
         return pruned
 
@@ -357,32 +389,48 @@ class Outcome:
     strays: Any
 
 
-@torch.no_grad()
-def outcome_of(model: PreTrainedModel, dense: PreTrainedModel, windows: Sequence[EvaluationWindow]) -> Outcome:
-    """What ``model`` says of the evaluation windows, compared with the ``dense`` one."""
-    found = Outcome(*(np.zeros(len(windows)) for _ in range(4)))
-    lengths: dict[int, list[int]] = {}
-    for number, window in enumerate(windows):
-        lengths.setdefault(len(window.ids), []).append(number)
-    for numbers in lengths.values():
-        for first in range(0, len(numbers), 4):
-            part = numbers[first : first + 4]
-            ids = torch.stack([windows[number].ids for number in part]).to(model.device)
+class Judge:
+    """Compares models with the dense one on the same evaluation windows.
+
+    What the dense model says there is kept on its device: 4 bytes per token and entry of the vocabulary.
+    """
+
+    def __init__(self, dense: PreTrainedModel, windows: Sequence[EvaluationWindow]) -> None:
+        self._windows = windows
+        self.tokens = np.array([window.targets for window in windows])
+        self._parts: list[list[int]] = []
+        lengths: dict[int, list[int]] = {}
+        for number, window in enumerate(windows):
+            lengths.setdefault(len(window.ids), []).append(number)
+        for numbers in lengths.values():
+            self._parts += [numbers[first : first + 4] for first in range(0, len(numbers), 4)]
+        with torch.no_grad():
+            self._said = [said_of(dense, self._ids(part, dense)) for part in self._parts]
+        self.dense = self.outcome_of(dense).losses
+
+    def _ids(self, part: Sequence[int], model: PreTrainedModel) -> Tensor:
+        return torch.stack([self._windows[number].ids for number in part]).to(model.device)
+
+    @torch.no_grad()
+    def outcome_of(self, model: PreTrainedModel) -> Outcome:
+        """What ``model`` says of the evaluation windows."""
+        found = Outcome(*(np.zeros(len(self._windows)) for _ in range(4)))
+        for part, (expected, dense_norms) in zip(self._parts, self._said, strict=True):
+            ids = self._ids(part, model)
             now, norms = said_of(model, ids)
             loss = -now.gather(-1, ids[:, 1:, None])[..., 0]
-            if model is dense:
-                divergence, relative, longest = torch.zeros_like(loss), torch.ones_like(norms), 0
-            else:
-                expected, dense_norms = said_of(dense, ids)
-                divergence = (expected.exp() * (expected - now)).sum(-1)
-                relative, longest = norms / dense_norms, int(dense_norms[:, 0, 0].argmax())
+            divergence = (expected.exp() * (expected - now)).sum(-1)
+            relative = norms / dense_norms
+            first = relative[int(dense_norms[:, 0, 0].argmax()), :, 0].tolist()
+            strays = (relative[:, :, 1:] > 10).any(0).sum(-1).tolist()
+            # One wait for the device in a part, not one in a window.
+            losses, nats = loss.double().cpu(), divergence.double().cpu()
             for row, number in enumerate(part):
-                scored = slice(-windows[number].targets, None)
-                found.losses[number] = float(loss[row, scored].double().sum())
-                found.kl[number] = float(divergence[row, scored].double().sum())
-                found.first_token[number] = float(relative[longest, row, 0])
-                found.strays[number] = int((relative[:, row, 1:] > 10).any(0).sum())
-    return found
+                scored = slice(-self._windows[number].targets, None)
+                found.losses[number] = float(losses[row, scored].sum())
+                found.kl[number] = float(nats[row, scored].sum())
+                found.first_token[number], found.strays[number] = first[row], strays[row]
+        return found
 
 
 def said_of(model: PreTrainedModel, ids: Tensor) -> tuple[Tensor, Tensor]:
@@ -417,6 +465,122 @@ def contrasts(found: dict[tuple[str, float], dict[int, Any]], dense: Any, tokens
         yield line
 
 
+def best_of(found: dict[tuple[str, float], dict[int, Any]], lines: Sequence[dict[str, Any]], tokens: Any) -> str:
+    """The configuration to go on with: the lowest perplexity, in the geometric mean over levels and samples.
+
+    ``found`` and ``tokens`` as for ``contrasts``, whose ``lines`` say which are clearly worse than the reference at a level
+    (the whole interval is above 1): they are out. So are those without a figure that the reference has.
+    """
+    cells = {
+        (level, sample) for (name, level), by_sample in found.items() if name == "reference" for sample in by_sample
+    }
+    worse = {line["configuration"] for line in lines if line.get("to_reference", [1, 1, 1])[1] > 1}
+    means: dict[str, float] = {}
+    for name in {name for name, _ in found} - worse:
+        nats = {
+            (level, sample): losses.sum() / tokens.sum()
+            for (one, level), by_sample in found.items()
+            for sample, losses in by_sample.items()
+            if one == name
+        }
+        if cells <= {*nats}:
+            means[name] = sum(nats[cell] for cell in cells) / len(cells)
+    return min(means, key=lambda name: (means[name], name != "reference"), default="reference")
+
+
+def read_windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
+    """All windows of the calibration text. ``--windows_file`` keeps them: tokenising takes longer than many a measurement.
+
+    ValueError where the file is of another text or window.
+    """
+    documents = load_documents(options.calibration_text, option="--calibration_text")
+    digest = hashlib.sha256("\0".join(one.text for one in documents).encode()).hexdigest()
+    if options.windows_file is None:
+        return whole_windows(documents, tokenizer, options.window)
+    if not options.windows_file.exists():
+        windows = whole_windows(documents, tokenizer, options.window)
+        np.savez_compressed(options.windows_file, windows=windows.to(torch.int32).numpy(), text=digest)
+    with np.load(options.windows_file) as kept:
+        if str(kept["text"]) != digest or kept["windows"].shape[1] != options.window:
+            raise ValueError(f"{options.windows_file} was made of another text or window; delete it")
+        return torch.from_numpy(kept["windows"]).long()
+
+
+@dataclass
+class Measurement:
+    """Measures cells, one after the other, and says what each came to."""
+
+    judge: Judge
+    benches: dict[int, Bench]
+    parts: dict[str, float]
+    ends: float
+    phase: str
+    to: Path | None
+    found: dict[tuple[str, float], dict[int, Any]] = field(default_factory=dict)
+
+    def run(self, cells: Sequence[tuple[int, str, float]]) -> list[dict[str, Any]]:
+        """Measures ``cells`` of (sample, configuration, level) until the time is up; the contrasts between them.
+
+        Where one fails, the other levels of its sample and configuration are left out.
+        """
+        failed: set[tuple[int, str]] = set()
+        for sample, name, level in cells:
+            if (sample, name) in failed:
+                continue
+            if time.perf_counter() > self.ends:
+                say(phase=self.phase, sample=sample, configuration=name, level=level, skipped="time limit")
+                continue
+            try:
+                self._measure(sample, name, level)
+            except Exception:
+                say(phase=self.phase, sample=sample, configuration=name, level=level, failed=traceback.format_exc())
+                failed.add((sample, name))
+            gc.collect()
+            if torch.cuda.is_available():
+                torch.cuda.empty_cache()
+        lines = list(contrasts(self.found, self.judge.dense, self.judge.tokens))
+        for line in lines:
+            say(phase=self.phase, **line)
+        return lines
+
+    def _measure(self, sample: int, name: str, level: float) -> None:
+        begun = time.perf_counter()
+        self.parts.clear()
+        bench, configuration = self.benches[sample], Configuration.named(name)
+        keep, said = bench.keep(configuration, level)
+        with bench.timed("model"):
+            pruned = bench.build(configuration, keep)
+        with bench.timed("evaluation"):
+            outcome = self.judge.outcome_of(pruned)
+        tokens = self.judge.tokens
+        self.found.setdefault((name, level), {})[sample] = outcome.losses
+        excess = outcome.losses - self.judge.dense
+        figures = {
+            "ratio": ratio_of(excess.sum() / tokens.sum()),
+            "worst_window": ratio_of((excess / tokens).max()),
+            "kl": outcome.kl.sum() / tokens.sum(),
+        }
+        say(
+            phase=self.phase, sample=sample, configuration=name, level=level,
+            **{key: round(float(value), 4) for key, value in figures.items()},
+            first_token=np.quantile(outcome.first_token, [0, 0.5, 1]).round(2).tolist(),
+            strays=int(outcome.strays.sum()), **said, lost=(~keep).sum(1).tolist(),
+            seconds=round(time.perf_counter() - begun, 1), parts=dict(self.parts),
+        )  # fmt: skip
+        if self.to:
+            with self.to.open("a") as file:
+                row = {"phase": self.phase, "sample": sample, "configuration": name, "level": level}
+                row |= {"keep": keep.int().tolist()}
+                row |= {one.name: getattr(outcome, one.name).tolist() for one in fields(outcome)}
+                row |= {"dense": self.judge.dense.tolist(), "tokens": tokens.tolist()}
+                file.write(json.dumps(row) + "\n")
+
+
+def say(**figures: Any) -> None:
+    """Prints one JSON line."""
+    print(json.dumps(figures), flush=True)
+
+
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=str(__doc__).splitlines()[0])
     parser.add_argument("--model_name", default="smollm2-135m")
@@ -437,7 +601,15 @@ def main(arguments: Sequence[str] | None = None) -> None:
         "--methods", default="", help="other methods, asked in their own order with and without consent"
     )
     parser.add_argument("--factors", default="1", help="of the limit of consent, for --methods")
-    parser.add_argument("--time_limit_s", type=float, default=math.inf, help="no configuration is begun after that")
+    parser.add_argument(
+        "--time_limit_s", type=float, default=math.inf, help="of the ablation: nothing is begun after that"
+    )
+    parser.add_argument("--final_text", help="that the chosen configuration and the reference are measured on")
+    parser.add_argument("--final_tokens", type=int, default=15360)
+    parser.add_argument("--final_levels", default="30,50,70")
+    parser.add_argument("--final_samples", default="0")
+    parser.add_argument("--final_time_limit_s", type=float, default=math.inf, help="as --time_limit_s")
+    parser.add_argument("--windows_file", type=Path, help="where the calibration text's token ids are kept, .npz")
     parser.add_argument("--seed", type=int, default=42)
     parser.add_argument("--to", type=Path, help="a file for what is known of every window, as JSON lines")
     options = parser.parse_args(arguments)
@@ -447,9 +619,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
         names += [f"method={method}", *(f"method={method},consent={one}" for one in options.factors.split(","))]
     chosen = {name: Configuration.named(name) for name in names}
     levels = [float(level) for level in options.levels.split(",")]
-
-    def say(**figures: Any) -> None:
-        print(json.dumps(figures), flush=True)
+    samples = [int(sample) for sample in options.samples.split(",")]
 
     if options.model_path is None:
         preview = preview_model(options.model_name)
@@ -457,73 +627,62 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preview = ModelPreview(gguf.SMOLLM2, str(options.model_path), *gguf.read_header(options.model_path))
     model = load_model(preview, device=options.device).model
     torch.set_num_threads(1)
-    calibration = whole_windows(
-        load_documents(options.calibration_text, option="--calibration_text"), preview.tokenizer, options.window
-    )
-    evaluation = evaluation_windows(
-        load_documents(options.eval_text, option="--eval_text"),
-        preview.tokenizer, window=options.window, stride=options.window, tokens=options.eval_tokens,
-    )  # fmt: skip
-    tokens = np.array([window.targets for window in evaluation])
-    dense = outcome_of(model, model, evaluation).losses
-    say(
-        model=preview.name, device=options.device, windows=len(evaluation), eval_tokens=int(tokens.sum()),
-        dense_perplexity=round(math.exp(dense.sum() / tokens.sum()), 4), seconds=round(time.perf_counter() - started, 1),
-    )  # fmt: skip
-    found: dict[tuple[str, float], dict[int, Any]] = {}
-    for sample in map(int, options.samples.split(",")):
+    calibration = read_windows(options, preview.tokenizer)
+    parts: dict[str, float] = {}
 
-        def generator(purpose: str, sample: int = sample) -> torch.Generator:
+    def note(what: str, seconds: float) -> None:
+        parts[what] = round(parts.get(what, 0.0) + seconds, 2)
+
+    def judge_of(text: str, option: str, tokens: int) -> Judge:
+        judge = Judge(
+            model,
+            evaluation_windows(
+                load_documents(text, option=option),
+                preview.tokenizer, window=options.window, stride=options.window, tokens=tokens,
+            ),
+        )  # fmt: skip
+        scored = judge.tokens.sum()
+        say(
+            model=preview.name, device=options.device, text=option, windows=len(judge.tokens), eval_tokens=int(scored),
+            dense_perplexity=round(math.exp(judge.dense.sum() / scored), 4),
+            seconds=round(time.perf_counter() - started, 1),
+        )  # fmt: skip
+        return judge
+
+    def bench_of(sample: int) -> Bench:
+        def generator(purpose: str) -> torch.Generator:
             digest = hashlib.sha256(f"{options.seed}/{purpose}/{sample}".encode()).digest()
             return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
         windows = sample_windows(calibration, options.tokens, generator("calibration"))
-        parts: dict[str, float] = {}
+        return Bench(model, windows, generator, note, options.score_tokens)
 
-        def note(what: str, seconds: float, parts: dict[str, float] = parts) -> None:
-            parts[what] = round(parts.get(what, 0.0) + seconds, 2)
-
-        bench = Bench(model, windows, generator, note, options.score_tokens)
-        for name, configuration in chosen.items():
-            if time.perf_counter() - started > options.time_limit_s:
-                say(sample=sample, configuration=name, skipped="time limit")
-                continue
-            for level in levels:
-                parts.clear()
-                begun = time.perf_counter()
-                try:
-                    keep, said = bench.keep(configuration, level)
-                    with bench.timed("model"):
-                        pruned = bench.build(configuration, keep)
-                    with bench.timed("evaluation"):
-                        outcome = outcome_of(pruned, model, evaluation)
-                    del pruned
-                except Exception:
-                    say(sample=sample, configuration=name, level=level, failed=traceback.format_exc())
-                    break
-                found.setdefault((name, level), {})[sample] = outcome.losses
-                excess = outcome.losses - dense
-                figures = {
-                    "ratio": ratio_of(excess.sum() / tokens.sum()),
-                    "worst_window": ratio_of((excess / tokens).max()),
-                    "kl": outcome.kl.sum() / tokens.sum(),
-                }
-                say(
-                    sample=sample, configuration=name, level=level,
-                    **{key: round(float(value), 4) for key, value in figures.items()},
-                    first_token=np.quantile(outcome.first_token, [0, 0.5, 1]).round(2).tolist(),
-                    strays=int(outcome.strays.sum()), **said, lost=(~keep).sum(1).tolist(),
-                    seconds=round(time.perf_counter() - begun, 1), parts=dict(parts),
-                )  # fmt: skip
-                if options.to:
-                    with options.to.open("a") as file:
-                        row = {"sample": sample, "configuration": name, "level": level, "keep": keep.int().tolist()}
-                        row |= {one.name: getattr(outcome, one.name).tolist() for one in fields(outcome)}
-                        row |= {"dense": dense.tolist(), "tokens": tokens.tolist()}
-                        file.write(json.dumps(row) + "\n")
+    benches = {sample: bench_of(sample) for sample in samples}
+    judge = judge_of(options.eval_text, "--eval_text", options.eval_tokens)
+    ends = time.perf_counter() + options.time_limit_s
+    ablation = Measurement(judge, benches, parts, ends, "ablation", options.to)
+    # Sample by sample within a configuration: what has been measured when time is up can be compared.
+    lines = ablation.run([(sample, name, level) for name in chosen for sample in samples for level in levels])
+    for bench in benches.values():
         bench.close()
-    for line in contrasts(found, dense, tokens):
-        say(**line)
+    if options.final_text:
+        best = best_of(ablation.found, lines, judge.tokens)
+        say(chosen=best, seconds=round(time.perf_counter() - started, 1))
+        del judge, ablation
+        final_samples = [int(sample) for sample in options.final_samples.split(",")]
+        benches |= {sample: bench_of(sample) for sample in final_samples if sample not in benches}
+        judge = judge_of(options.final_text, "--final_text", options.final_tokens)
+        ends = time.perf_counter() + options.final_time_limit_s
+        final = Measurement(judge, benches, parts, ends, "final", options.to)
+        for sample in final_samples:
+            final.run(
+                [
+                    (sample, name, float(level))
+                    for name in dict.fromkeys(("reference", best))
+                    for level in options.final_levels.split(",")
+                ]
+            )
+            benches[sample].close()
     say(total_seconds=round(time.perf_counter() - started, 1))
 
 

@@ -2,6 +2,7 @@
 
     python benchmarks/gpu.py --minutes=8 --output=FOLDER [--model_path=FILE.gguf] [--calibration_text=FILE --eval_text=FILE]
     python benchmarks/gpu.py --minutes=3 --output=FOLDER --parts=parity,decoding
+    python benchmarks/gpu.py --minutes=1.5 --output=FOLDER --jobs="decoding float16,obs 64k,comparison real float16"
     python benchmarks/gpu.py --small --device=cpu --output=FOLDER     (everything in small: shows that it works)
 
 Parts: ``machine`` (what it is, bandwidth of a large copy, rates of large products), ``parity`` (masked equals compact,
@@ -126,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         "--runs", default=None, help="folder for the runs of the comparison; by default runs in --output"
     )
     parser.add_argument("--parts", default=",".join(PARTS), help="comma-separated, of " + ", ".join(PARTS))
-    parser.add_argument("--jobs", default=None, help="comma-separated names of jobs, for some of a part alone")
+    parser.add_argument("--jobs", default=None, help="comma-separated names of jobs: these alone, in this order")
     parser.add_argument("--device", default=None, help="by default the best available")
     parser.add_argument("--model_path", default="smollm2-135m", help="smollm2-135m, a GGUF file of it, or a folder")
     parser.add_argument("--calibration_text", default="bundled:calibration")
@@ -141,7 +142,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     options.runs = options.runs or str(Path(options.output) / "runs")
     jobs = [job for job in planned(options) if job.part in options.parts.split(",")]
     if options.jobs is not None:
-        jobs = [job for job in jobs if job.name in options.jobs.split(",")]
+        by_name = {job.name: job for job in jobs}
+        missing = [name for name in options.jobs.split(",") if name not in by_name]
+        if missing:
+            parser.error(f"--jobs: {missing[0]!r} is unknown. Choose from {', '.join(by_name)}.")
+        jobs = [by_name[name] for name in options.jobs.split(",")]
     deadline = time.monotonic() + 60 * options.minutes
     if options.only is not None:
         job = next(job for job in jobs if job.name == options.only)
@@ -364,10 +369,15 @@ def parity(context: Context, name: str, *, on_cpu: bool) -> None:
 
 @torch.inference_mode()
 def step_against_forward(model: Any, ids: torch.Tensor) -> dict[str, Any]:
-    """A text of one row, and of two rows of which one begins later: its mean loss by single steps and by one forward."""
+    """A text of one row, and of two rows of which one begins later: its mean loss by single steps and by one forward.
+
+    Some models amplify rounding. Their steps may be off by twice as much as the forward is per token, measured by a copy in
+    float32, where that is more than usual.
+    """
     step = decode_step(model, static=True)
     if step is None:
         return {"error": "this model has no step of its own"}
+    ids = ids.to(model.device)
     length, first = ids.shape[1], 8
     both = torch.cat([ids, ids.roll(1, 1)])
     visible = torch.ones_like(both)
@@ -380,18 +390,25 @@ def step_against_forward(model: Any, ids: torch.Tensor) -> dict[str, Any]:
     )  # fmt: skip
     static.begin(first, positions[:, first], visible[:, :first])
     found = torch.stack([static(both[:, at]).float().clone() for at in range(first, length - 1)], 1)
-    whole = model(input_ids=both, attention_mask=visible, position_ids=positions, use_cache=False).logits
-    expected = whole[:, first : length - 1].float()
-    targets = both[:, first + 1 :]
-    nats = [
-        float(torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten()))
-        for logits in (found, expected)
-    ]
     precision = str(model.dtype).removeprefix("torch.")
+    targets = both[:, first + 1 :]
+
+    def at_once(one: Any) -> torch.Tensor:
+        whole = one(input_ids=both, attention_mask=visible, position_ids=positions, use_cache=False).logits
+        return whole[:, first : length - 1].float()
+
+    def nats(logits: torch.Tensor) -> torch.Tensor:
+        return torch.nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").double()
+
+    expected = at_once(model)
+    by_step, by_forward, exact = (nats(one) for one in (found, expected, at_once(at_precision(model, "float32"))))
+    rounding = float((by_forward - exact).abs().mean())
     return check(
-        abs(nats[0] - nats[1]),
-        NATS[precision],
+        abs(float((by_step - by_forward).mean())),
+        max(NATS[precision], 2 * rounding),
         recorded=static.recorded,
+        forward_off_by_nats=rounding,
+        step_off_by_nats=float((by_step - exact).abs().mean()),
         largest_difference=float((found - expected).abs().max() / expected.abs().max()),
         same_argmax=float((found.argmax(-1) == expected.argmax(-1)).float().mean()),
     )
@@ -445,7 +462,7 @@ def half_pruned(model: Any) -> Any:
 
 
 def decoding_models(context: Context, name: str, precision: str) -> dict[str, Any]:
-    dense = load_model(preview_model(name), device=context.device).model
+    dense: Any = load_model(preview_model(name), device=context.device).model
     kind = "float32" if torch.device(context.device).type == "cpu" else precision
     return {"dense": at_precision(dense, kind), "50 %": at_precision(half_pruned(dense), kind)}
 
@@ -470,6 +487,12 @@ def decoding(context: Context, name: str, precision: str) -> None:
     device = torch.device(context.device)
     per_s = bandwidth(device, 2**24 if context.small else 2**31)
     models = decoding_models(context, name, precision)
+    for kind, model in models.items():
+        ids = prompts_for(model, 1, 16 if context.small else 96)
+        context.attempt(
+            f"recorded step equals forward, {kind}, random tokens",
+            lambda model=model, ids=ids: step_against_forward(model, ids),
+        )
     tokens, prompt, repeats = (8, 8, 2) if context.small else (128, 64, 5)
     rates: dict[Any, float] = {}
 
@@ -481,16 +504,18 @@ def decoding(context: Context, name: str, precision: str) -> None:
         made_s = time.monotonic() - started
         settings: dict[str, Any] = {"temperatures": [0.0] * rows}
         # The model's own forward for every token takes long, so it gives fewer of them.
-        few = max(2, tokens // 4)
+        few = max(2, tokens // 8)
         with PeakMemory(device) as peak:
             generate(model, ids.tolist(), tokens, step=step, **settings)
         generate(model, ids.tolist(), few, **settings)
         stock = stock_generate(model, ids, few)
         stock()
         runs = {"own": [], "forward": [], "generate": []}
-        for _ in range(repeats):
+        for number in range(repeats):
             ours = generate(model, ids.tolist(), tokens, step=step, **settings)
             runs["own"].append((ours.end_to_end_s - ours.first_token_latency_s) / (tokens - 1))
+            if number >= 3:
+                continue
             plain = generate(model, ids.tolist(), few, **settings)
             runs["forward"].append((plain.end_to_end_s - plain.first_token_latency_s) / (few - 1))
             runs["generate"].append(timed(stock, device) / few)
@@ -654,20 +679,21 @@ def compare(context: Context, name: str, precision: str) -> None:
     folder = Path(context.options.runs) / f"{title}_{precision}"
     spec = spec_for(context, name)
     little = context.small
+    hasty = context.left() < 60  # what is cut off has measured nothing
     arguments = {
         "model_name": name,
         "device": context.device,
         "precision": kind,
-        "pruning_levels": "0,50" if little else "0,30,50,70",
+        "pruning_levels": "0,50" if little or hasty else "0,30,50,70",
         "variants": "baseline,agency",
         "iterations": 1,
-        "max_prompts": 1 if little else 3,
+        "max_prompts": 1 if little or hasty else 3,
         "num_tokens": 6 if little else 50,
         "eval_tokens": spec.eval_tokens,
         "eval_text": spec.eval_text,
         "calibration_text": spec.calibration_text,
         "calibration_tokens": spec.calibration_tokens,
-        "timing_limit_s": 0 if little else 5,
+        "timing_limit_s": 0 if little else 1 if hasty else 5,
         "threads": spec.threads,
         "output_dir": folder,
     }

@@ -2,13 +2,14 @@
 
     python benchmarks/recovery.py --calibration_text=TRAIN --valid_text=VALID --eval_text=TEST [--device=cuda] [--steps=300]
         [--model_path=smollm2-135m] [--variants=agency:obs,...] [--levels=50,30,70] [--tokens=16384] [--samples=1]
-        [--minutes=N]
+        [--rates=1e-4,3e-4,1e-3] [--parameters=all,restricted] [--batch_size=8,1] [--minutes=N]
 
 Each variant is made at each level as a comparison makes it, and measured on TEST beside the dense model. At the first of the
-levels every rate and every set of parameters of recovery's grid is then trained, ``--grid_steps`` each, on calibration
-windows that nothing else has read; the one with the least divergence from the dense model on VALID is the variant's, and
-trains ``--steps`` at every level. Windows and steps are the same for all. Of a variant that does not adapt, the first level
-is trained once more, for as many more steps as the refit of a variant that does would have had time for.
+levels every rate and every set of parameters of recovery's grid, or of the part of it that ``--rates`` and ``--parameters``
+name, is then trained, ``--grid_steps`` each, on calibration windows that nothing else has read; the one with the least
+divergence from the dense model on VALID is the variant's, and trains ``--steps`` at every level. Windows and steps are the
+same for all. Of a variant that does not adapt, the first level is trained once more, for as many more steps as the refit of
+a variant that does would have had time for.
 
 Prints JSON lines as soon as they are known, the most important first: perplexity relative to the dense model and divergence
 (KL, nats per token), each with its 95 % interval over windows (and samples), and seconds. What fails is a line with its
@@ -29,7 +30,7 @@ import numpy as np
 import torch
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency.recovery import recover, recovery_grid
+from pruning_comparison.agency.recovery import recover
 from pruning_comparison.analysis.random_effects import fit_crossed, ratio_of
 from pruning_comparison.measure import DensePredictions, EvaluationWindow, evaluation_windows, measure_perplexity
 from pruning_comparison.models import resolve_device
@@ -37,10 +38,13 @@ from pruning_comparison.run.cell import build
 from pruning_comparison.run.inputs import Inputs, prepare
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.workspace import Workspace, load_workspace
-from pruning_comparison.spec import AUTO, Cell, ComparisonSpec
+from pruning_comparison.spec import RECOVERY_GRID, RECOVERY_RATES, Cell, ComparisonSpec
 from pruning_comparison.texts import load_documents
 
 VARIANTS = "agency:obs,baseline:obs,baseline:fisher,agency-adaptation:fisher"
+
+BATCH = 8
+"""Windows that are read at once wherever nothing is trained."""
 
 
 class Text:
@@ -80,7 +84,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--levels", default="50,30,70", help="per cent, the most important first")
     parser.add_argument("--steps", type=int, default=300)
     parser.add_argument("--grid_steps", type=int, default=None, help="steps of each choice; by default as many")
-    parser.add_argument("--batch_size", type=int, default=8, help="windows per step")
+    parser.add_argument("--rates", default=",".join(f"{rate:g}" for rate in RECOVERY_RATES), help="to choose from")
+    parser.add_argument("--parameters", default=",".join(RECOVERY_GRID), help="to choose from")
+    parser.add_argument("--batch_size", default="8", help="windows per step; of several each is tried at every level")
     parser.add_argument("--tokens", type=int, default=16384, help="calibration tokens, beside those of recovery")
     parser.add_argument("--samples", type=int, default=1, help="calibration samples")
     parser.add_argument("--window", type=int, default=512)
@@ -107,12 +113,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         variants=tuple(dict.fromkeys(variant for variant, _ in places)), iterations=options.samples,
         calibration_text=options.calibration_text, calibration_tokens=options.tokens, calibration_window=options.window,
         eval_text=options.eval_text, eval_tokens=options.eval_tokens, eval_window=options.window, eval_stride=options.window,
-        quality_batch_size=options.batch_size, max_prompts=1, num_tokens=2,
+        quality_batch_size=BATCH, max_prompts=1, num_tokens=2,
     )  # fmt: skip
     inputs = prepare(spec, identify=False)
     workspace = load_workspace(spec, inputs)
-    test = Text(workspace, inputs.windows, options.batch_size)
-    valid = Text(workspace, _windows(inputs, options.valid_text, options.valid_tokens, spec), options.batch_size)
+    test = Text(workspace, inputs.windows, BATCH)
+    valid = Text(workspace, _windows(inputs, options.valid_text, options.valid_tokens, spec), BATCH)
     say(
         model=options.model_path, device=spec.device, gpu=_gpu(spec.device), torch=torch.__version__,
         dense_perplexity=test.dense_perplexity, valid_dense_perplexity=valid.dense_perplexity,
@@ -141,7 +147,11 @@ class Bench:
         self, workspace: Workspace, test: Text, valid: Text, say: Callable[..., None], options: argparse.Namespace
     ) -> None:
         self._workspace, self._test, self._valid, self._say, self._options = workspace, test, valid, say, options
-        self._chosen: dict[tuple[str, str], tuple[float, str]] = {}
+        self._grid = [
+            (float(rate), which) for which in options.parameters.split(",") for rate in options.rates.split(",")
+        ]
+        self._batches = [int(batch) for batch in options.batch_size.split(",")]
+        self._chosen: dict[tuple[str, str, int], tuple[float, str]] = {}
         self._refit_s: list[float] = []
         self._found: dict[tuple[Any, ...], list[tuple[np.ndarray[Any, Any], np.ndarray[Any, Any]]]] = {}
 
@@ -154,54 +164,71 @@ class Bench:
         if pruned.cost is not None:
             self._refit_s.append(refit_s)
         self._tell(cell, "pruned", pruned.model, 0, make_s=make_s, refit_s=refit_s, negotiation_s=pruned.negotiation_s)
-        place = (cell.variant, cell.method)
-        if place not in self._chosen:
-            self._chosen[place] = self._choose(cell, pruned)
-        steps = self._options.steps
-        seconds = self._recover(cell, pruned, steps, "recovered", make_s=make_s, refit_s=refit_s)
-        if first and pruned.cost is None and self._refit_s:
-            # What a refit takes, the baseline may train for.
-            more = int(sum(self._refit_s) / len(self._refit_s) / (seconds / steps))
-            self._recover(cell, pruned, steps + more, "recovered, equal seconds", make_s=make_s, refit_s=0.0)
+        told = {"make_s": make_s, "refit_s": refit_s}
+        for batch in self._batches:
+            self._recover(cell, pruned, batch, equal_seconds=first and pruned.cost is None, **told)
+
+    def _recover(self, cell: Cell, pruned: PrunedModel, batch: int, *, equal_seconds: bool, **told: Any) -> None:
+        """Measures a cell's model after steps of ``batch`` windows and, if asked to, after as many more as a refit takes."""
+        steps, place = self._options.steps, (cell.variant, cell.method, batch)
+        trained = None if place in self._chosen else self._choose(cell, pruned, batch)
+        if trained is None:
+            trained = self._train(cell, pruned, steps, batch, *self._chosen[place])
+        self._tell_recovered(cell, "recovered", trained, steps, batch, **told)
+        seconds = trained[1]
+        del trained
+        if equal_seconds and self._refit_s:
+            steps += int(sum(self._refit_s) / len(self._refit_s) / (seconds / steps))
+            trained = self._train(cell, pruned, steps, batch, *self._chosen[place])
+            self._tell_recovered(cell, "recovered, equal seconds", trained, steps, batch, **told)
 
     def summarise(self) -> None:
         """Every configuration over all samples."""
-        for (variant, method, level, what), samples in self._found.items():
+        for (variant, method, level, what, batch), samples in self._found.items():
             if len(samples) > 1:
-                place = {"variant": variant, "method": method, "level": level, "what": what, "samples": len(samples)}
+                place = {"variant": variant, "method": method, "level": level, "what": what, "batch_size": batch}
+                place["samples"] = len(samples)
                 logs, divergences = (np.stack([sample[part] for sample in samples]) for part in (0, 1))
                 self._say(**place, **_figures(logs, divergences))
 
-    def _choose(self, cell: Cell, pruned: PrunedModel) -> tuple[float, str]:
-        """Rate and parameters with the least divergence on the validation text."""
+    def _choose(self, cell: Cell, pruned: PrunedModel, batch: int) -> tuple[PreTrainedModel, float] | None:
+        """Chooses rate and parameters by divergence on the validation text. The model so trained and what that took, in
+        seconds; None where the choice was made by fewer steps."""
         steps = self._options.grid_steps or self._options.steps
-        found: dict[tuple[float, str], float] = {}
-        for rate, parameters in recovery_grid(AUTO, AUTO):
-            student, seconds = self._train(cell, pruned, steps, rate, parameters)
-            log, divergence = self._valid.figures(student)
-            found[rate, parameters] = float(divergence.mean())
+        least, best = math.inf, None
+        for rate, parameters in self._grid:
+            trained = self._train(cell, pruned, steps, batch, rate, parameters)
+            log, divergence = self._valid.figures(trained[0])
+            found = float(divergence.mean())
             self._say(
-                **_place(cell), what="trial", learning_rate=rate, parameters=parameters, steps=steps,
-                seconds=round(seconds, 2), valid_times_dense=math.exp(float(log.mean())),
-                valid_kl_nats=float(divergence.mean()),
+                **_place(cell), what="trial", learning_rate=rate, parameters=parameters, steps=steps, batch_size=batch,
+                seconds=round(trained[1], 2), valid_times_dense=math.exp(float(log.mean())), valid_kl_nats=found,
             )  # fmt: skip
-        return min(found, key=lambda one: found[one] if math.isfinite(found[one]) else math.inf)
+            if best is None or found < least:
+                least = found if math.isfinite(found) else math.inf
+                self._chosen[cell.variant, cell.method, batch] = rate, parameters
+                best = trained
+            del trained
+        return best if steps == self._options.steps else None
 
-    def _recover(self, cell: Cell, pruned: PrunedModel, steps: int, what: str, **told: Any) -> float:
-        rate, parameters = self._chosen[cell.variant, cell.method]
-        student, seconds = self._train(cell, pruned, steps, rate, parameters)
-        self._tell(cell, what, student, steps, learning_rate=rate, parameters=parameters, recovery_s=seconds, **told)
-        return seconds
+    def _tell_recovered(
+        self, cell: Cell, what: str, trained: tuple[PreTrainedModel, float], steps: int, batch: int, **told: Any
+    ) -> None:
+        rate, parameters = self._chosen[cell.variant, cell.method, batch]
+        told |= {"batch_size": batch, "learning_rate": rate, "parameters": parameters, "recovery_s": trained[1]}
+        self._tell(cell, what, trained[0], steps, **told)
 
     def _train(
-        self, cell: Cell, pruned: PrunedModel, steps: int, rate: float, parameters: str
+        self, cell: Cell, pruned: PrunedModel, steps: int, batch: int, rate: float, parameters: str
     ) -> tuple[PreTrainedModel, float]:
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
         student, cost = recover(
             self._workspace.reference,
             pruned.model,
             self._workspace.recovery_windows(cell.iteration),
             steps=steps,
-            batch_size=self._options.batch_size,
+            batch_size=batch,
             learning_rate=rate,
             parameters=parameters,
             generator=self._workspace.generator("recovery", cell.iteration),
@@ -211,7 +238,8 @@ class Bench:
 
     def _tell(self, cell: Cell, what: str, model: PreTrainedModel, steps: int, **told: Any) -> None:
         log, divergence = self._test.figures(model)
-        self._found.setdefault((cell.variant, cell.method, cell.level, what), []).append((log, divergence))
+        key = (cell.variant, cell.method, cell.level, what, told.get("batch_size"))
+        self._found.setdefault(key, []).append((log, divergence))
         rounded = {name: round(value, 2) if name.endswith("_s") and value else value for name, value in told.items()}
         self._say(
             **_place(cell), what=what, steps=steps, **rounded, **_figures(log[None], divergence[None]),

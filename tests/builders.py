@@ -297,7 +297,10 @@ def save_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2, model: PreT
 class Letters:
     """A tokenizer of one token per character, so that offsets and bytes can be counted by hand."""
 
-    def __call__(self, text: str, **kwargs: Any) -> dict[str, list[Any]]:
+    def __call__(self, text: str | list[str], **kwargs: Any) -> dict[str, list[Any]]:
+        if isinstance(text, list):
+            each = [self(one) for one in text]
+            return {part: [one[part] for one in each] for part in each[0]}
         return {
             "input_ids": [ord(letter) % 96 + 1 for letter in text],
             "offset_mapping": [(place, place + 1) for place in range(len(text))],
@@ -356,7 +359,7 @@ def no_model() -> PrunedModel:
 
 def stand_in(monkeypatch: pytest.MonkeyPatch) -> None:
     """Quick stands in for measuring: these tests are about which cells are measured and where they go."""
-    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda *given: None)
+    monkeypatch.setattr("pruning_comparison.run.launchers.serial.load_workspace", lambda *given, **more: None)
     monkeypatch.setattr(attempts, "run_cell", lambda w, cell: (no_model(), CellResult(cell, "done", fingerprint="x")))
     monkeypatch.setattr(attempts, "time_level", lambda *arguments: LevelTimings([]))
 

@@ -105,7 +105,7 @@ class Guard(TorchDispatchMode):
 @contextmanager
 def another_device():
     """Within it there is a device beside the host, called ``THERE``."""
-    tensor, autocast = torch.tensor, torch.autocast
+    tensor, autocast, casts = torch.tensor, torch.autocast, torch.is_autocast_enabled
 
     def made(*arguments, device=None, **more):
         found = tensor(*arguments, **more)
@@ -114,7 +114,10 @@ def another_device():
     def cast(device_type, *arguments, **more):
         return nullcontext() if device_type == THERE.type else autocast(device_type, *arguments, **more)
 
-    with Guard(), mock.patch.object(torch, "tensor", made), mock.patch.object(torch, "autocast", cast):
+    def is_cast(device_type):
+        return device_type != THERE.type and casts(device_type)
+
+    with Guard(), mock.patch.multiple(torch, tensor=made, autocast=cast, is_autocast_enabled=is_cast):
         yield
 
 

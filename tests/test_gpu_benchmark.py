@@ -29,7 +29,7 @@ def test_every_check_passes_in_small_and_everything_is_written_at_once(tmp_path)
     assert done.returncode == 0, done.stderr
     assert [row for row in rows if "error" in row] == []
     checks = [row for row in rows if "passed" in row]
-    assert len(checks) == 9
+    assert len(checks) == 11
     assert all(row["passed"] and row.get("heads_passed", True) for row in checks)
     decoded = {(row["kind"], row["rows"]) for row in rows if "step_ms" in row}
     assert decoded == {("dense", 1), ("50 %", 1), ("dense", 16), ("50 %", 16)}
@@ -63,6 +63,15 @@ def test_a_job_can_be_begun_anew_in_a_process_of_its_own(tmp_path):
     assert done.returncode == 0, done.stderr
     assert {row["job"] for row in rows} == {"machine"}
     assert [row["what"] for row in rows][:2] == ["machine", "bandwidth"]
+
+
+def test_jobs_are_done_in_the_order_in_which_they_are_named(tmp_path):
+    done, rows = run(tmp_path, "--minutes=0.01", "--jobs=obs 16k,machine")
+    assert done.returncode == 0, done.stderr
+    assert [row["job"] for row in rows] == ["obs 16k", "machine"]
+    done, _ = run(tmp_path, "--jobs=obs 64k")
+    assert done.returncode == 2
+    assert "--jobs: 'obs 64k' is unknown. Choose from machine, parity bundled, decoding" in done.stderr
 
 
 def test_an_unknown_part_is_named(tmp_path):

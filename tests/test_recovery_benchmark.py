@@ -80,6 +80,23 @@ def test_every_variant_chooses_once_and_is_measured_at_every_level(benchmark, fo
     assert all(line["times_dense_ci"][0] <= line["times_dense"] <= line["times_dense_ci"][1] for line in over_samples)
 
 
+def test_of_a_grid_that_is_restricted_the_best_trial_is_what_is_reported(benchmark, folder, capsys):
+    """Where trials are as long as recovery the chosen one is not trained again: it is the same model."""
+    small = ["--levels=50", "--grid_steps=3", "--parameters=all", "--batch_size=2,1"]
+    benchmark.main(options(folder, "--variants=baseline:magnitude", "--rates=0.001,0.003", *small))
+    _, _, *trials, recovered, small_first, small_second, small_recovered = lines(capsys)
+    assert [one["batch_size"] for one in (small_first, small_second, small_recovered)] == [1, 1, 1]
+    assert small_recovered["by_window"] != recovered["by_window"]
+    assert [(one["learning_rate"], one["parameters"]) for one in trials] == [(0.001, "all"), (0.003, "all")]
+    best = min(trials, key=lambda one: one["valid_kl_nats"])
+    assert (recovered["what"], recovered["steps"], recovered["recovery_s"]) == ("recovered", 3, best["seconds"])
+    benchmark.main(
+        options(folder, "--variants=baseline:magnitude", f"--rates={best['learning_rate']}", *small[:1], small[2])
+    )
+    *_, alone = lines(capsys)
+    assert alone["by_window"] == recovered["by_window"]
+
+
 def test_figures_of_a_pruned_model_are_those_of_its_windows(benchmark, folder, capsys):
     """Losses and divergence of the same model, written out window by window."""
     benchmark.main(options(folder, "--variants=baseline:magnitude", "--levels=50"))

@@ -113,7 +113,7 @@ def checkout(tmp_path: Path) -> Checkout:
     shutil.copytree(SCRIPTS, made.folder / "scripts" / "pruning_comparison")
     package = made.folder / "src" / "pruning_comparison"
     package.mkdir(parents=True)
-    for name in ("__init__.py", "errors.py", "self_update.py"):
+    for name in ("__init__.py", "environment.py", "errors.py", "self_update.py"):
         shutil.copy(ROOT / "src" / "pruning_comparison" / name, package)
     made.write("src/pruning_comparison/cli.py", STAND_IN_CLI)
     made.write("src/torch.py", STAND_IN_TORCH)

@@ -448,6 +448,8 @@ def continues(argv: Sequence[str]) -> bool:
 
 def main(argv: Sequence[str] = ()) -> int:
     """Bring the checkout up to date if this file lies in one, then compare. Returns the exit code."""
+    # Threads with nothing to do sleep, rather than take a core from the others; torch asks once, when it is loaded.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     folder = checkout()
     try:
         if folder:

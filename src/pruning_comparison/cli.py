@@ -12,13 +12,14 @@ import signal
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from difflib import get_close_matches
 from pathlib import Path
 from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruning_comparison import __version__
+from pruning_comparison.environment import let_threads_sleep
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
 from pruning_comparison.formatting import file_name_of
 from pruning_comparison.methods import METHODS, Method
@@ -65,6 +66,7 @@ They change verdicts and nothing that is measured, so they are no part of the sp
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs one command and returns its exit code: 0 done, 1 failed, 2 bad input, 130 stopped by Ctrl-C."""
+    let_threads_sleep()
     arguments = list(sys.argv[1:] if argv is None else argv)
     search_path = list(sys.path)
     try:
@@ -203,7 +205,7 @@ def make_parser() -> _Parser:
     prune = command(
         "prune",
         _prune,
-        "(--level=PER_CENT | --max_loss=PER_CENT) [OPTION ...]",
+        "(--level=N | --max_loss=N) [OPTION ...]",
         in_short="prune one model and save it, with a card that says what it costs",
         says="Prunes a model to one level, or as far as a loss allows, by one method, as a comparison would, and saves it "
         "with a model card: what was "
@@ -261,9 +263,12 @@ def would_resume(argv: Sequence[str]) -> bool:
         if options.fresh:
             return False
         from pruning_comparison.run.comparison import would_resume as comparison_would_resume
+        from pruning_comparison.run.threads import stored_threads
 
         with Live(quiet=True):
-            return comparison_would_resume(_spec_of(options), Path(options.output_dir))
+            spec, output_dir = _spec_of(options), Path(options.output_dir)
+            threads = options.threads or stored_threads(spec, output_dir)
+            return threads is not None and comparison_would_resume(replace(spec, threads=threads), output_dir)
     except (PruningComparisonError, SystemExit):
         return False
     finally:
@@ -446,7 +451,12 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         "prepare_precision",
         help=f"{', '.join(PRECISIONS)}: of matrix products while heads are scored and survivors adapt; weights stay float32",
     )
-    add("threads", type=_whole_number, default=None, help="CPU threads; by default all cores")
+    add(
+        "threads",
+        type=_whole_number,
+        default=None,
+        help="CPU threads; by default those that a short measurement finds best",
+    )
     add("quality_batch_size", type=_whole_number, help="sequences per batch where nothing is timed")
     add("launcher", default="serial", help=f"{' or '.join(LAUNCHERS)}: one process, or workers on a Ray cluster")
     add("ray_address", help="address of an existing cluster: auto, or host:port; by default a local one is started")
@@ -570,6 +580,19 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     return ComparisonSpec(**{**unresolved.as_dict_of_tuples(), "device": device, "precision": precision})
 
 
+def _with_threads(
+    spec: ComparisonSpec, options: argparse.Namespace, output_dir: Path | None
+) -> tuple[ComparisonSpec, Mapping[int, float] | None]:
+    """The spec with the threads of the run that it goes on with, or those measured to be best; and what was measured."""
+    if options.threads is not None:
+        return spec, None
+    from pruning_comparison.models import preview_model
+    from pruning_comparison.run.threads import with_threads
+
+    with Live(quiet=options.quiet):
+        return with_threads(spec, output_dir, lambda: preview_model(spec.model_name).config)
+
+
 def _launcher_of(options: argparse.Namespace) -> Launcher:
     """Who measures. InputError for options that cannot work, or where what they need is not installed."""
     if options.launcher not in LAUNCHERS:
@@ -597,6 +620,7 @@ def _run(options: argparse.Namespace) -> int:
     from pruning_comparison.store.run_folder import check_writable
 
     check_writable(output_dir)
+    spec, thread_times_s = _with_threads(spec, options, None if options.fresh else output_dir)
     if not options.fresh and (folder := _finished_run(spec, options)) is not None:
         return _show_again(folder, options, margins)
     try:
@@ -617,6 +641,7 @@ def _run(options: argparse.Namespace) -> int:
                 fresh=options.fresh,
                 more_options=_more_options(options),
                 budget_s=options.budget,
+                thread_times_s=thread_times_s,
             )
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr, flush=True)
@@ -731,6 +756,7 @@ def _plan(options: argparse.Namespace) -> int:
     from pruning_comparison.plan.plan import format_plan, plan_cost, plan_run
     from pruning_comparison.run.inputs import prepare
 
+    spec, _ = _with_threads(spec, options, Path(options.output_dir))
     inputs = prepare(spec, identify=False, weights=False)
     plan = {**plan_run(spec, Margins(**margins), inputs), "expected": plan_cost(spec, inputs)}
     print(json.dumps(plan, indent=1, allow_nan=False) if options.json else format_plan(plan))
@@ -784,6 +810,7 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
     from pruning_comparison.run.one_model import check_forms, steps_of_one
     from pruning_comparison.store.run_folder import check_writable
 
+    spec, _ = _with_threads(spec, options, None)
     inputs = prepare_pruning(spec) if options.no_measure else prepare(spec, identify=False)
     if options.max_loss is None:
         check_forms(spec, also, inputs.preview)

@@ -392,8 +392,8 @@ METRICS: dict[str, Metric] = {
         direction="lower",
         alike=("length", "tokenizer"),
     ),
-    "cache_bytes_1000": Metric(
-        "cache_bytes_1000",
+    "thousand_token_cache_bytes": Metric(
+        "thousand_token_cache_bytes",
         kind="size",
         unit="byte",
         label="Key-value cache in bytes, at 1,000 tokens",

@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
+from pruning_comparison.environment import let_threads_sleep
 from pruning_comparison.errors import PruningComparisonError
 
 SWITCH = "PRUNING_COMPARISON_NO_UPDATE"
@@ -134,6 +135,7 @@ def run_latest(checkout: Path, argv: Sequence[str], options: Sequence[str]) -> i
     argv: the script's path and arguments, with which it is started again after an update.
     options: those of `pruning-comparison run`.
     """
+    let_threads_sleep()
     update_and_restart(checkout, argv, say=_say, resuming=lambda: resumes(options))
     try:
         cli = importlib.import_module("pruning_comparison.cli")

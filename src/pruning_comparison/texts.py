@@ -22,6 +22,8 @@ BUNDLED_TEXTS = ("held_out", "validation", "calibration")
 DEFAULT_EVAL_TEXT = "bundled:held_out"
 DEFAULT_CALIBRATION_TEXT = "bundled:calibration"
 _MOST_TEXT_BYTES = 1 << 30
+_DOCUMENTS_AT_ONCE = 64
+"""Documents that a tokenizer reads side by side: enough for its threads, few enough for memory."""
 """No text that is read is larger, unpacked: a small .gz file can hold any amount."""
 
 _WIKITEXT_TITLE = re.compile(r"^ = (?!=)\S(?:[^\r\n]*\S)?(?<!=) = ?\r?$", re.MULTILINE)
@@ -97,11 +99,12 @@ def whole_windows(documents: list[Document], tokenizer: Any, window: int, *, bos
     """
     pieces: list[Tensor] = []
     of_text = window - (bos is not None)
-    for document in documents:
-        ids = torch.tensor(tokenize(tokenizer, document.text)[0])
-        whole = len(ids) // of_text
-        if whole:
-            pieces.append(ids[: whole * of_text].view(whole, of_text))
+    for start in range(0, len(documents), _DOCUMENTS_AT_ONCE):
+        texts = [document.text for document in documents[start : start + _DOCUMENTS_AT_ONCE]]
+        for found in tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"]:
+            whole = len(found) // of_text
+            if whole:
+                pieces.append(torch.tensor(found[: whole * of_text]).view(whole, of_text))
     if not pieces:
         return torch.empty(0, window, dtype=torch.long)
     windows = torch.cat(pieces)

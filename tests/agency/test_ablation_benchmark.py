@@ -49,7 +49,9 @@ def test_every_configuration_runs_and_those_that_fail_do_not_stop_the_others(abl
         raise RuntimeError("this part is broken")
 
     monkeypatch.setattr(ablation, "measured_curves", broken)
-    names = [*(name for name in ablation.DEFAULT if "weights=curve" not in name), "openings=3,opening_tokens=4"]
+    # Windows are of 12 tokens here.
+    default = [name.replace("fresh_window=128", "fresh_window=4") for name in ablation.DEFAULT]
+    names = [*(name for name in default if "weights=curve" not in name), "openings=3,opening_tokens=4"]
     lines = lines_of(
         ablation, capsys, tmp_path, ";".join(["weights=curve", *names]), "--methods=magnitude", "--factors=1,2"
     )
@@ -92,16 +94,18 @@ def test_a_model_is_compared_with_the_dense_one(ablation):
         )
         for n in range(3)
     ]
-    same = ablation.outcome_of(tiny_gpt2(), model, windows)
+    judge = ablation.Judge(model, windows)
+    same = judge.outcome_of(tiny_gpt2())
     assert same.kl == pytest.approx([0] * 3, abs=1e-9)
     assert same.first_token == pytest.approx([1] * 3)
+    assert judge.dense == pytest.approx(same.losses)
     for window, loss in zip(windows, same.losses, strict=True):
         log = model(window.ids[None]).logits[0].log_softmax(-1)
         assert loss == pytest.approx(-float(log[range(9), window.ids[1:]].sum()), rel=1e-5)
     other = tiny_gpt2()
     for block in other.transformer.h:
         block.register_forward_hook(lambda module, inputs, output: output * 30)
-    changed = ablation.outcome_of(other, model, windows)
+    changed = judge.outcome_of(other)
     assert (changed.first_token > 10).all()
     assert changed.strays.tolist() == [9] * 3
     assert (changed.kl > 0).all()
@@ -111,3 +115,58 @@ def test_a_model_is_compared_with_the_dense_one(ablation):
 def test_unknown_settings_are_refused(ablation, name):
     with pytest.raises(ValueError, match=r"Did you mean weights|Did you mean context|could not convert"):
         ablation.Configuration.named(name)
+
+
+def test_the_best_is_lowest_over_levels_and_samples_unless_it_is_clearly_worse_at_one(ablation):
+    """Nats of two windows of 10 tokens, the same in both samples; 30 and 20 at the two levels are the reference's."""
+    nats = {"reference": (30, 20), "even": (29, 20), "lopsided": (40, 2), "short": (1, 1), "close": (30, 19.5)}
+    found = {
+        (name, level): {sample: np.array([total / 2] * 2) for sample in (0, 1)}
+        for name, totals in nats.items()
+        for level, total in zip((50.0, 70.0), totals, strict=True)
+    }
+    del found["short", 70.0][1]  # was not reached
+    lines = [
+        {"configuration": "lopsided", "level": 50.0, "to_reference": [1.1, 1.05, 1.2]},
+        {"configuration": "lopsided", "level": 70.0, "to_reference": [0.4, 0.3, 0.5]},
+        {"configuration": "even", "level": 50.0, "to_reference": [0.95, 0.9, 1.001]},
+        {"configuration": "reference", "level": 50.0},
+    ]
+    tokens = np.array([10, 10])
+    assert ablation.best_of(found, lines, tokens) == "even"
+    assert ablation.best_of(found, [], tokens) == "lopsided"
+    alone = {key: losses for key, losses in found.items() if key[0] in ("reference", "short")}
+    assert ablation.best_of(alone, [], tokens) == "reference"
+
+
+def test_the_best_is_measured_beside_the_reference_on_another_text(ablation, capsys, tmp_path):
+    texts = write_short_texts(tmp_path / "final")
+    kept = tmp_path / "windows.npz"
+    more = [
+        f"--final_text={texts['eval_text']}", "--final_tokens=48", "--final_levels=30,50", "--final_samples=0,1",
+        f"--windows_file={kept}",
+    ]  # fmt: skip
+    lines = lines_of(ablation, capsys, tmp_path, "reference;ridge=3;mlp_ridge=3", *more)
+    assert kept.exists()
+    (chosen,) = (line["chosen"] for line in lines if "chosen" in line)
+    ratios = {
+        line["configuration"]: line["ratio"] for line in lines if line.get("phase") == "ablation" and "kl" in line
+    }
+    assert ratios[chosen] <= ratios["reference"]
+    final = [line for line in lines if line.get("phase") == "final" and "kl" in line]
+    assert [(line["sample"], line["configuration"], line["level"]) for line in final] == [
+        (sample, name, level)
+        for sample in (0, 1)
+        for name in dict.fromkeys(["reference", chosen])
+        for level in (30.0, 50.0)
+    ]
+    again = lines_of(ablation, capsys, tmp_path / "again", "reference;ridge=3;mlp_ridge=3", *more)
+    assert [line["ratio"] for line in again if "kl" in line] == [line["ratio"] for line in lines if "kl" in line]
+    with pytest.raises(ValueError, match="another text or window"):
+        lines_of(ablation, capsys, tmp_path / "other", "reference", *more, "--window=10")
+
+
+def test_nothing_is_begun_when_time_is_up(ablation, capsys, tmp_path):
+    lines = lines_of(ablation, capsys, tmp_path, "reference;ridge=3", "--time_limit_s=0")
+    assert [line["skipped"] for line in lines if "skipped" in line] == ["time limit"] * 2
+    assert not any("kl" in line for line in lines)

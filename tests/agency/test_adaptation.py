@@ -8,11 +8,17 @@ import torch
 from builders import random_masks, tiny_gpt2, tiny_model
 from scipy.optimize import minimize
 
-from pruning_comparison.agency import adaptation
+from pruning_comparison.agency import adaptation, streams
 from pruning_comparison.agency.adaptation import adapt, ridge_towards
 from pruning_comparison.agency.before_norms import before_norm
 from pruning_comparison.agency.streams import DenseStream
-from pruning_comparison.models.heads import attentions, blocks, input_major_weight, output_projections
+from pruning_comparison.models.heads import (
+    attentions,
+    blocks,
+    input_major_weight,
+    mlp_output_projections,
+    output_projections,
+)
 from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
 
 LAYERS, HEADS, WIDTH, SIZE = 3, 4, 32, 8
@@ -263,11 +269,39 @@ def changed_by(mask, layer):
     return not bool(mask[: layer + 1].all())
 
 
-@pytest.mark.parametrize("steps", ["bias", "gate"])
-def test_smaller_steps_are_the_brute_force_solution(model, steps):
+@pytest.mark.parametrize("allow_new_bias", [True, False])
+@pytest.mark.parametrize("name", ["uneven", "middle layer emptied", "first layer emptied"])
+@pytest.mark.parametrize("family", ["gpt2", "llama", "gpt_neox", "opt"])
+def test_a_bias_alone_is_what_the_lost_heads_add_on_average_in_the_dense_model(family, name, allow_new_bias):
+    """An et al. (2024): old bias + mean over tokens of the dense model's features of lost heads, times their rows of W."""
+    model, mask = tiny_model(family), random_masks(3, 6)[name]
+    compact = remove_heads(model, mask)
+    weights = [None if one is None else input_major_weight(one).clone() for one in output_projections(compact)]
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="bias", allow_new_bias=allow_new_bias)
+    for layer in range(3):
+        projection = output_projections(model)[layer]
+        features = caught(projection, lambda: model(WINDOWS)).double()
+        rows = torch.cat(
+            [torch.arange(len(features[0])).view(6, -1)[head] for head in range(6) if not mask[layer, head]]
+            or [torch.arange(0)]
+        )
+        added = features.mean(0)[rows] @ input_major_weight(projection).double()[rows]
+        old = getattr(projection, "bias", None)
+        after = output_projections(compact)[layer]
+        bias = getattr(attentions(compact)[layer] if after is None else after, "bias", None)
+        if old is None and (not allow_new_bias or not len(rows)):
+            assert bias is None
+        else:
+            expected = added if old is None else old.double() + added
+            torch.testing.assert_close(bias.double(), expected, rtol=1e-3, atol=1e-4)
+        if after is not None:
+            assert torch.equal(input_major_weight(after), weights[layer])
+
+
+def test_gates_are_the_brute_force_solution(model):
     mask = MASKS["uneven"]
     compact, original = remove_heads(model, mask), remove_heads(model, mask)
-    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps=steps, ridge=0.05)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="gate", ridge=0.05)
     changed = [layer for layer in range(LAYERS) if changed_by(mask, layer)]
     assert changed
     for layer in changed:
@@ -276,17 +310,14 @@ def test_smaller_steps_are_the_brute_force_solution(model, steps):
             block.ln_1, lambda: compact(WINDOWS)
         )
         x, old = caught(block.attn.c_proj, lambda: compact(WINDOWS)), original.transformer.h[layer].attn.c_proj.weight
-        expected = old.double()
-        if steps == "gate":
-            written = torch.stack(
-                [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
-            )  # [S, E, heads]
-            centred = (written - written.mean(0)).flatten(0, 1)
-            goal = (targets - targets.mean(0)).flatten()[:, None]
-            ones = torch.ones(centred.shape[1], 1)
-            gates = brute_force(centred, goal, ones, 0.05, centre=False)[0]
-            assert gates.min() > 0
-            expected = expected * torch.tensor(gates).repeat_interleave(SIZE, 0)
+        written = torch.stack(
+            [x[:, h : h + SIZE] @ old[h : h + SIZE] for h in range(0, len(old), SIZE)], -1
+        )  # [S, E, heads]
+        centred = (written - written.mean(0)).flatten(0, 1)
+        goal = (targets - targets.mean(0)).flatten()[:, None]
+        gates = brute_force(centred, goal, torch.ones(centred.shape[1], 1), 0.05, centre=False)[0]
+        assert gates.min() > 0
+        expected = old.double() * torch.tensor(gates).repeat_interleave(SIZE, 0)
         bias = targets.double().mean(0) - x.double().mean(0) @ expected
         torch.testing.assert_close(block.attn.c_proj.weight.double(), expected, rtol=1e-3, atol=1e-4)
         torch.testing.assert_close(block.attn.c_proj.bias.double(), bias, rtol=1e-3, atol=1e-4)
@@ -450,3 +481,36 @@ def test_openings_of_weight_two_count_as_if_each_were_there_twice(model):
     for name, parameter in one.named_parameters():
         torch.testing.assert_close(parameter, other.get_parameter(name), rtol=1e-3, atol=1e-4)
     assert any(not torch.allclose(p, plain.get_parameter(n), atol=1e-3) for n, p in one.named_parameters())
+
+
+def test_openings_are_read_up_to_where_first_tokens_become_long(model, monkeypatch):
+    """By attention in that layer and by all before it: the weights there are those of openings, the MLP's are not."""
+    openings = torch.randint(1, 97, (30, 1), generator=torch.Generator().manual_seed(8))
+    keep = MASKS["uneven"]
+    with_openings = DenseStream(model, WINDOWS, batch_size=5, openings=openings)
+    assert [stream.opening for stream in with_openings.start()] == [False] * 3 + [True]
+    assert with_openings.sink_layer is None
+    whole, none, some = (remove_heads(model, keep) for _ in range(3))
+    adapt(with_openings, whole)
+    adapt(DenseStream(model, WINDOWS, batch_size=5), none)
+    adapt(with_openings, some, openings_to_sink=True)
+    for name, parameter in some.named_parameters():
+        torch.testing.assert_close(parameter, none.get_parameter(name), msg=name)
+    monkeypatch.setattr(with_openings, "sink_layer", 0)
+    first = remove_heads(model, keep)
+    cost = adapt(with_openings, first, openings_to_sink=True)
+    assert cost.tokens == WINDOWS.numel() + 30
+    attention, mlp = (
+        [projections(one)[0].weight for one in (first, whole, none)]
+        for projections in (output_projections, mlp_output_projections)
+    )
+    torch.testing.assert_close(attention[0], attention[1])
+    assert not torch.allclose(attention[0], attention[2], atol=1e-4)
+    assert not torch.allclose(mlp[0], mlp[1], atol=1e-4)
+
+
+def test_the_sink_layer_is_where_first_tokens_reach_half_of_their_greatest_length():
+    usual = torch.tensor([1.0, 1.0, 2.0, 2.0])
+    assert streams._sink_layer(torch.tensor([1.0, 12.0, 40.0, 30.0]), usual) == 2
+    assert streams._sink_layer(torch.tensor([1.0, 25.0, 40.0, 30.0]), usual) == 1
+    assert streams._sink_layer(torch.tensor([1.0, 9.0, 19.0, 20.0]), usual) is None

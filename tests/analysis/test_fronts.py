@@ -17,11 +17,11 @@ from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 
 def tables(points, method="obs"):
     """Summary and relative of points {(variant, level): (perplexity ratio, speed ratio, cache bytes)}."""
-    summary = [estimate_row("cache_bytes_1000", "baseline", 0, 1000.0, method=method)]
+    summary = [estimate_row("thousand_token_cache_bytes", "baseline", 0, 1000.0, method=method)]
     summary.append(estimate_row("tokens_per_second", "baseline", 0, 20.0, 19.0, 21.0, t=0.7, method=method))
     relative = []
     for (variant, level), (perplexity, speed, cache) in points.items():
-        summary.append(estimate_row("cache_bytes_1000", variant, level, cache, method=method))
+        summary.append(estimate_row("thousand_token_cache_bytes", variant, level, cache, method=method))
         summary.append(
             estimate_row("tokens_per_second", variant, level, 20 * speed, 19 * speed, 21 * speed, method=method)
         )

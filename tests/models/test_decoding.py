@@ -18,6 +18,7 @@ from pruning_comparison.measure.memory import cache_bytes
 from pruning_comparison.models import decoding
 from pruning_comparison.models.decoding import (
     STEP_LAYOUTS,
+    DecodeStep,
     ReservedCacheLayer,
     StepLayout,
     decode_step,
@@ -482,3 +483,103 @@ def test_a_step_in_half_precision_is_as_close_as_its_tolerance_says(dtype, monke
     wrong = StepLayout(**{**vars(STEP_LAYOUTS["llama"]), "norms": ("post_attention_layernorm", "input_layernorm")})
     monkeypatch.setattr(decoding, "STEP_LAYOUTS", {"llama": wrong})
     assert decode_step(rounded, static=True) is None
+
+
+def amplifying(by):
+    """A Llama in every layer of which two query heads that differ by a thousandth write ``by`` times as much, with opposite
+    signs: what is left of that is no larger than before, and its rounding is.
+    """
+    model = tiny_model("llama")
+    first, second = slice(0, 8), slice(8, 16)  # features of query heads 0 and 1, which read the same keys
+    for block in blocks(model):
+        query, output = block.self_attn.q_proj.weight.data, block.self_attn.o_proj.weight.data
+        query[second] = query[first] * 1.001
+        output[:, first] *= by
+        output[:, second] = -output[:, first]
+    return model
+
+
+@pytest.fixture(
+    params=[(torch.float32, 1e5), (torch.float16, 1e3), (torch.bfloat16, 1e2)], ids=lambda pair: str(pair[0])
+)
+def amplifies(request, monkeypatch):
+    """A model whose step is off by more than rounding usually is. Half precision is as on GPUs."""
+    dtype, by = request.param
+    monkeypatch.setattr(decoding, "_can_be_taken_apart", lambda model, layout: True)
+    model = converted_copy(amplifying(by), dtype)
+    step = DecodeStep(model, STEP_LAYOUTS["llama"], {})
+    found, expected = decoding._logits_by_steps(step, model), decoding._logits_at_once(model)
+    assert decoding._difference(found, expected) > 2 * decoding.CLOSE[dtype]
+    return model
+
+
+def with_wrong_norms(monkeypatch):
+    wrong = StepLayout(**{**vars(STEP_LAYOUTS["llama"]), "norms": ("post_attention_layernorm", "input_layernorm")})
+    monkeypatch.setattr(decoding, "STEP_LAYOUTS", {"llama": wrong})
+
+
+def with_two_heads_swapped_in_one_layer(monkeypatch):
+    right = decoding._mixed
+
+    def mixed(attention, layout):
+        matrix, bias, parameter = right(attention, layout)
+        if attention.layer_idx == 2:
+            order = torch.arange(matrix.shape[1])
+            order[16:32] = order[16:32].roll(8)  # queries of heads 2 and 3
+            matrix = matrix[:, order]
+        return matrix, bias, parameter
+
+    monkeypatch.setattr(decoding, "_mixed", mixed)
+
+
+def with_rotations_backwards(monkeypatch):
+    right = DecodeStep.reserve
+
+    def reserve(step, capacity):
+        before = step.rotations
+        right(step, capacity)
+        if step.rotations is not before:
+            step.rotations = step.rotations[0], -step.rotations[1]
+
+    monkeypatch.setattr(DecodeStep, "reserve", reserve)
+
+
+@pytest.mark.parametrize("static", [False, True])
+def test_a_model_that_amplifies_rounding_has_a_step(amplifies, static):
+    assert decode_step(amplifies, static=static) is not None
+
+
+@pytest.mark.parametrize("static", [False, True])
+@pytest.mark.parametrize("wrong", [with_wrong_norms, with_two_heads_swapped_in_one_layer, with_rotations_backwards])
+def test_what_is_wrong_is_found_out_in_a_model_that_amplifies_rounding(amplifies, monkeypatch, wrong, static):
+    wrong(monkeypatch)
+    assert decode_step(amplifies, static=static) is None
+
+
+def test_a_step_that_is_less_exact_than_the_forward_is_not_taken(amplifies, monkeypatch):
+    """In a finer precision it is right. Its logits are off by four times as much as the forward's."""
+    right, exact = DecodeStep.__call__, decoding._logits_at_once(converted_copy(amplifies, torch.float64))
+    error = decoding._difference(decoding._logits_at_once(amplifies), exact)
+
+    def call(step, *arguments):
+        logits = right(step, *arguments)
+        return logits + (4 * error * float(exact.abs().max()) if step.embedding.dtype == amplifies.dtype else 0)
+
+    monkeypatch.setattr(DecodeStep, "__call__", call)
+    assert decode_step(amplifies) is None
+
+
+def test_a_copy_that_does_not_fit_leaves_the_model_its_forward(amplifies, monkeypatch):
+    def full(*arguments):
+        raise torch.OutOfMemoryError
+
+    monkeypatch.setattr(decoding.copy, "deepcopy", full)
+    assert decode_step(amplifies) is None
+
+
+def test_a_model_in_float64_has_no_finer_precision(monkeypatch):
+    monkeypatch.setattr(decoding, "_can_be_taken_apart", lambda model, layout: True)
+    model = converted_copy(tiny_model("llama"), torch.float64)
+    assert decode_step(model) is not None
+    with_rotations_backwards(monkeypatch)
+    assert decode_step(model) is None

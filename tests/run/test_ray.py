@@ -119,10 +119,23 @@ def test_a_run_is_continued_by_the_other_launcher_and_keeps_its_models(spec, who
     assert saved == {f"{v}_{m}_{i}_50" for v in VARIANTS for m in ("magnitude", "random") for i in (0, 1)}
 
 
+class Asleep(launching.Worker):
+    """A worker that notes how its idle threads wait."""
+
+    def start(self):
+        (Path(self._spec.model_name) / "waiting").write_text(os.environ.get("OMP_WAIT_POLICY", "not set"))
+        return super().start()
+
+
 def test_workers_choose_heads_by_the_layer_times_of_the_run(folder, tmp_path, monkeypatch):
-    """One of them measures them, alone, and all are told; one process that is given the same chooses the same heads."""
+    """One of them measures them, alone, and all are told; one process that is given the same chooses the same heads.
+
+    Also: their idle threads sleep.
+    """
+    monkeypatch.delenv("OMP_WAIT_POLICY", raising=False)
     spec = tiny_spec(folder, consent="time", pruning_methods=("magnitude", "random"), pruning_levels=(0, 25, 50))
-    run = run_comparison(spec, output_dir=tmp_path / "ray", launcher=RayLauncher(workers=2))
+    run = run_comparison(spec, output_dir=tmp_path / "ray", launcher=RayLauncher(workers=2, worker=Asleep))
+    assert (folder / "waiting").read_text() == "PASSIVE"
     with RunStore(run) as store:
         times = store.layer_times_s()
     assert list(times) == [0, 1, 2, 3, 4]

@@ -64,6 +64,7 @@ def adapt(
     error_share: float = 1.0,
     longest: float | None = None,
     sinks_apart: bool = False,
+    openings_to_sink: bool = False,
 ) -> AdaptationCost:
     """Adapts a physically pruned model, in place, to its dense original on the calibration text of ``dense``.
 
@@ -78,9 +79,11 @@ def adapt(
     far adaptation goes:
 
     * "none": nothing is changed;
-    * "bias": a constant, mean(T) - mean(X) W, on attention's output projection (bias compensation; An et al. 2024, FLAP);
-    * "gate": also a gate for each surviving head, fitted by least squares and folded into its weights (mask tuning; Kwon et
-      al. 2022). It may exceed 1;
+    * "bias": a constant on the output projections of layers that have lost heads, the mean over the text of what these heads
+      add in the *dense* model, mean(X_lost) W_lost (bias compensation; An et al. 2024, FLAP). What earlier layers have lost
+      is not made up for: each layer is taken by itself;
+    * "gate": the constant mean(T) - mean(X) W, and a gate for each surviving head, fitted by least squares and folded into
+      its weights (mask tuning; Kwon et al. 2022). It may exceed 1;
     * "refit": also attention's whole output projection, W [F, E], from X [S, F], the surviving heads' outputs in the
       *pruned* model, centred:
 
@@ -102,6 +105,10 @@ def adapt(
     ``lost_ratio`` positions whose stream is that many times longer, or shorter, than the dense model's are left out of the
     regressions. ``error_share`` is how much of the difference that a layer finds is part of its target.
 
+    With ``openings_to_sink`` openings are read only up to where first tokens become long (``DenseStream.sink_layer``): by
+    attention in that layer and by everything before it. A first token depends on nothing but its id there, so an opening of
+    one token holds all of it; a whole window has but one such token, and where that comes out wrong it has no sink.
+
     Sums accumulate in float64 from products in float32 or better, and are solved in float64; a singular matrix gets more
     ridge until the solution is finite. Layers before the first pruned one are untouched. ValueError for unknown steps.
     """
@@ -117,18 +124,34 @@ def adapt(
     started = time.perf_counter()
     with PeakMemory(dense.model.device, enabled=measure_peak) as peak:
         streams = dense.start(most_tokens)
+        tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
+        last_with_openings = len(blocks(pruned))
+        if openings_to_sink:
+            last_with_openings = -1 if dense.sink_layer is None else dense.sink_layer
         changed = False
         for layer in range(len(blocks(pruned))):
+            if layer > last_with_openings:
+                streams = [stream for stream in streams if not stream.opening]
             changed = changed or _is_pruned(dense.model, pruned, layer)
             if not changed:
                 _follow(dense, streams, layer)
                 continue
+            if steps == "bias":
+                # On the dense stream T is what all heads add, and X what the survivors do: the difference is the lost ones'.
+                if _is_pruned(dense.model, pruned, layer):
+                    _adapt_attention(
+                        dense, pruned, layer, streams, steps, ridge, allow_new_bias, _FittedText(0, 1, None)
+                    )
+                _follow(dense, streams, layer)
+                continue
             text = _FittedText(layer // part_layers % parts, parts, lost_ratio, 1 - error_share, longest, sinks_apart)
             added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias, text)
+            if layer == last_with_openings:
+                streams = [stream for stream in streams if not stream.opening]
+                added = added[: len(streams)]
             refits_mlp = steps == "refit-mlp"
             _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias, text)
     seconds = time.perf_counter() - started + dense.seconds
-    tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
     return AdaptationCost(seconds, tokens, peak.bytes, peak.reason, dense.scratch_bytes)
 
 

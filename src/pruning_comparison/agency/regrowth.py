@@ -110,6 +110,7 @@ class _State:
         self._exclude_first = exclude_first
         self._new_bias = new_bias
         self._cuts: dict[tuple[int, tuple[int, ...]], Cut] = {}
+        self._proposals: dict[tuple[int, tuple[int, ...]], list[tuple[str, tuple[int, ...]]]] = {}
         self.evaluations = 0
 
     def divergence(self, keep: Tensor) -> float:
@@ -126,7 +127,9 @@ class _State:
             if layer is None:
                 continue
             gone = tuple(head for head in layer.heads if not keep[number, head])
-            for kind, heads in _of_layer(layer, gone):
+            if (number, gone) not in self._proposals:
+                self._proposals[number, gone] = _of_layer(layer, gone)
+            for kind, heads in self._proposals[number, gone]:
                 changed = tuple(sorted({*gone} ^ {*heads}))
                 kinds.append((kind, number, heads))
                 trials.append({number: self._cut(number, changed)})
@@ -185,11 +188,17 @@ def _of_layer(layer: LayerPrices, gone: tuple[int, ...]) -> list[tuple[str, tupl
         found.append(("withdrawal", (left.heads[int(left.costs.argmin())],)))
     if not gone:
         return found
-    after_return = {head: layer.joint_cost([one for one in gone if one != head]) for head in gone}
+    now, pair = layer.joint_cost(gone), None
+    best = now
+    with_return = {back: _without(layer, [one for one in gone if one != back]) for back in gone}
+    # What all cost together is what the others cost, and then the one that would come back.
+    after_return = {
+        back: now - float(others.costs[others.heads.index(back)])
+        for back, others in with_return.items()
+        if others is not None
+    }
     found.append(("return", (min(gone, key=lambda head: after_return[head]),)))
-    now, best, pair = layer.joint_cost(gone), layer.joint_cost(gone), None
-    for back in gone:
-        others = _without(layer, tuple(one for one in gone if one != back))
+    for back, others in with_return.items():
         assert others is not None
         for out in staying:
             cost = after_return[back] + float(others.costs[others.heads.index(out)])

@@ -41,12 +41,14 @@ class _Stop(Exception):
 class Stream:
     """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks.
 
-    ``weight`` is what each of its positions counts for in regressions.
+    ``weight`` is what each of its positions counts for in regressions. ``opening`` streams are of openings, which come after
+    all others.
     """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
     weight: float = 1.0
+    opening: bool = False
 
     def run(self, model: PreTrainedModel, layer: int) -> Tensor:
         """The stream after the block."""
@@ -122,13 +124,15 @@ class DenseStream:
             batches += [batch.to(model.device) for batch in more]
             weights += [opening_weight] * len(more)
         self._starts = block_inputs(model, batches)
-        for start, weight in zip(self._starts, weights, strict=True):
-            start.weight = weight
+        whole = -(-len(windows) // batch_size)
+        for number, (start, weight) in enumerate(zip(self._starts, weights, strict=True)):
+            start.weight, start.opening = weight, number >= whole
         layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
         size = 2 * layers * sum(batch.numel() for batch in batches) * width * model.dtype.itemsize
         self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
         self._scratch = _Scratch(scratch_folder) if size > room_for_streams_bytes(model.device) else None
         self.sinks: list[Tensor] = []
+        first_lengths, usual_lengths = [], []
         with torch.no_grad(), fast_products(model):
             for number, start in enumerate(self._starts):
                 stream = Stream(start.hidden, start.calls)
@@ -143,8 +147,13 @@ class DenseStream:
                     for place, length in lengths.items():
                         self._keep(number, layer, place, length)
                     self._keep(number, layer, "after block", total.to(model.dtype))
-                    longest = torch.maximum(longest, torch.linalg.vector_norm(total.to(model.dtype), dim=-1))
+                    lengths = torch.linalg.vector_norm(total.to(model.dtype), dim=-1)
+                    longest = torch.maximum(longest, lengths)
+                    if number == 0:
+                        first_lengths.append(lengths[:, 0].median())
+                        usual_lengths.append(lengths.median())
                 self.sinks.append(longest > SINK_RATIO * longest.median())
+        self.sink_layer = _sink_layer(torch.stack(first_lengths), torch.stack(usual_lengths))
         self.seconds = time.perf_counter() - started
 
     @property
@@ -159,7 +168,7 @@ class DenseStream:
         for stream in self._starts:
             if most_tokens is not None and tokens >= most_tokens:
                 break
-            streams.append(Stream(stream.hidden, stream.calls, stream.weight))
+            streams.append(Stream(stream.hidden, stream.calls, stream.weight, stream.opening))
             tokens += stream.hidden.shape[0] * stream.hidden.shape[1]
         return streams
 
@@ -192,6 +201,17 @@ class DenseStream:
             self._kept[batch][layer, place] = value
         else:
             self._scratch.write(batch, layer, place, value)
+
+
+def _sink_layer(first: Tensor, usual: Tensor) -> int | None:
+    """The block that makes first tokens long: the first after which they have half the greatest length that they reach.
+
+    ``first`` and ``usual`` [L] are the lengths of the stream after every block, at first tokens and at the median position.
+    None where first tokens are nowhere ``SINK_RATIO`` times as long as others.
+    """
+    if not bool((first > SINK_RATIO * usual).any()):
+        return None
+    return int((first >= first.max() / 2).nonzero()[0])
 
 
 class _Scratch:

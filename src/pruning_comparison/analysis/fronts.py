@@ -25,7 +25,8 @@ def find_fronts(model: str, summary: pd.DataFrame, relative: pd.DataFrame) -> pd
     and more tokens per second or fewer bytes. Points are held against each other by their estimates.
     """
     measured = {
-        metric: _by_place(summary[summary["metric"] == metric]) for metric in ("tokens_per_second", "cache_bytes_1000")
+        metric: _by_place(summary[summary["metric"] == metric])
+        for metric in ("tokens_per_second", "thousand_token_cache_bytes")
     }
     ratios = {
         metric: _by_place(relative[relative["metric"] == metric]) for metric in ("perplexity", "tokens_per_second")
@@ -80,7 +81,7 @@ def _point(
         *perplexity,
         *speed,
         *measured["tokens_per_second"].get(place, nothing),
-        *measured["cache_bytes_1000"].get(place, nothing),
+        *measured["thousand_token_cache_bytes"].get(place, nothing),
     )
     return dict(zip(FRONT_COLUMNS, (model, place[0], variant, place[2], *values, False, False), strict=True))
 

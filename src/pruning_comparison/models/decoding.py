@@ -50,6 +50,13 @@ CLOSE: Mapping[torch.dtype, float] = MappingProxyType(
 """How far a step's logits may be from the model's own, as a share of the largest of these: rounding of whole models, ten to
 twenty times the spacing of numbers in half precision. A wrong layout is off by the logits themselves."""
 
+_FINER: Mapping[torch.dtype, torch.dtype] = MappingProxyType(
+    {torch.float16: torch.float32, torch.bfloat16: torch.float32, torch.float32: torch.float64}
+)
+_OF_THE_FORWARDS_ERROR = 3
+"""A step's rounding error may be so many times that of the model's forward; 0.5 to 2 times was measured
+(``docs/decisions/0031-on-a-gpu.md``)."""
+
 _ROTARY_POSITIONS = 256
 _CAPACITY_STEP = 128
 _CHECKED_TOKENS = 4
@@ -174,7 +181,9 @@ def decode_step(
 
     That is on a CPU in float32, or on a CUDA GPU in any precision, for a family in ``STEP_LAYOUTS``, without hooks, in
     layers whose cache keeps all tokens. Its logits are compared with the model's own on a few tokens before it is handed
-    out. ``reordered`` holds weights that were put in another order, by the identity of the parameter: models that share
+    out. Where they differ by more than ``CLOSE``, the model may amplify rounding: then a copy of it in a finer precision
+    has to agree with its own step, and the step has to be about as exact as the model's forward, measured by that copy.
+    ``reordered`` holds weights that were put in another order, by the identity of the parameter: models that share
     parameters share those as well.
 
     ``static`` says whether its cache stays in its place, so that the step can be replayed as a CUDA graph; by default on a
@@ -193,9 +202,13 @@ def decode_step(
         )
     except (AttributeError, TypeError):
         return None  # a part that this version of the family has not
-    difference = _largest_difference(step, model)
+    expected = _logits_at_once(model)
+    found = _logits_by_steps(step, model)
     step.release()
+    difference = math.inf if found is None else _difference(found, expected)
     if difference <= CLOSE[model.dtype]:
+        return step
+    if found is not None and math.isfinite(difference) and _is_as_exact(found, expected, model, layout, step.static):
         return step
     if on_gpu and math.isfinite(difference):
         _warn_once(
@@ -650,16 +663,26 @@ def _can_be_taken_apart(model: PreTrainedModel, layout: StepLayout) -> bool:
     return all(type(layer) is DynamicLayer for layer in DynamicCache(config=model.config).layers)
 
 
-@torch.inference_mode()
-def _largest_difference(step: DecodeStep, model: PreTrainedModel) -> float:
-    """How far the logits of a few tokens, one by one and of two rows, are from those that the model gives them at once, as a
-    share of the model's largest; infinite where there are other than finite ones, or the cache has counted wrong.
-    """
+def _checked_tokens(model: PreTrainedModel) -> Tensor:
+    """A few tokens of two rows, [2, T]: the same for every model of one vocabulary."""
     vocabulary = model.config.get_text_config().vocab_size
-    ids = torch.randint(vocabulary, (2, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(0)).to(model.device)
-    expected = model(input_ids=ids, use_cache=False).logits
-    if not bool(expected.isfinite().all()):
-        return math.inf
+    ids = torch.randint(vocabulary, (2, _CHECKED_TOKENS), generator=torch.Generator().manual_seed(0))
+    return ids.to(model.device)
+
+
+@torch.inference_mode()
+def _logits_at_once(model: PreTrainedModel) -> Tensor:
+    """Logits [2, T, V] of the checked tokens by the model's own forward."""
+    logits: Tensor = model(input_ids=_checked_tokens(model), use_cache=False).logits
+    return logits
+
+
+@torch.inference_mode()
+def _logits_by_steps(step: DecodeStep, model: PreTrainedModel) -> Tensor | None:
+    """The same logits [2, T, V], all after the first token by ``step``; None where it cannot be recorded on a GPU, or the
+    cache has counted wrong.
+    """
+    ids = _checked_tokens(model)
     static = step.reserved(ids, 2, _CHECKED_TOKENS) if step.static else None
     cache: Any = reserved_cache(model, _CHECKED_TOKENS) if static is None else static.cache
     found = [model(input_ids=ids[:, :1], past_key_values=cache, use_cache=True).logits[:, -1]]
@@ -670,9 +693,39 @@ def _largest_difference(step: DecodeStep, model: PreTrainedModel) -> float:
     else:
         static.begin(1, torch.ones_like(ids[:, 0]), None)
         if model.device.type == "cuda" and not static.recorded:
-            return math.inf
+            return None
         found += [static(ids[:, at]).clone() for at in range(1, _CHECKED_TOKENS)]
     if any(layer.get_seq_length() != _CHECKED_TOKENS for layer in cache.layers):
-        return math.inf
-    difference = float((torch.stack(found, 1) - expected).abs().max() / expected.abs().max())
+        return None
+    return torch.stack(found, 1)
+
+
+def _difference(found: Tensor, expected: Tensor) -> float:
+    """The largest difference as a share of the largest expected logit; infinite where there are other than finite ones."""
+    found, expected = found.to(torch.float64), expected.to(torch.float64)
+    difference = float((found - expected).abs().max() / expected.abs().max())
     return difference if math.isfinite(difference) else math.inf
+
+
+def _is_as_exact(found: Tensor, expected: Tensor, model: PreTrainedModel, layout: StepLayout, static: bool) -> bool:
+    """Whether it is rounding alone that sets the logits of a step, ``found``, apart from those of the forward, ``expected``.
+
+    A copy of the model in a finer precision tells: there the step has to be within ``CLOSE``, which no wrong layout is, and
+    the copy's logits are exact enough to measure the errors of both by.
+    """
+    finer = _FINER.get(model.dtype)
+    if finer is None:
+        return False
+    try:
+        converted: dict[int, Any] = {
+            id(parameter): nn.Parameter(parameter.detach().to(finer), requires_grad=False)
+            for parameter in model.parameters()
+        }
+        fine = copy.deepcopy(model, converted)
+        exact = _logits_at_once(fine)
+        by_steps = _logits_by_steps(DecodeStep(fine, layout, {}, static=static), fine)
+    except torch.OutOfMemoryError:
+        return False
+    if by_steps is None or not _difference(by_steps, exact) <= CLOSE[finer]:
+        return False
+    return _difference(found, exact) <= _OF_THE_FORWARDS_ERROR * _difference(expected, exact) < math.inf

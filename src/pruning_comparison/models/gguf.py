@@ -12,6 +12,7 @@ import hashlib
 import os
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from importlib import metadata
 from pathlib import Path
 from types import MappingProxyType
@@ -166,6 +167,7 @@ def read_weights(path: Path, config: Any) -> dict[str, Tensor]:
             values = values - 1  # transformers adds the 1 when it multiplies
         place = f"model.layers.{block[1]}." if block else ""
         weights[f"{place}{names[name]}.weight"] = torch.from_numpy(values.copy())
+    _read.cache_clear()
     return weights
 
 
@@ -174,18 +176,41 @@ def _again(name: str) -> str:
 
 
 def _open(path: Path) -> Any:
-    """A reader of the file, which reads a list in its header at once.
-
-    One by one, as the package gguf does, the 262,144 tokens of Gemma 3 become a million arrays with their scores and types:
-    14 seconds on a quiet core, each time that a file is opened.
-    """
+    """A reader of the file. ModelLoadError where there is none, or where it cannot be read."""
     try:
-        from gguf import GGUFReader, GGUFValueType
+        import gguf  # noqa: F401
     except ModuleNotFoundError:
         name, install = (GEMMA3, GEMMA3_INSTALL) if path.name == _GEMMA3_FILE else (SMOLLM2, INSTALL)
         raise ModelLoadError(f"{name} needs the package gguf, which is not installed: {install}.") from None
 
-    class Reader(GGUFReader):  # type: ignore[misc]
+    try:
+        state = path.stat()
+        return _read(path, state.st_mtime_ns, state.st_size)
+    except Exception as error:
+        raise ModelLoadError(f"{path.name} cannot be read as GGUF: {error}. {_again(path.name)}") from error
+
+
+def _texts(data: Any, start: int, count: int) -> tuple[list[str], int]:
+    """``count`` texts from ``start`` on, each after its length in 8 bytes, and where they end; fewer where the data does."""
+    view, place = memoryview(data), start
+    texts: list[str] = []
+    while len(texts) < count and place + 8 <= len(view):
+        length = int.from_bytes(view[place : place + 8], "little")
+        texts.append(bytes(view[place + 8 : place + 8 + length]).decode("utf-8"))
+        place += 8 + length
+    return texts, place
+
+
+@lru_cache(maxsize=1)
+def _read(path: Path, changed_ns: int, size_bytes: int) -> Any:
+    """The reader of a file as it is now; one serves header and weights. It reads a list in the header at once.
+
+    Element by element, as the package gguf does, the 262,144 tokens of Gemma 3 become a million arrays with their scores and
+    types, which took 14 seconds.
+    """
+    from gguf import GGUFReader, GGUFValueType
+
+    class Reader(GGUFReader):
         def _get_field_parts(self, orig_offs: int, raw_type: int) -> tuple[int, list[Any], list[int], list[Any]]:
             kind = GGUFValueType(int(self._get(orig_offs, np.uint32)[0])) if raw_type == GGUFValueType.ARRAY else None
             if kind is None or kind == GGUFValueType.ARRAY:
@@ -201,21 +226,7 @@ def _open(path: Path) -> Any:
                 raise ValueError("its header ends in the middle of a list")
             return end - orig_offs, [values], [0], [GGUFValueType.ARRAY, kind]
 
-    try:
-        return Reader(path)
-    except Exception as error:
-        raise ModelLoadError(f"{path.name} cannot be read as GGUF: {error}. {_again(path.name)}") from error
-
-
-def _texts(data: Any, start: int, count: int) -> tuple[list[str], int]:
-    """``count`` texts from ``start`` on, each after its length in 8 bytes, and where they end; fewer where the data does."""
-    view, place = memoryview(data), start
-    texts: list[str] = []
-    while len(texts) < count and place + 8 <= len(view):
-        length = int.from_bytes(view[place : place + 8], "little")
-        texts.append(bytes(view[place + 8 : place + 8 + length]).decode("utf-8"))
-        place += 8 + length
-    return texts, place
+    return Reader(path)
 
 
 def _halves(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:

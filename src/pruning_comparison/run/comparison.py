@@ -61,6 +61,7 @@ def run_comparison(
     fresh: bool = False,
     more_options: Mapping[str, Any] = {},
     budget_s: float | None = None,
+    thread_times_s: Mapping[int, float] | None = None,
 ) -> Path:
     """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
 
@@ -74,6 +75,8 @@ def run_comparison(
     ``save_models`` also keeps every pruned model, in ``model_folder``. ``launcher`` says who measures: results are the
     same, so a run may be continued with another one.
 
+    ``thread_times_s`` are the times by which the spec's threads were chosen, for a new run's manifest.
+
     A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead); the run then
     stays unfinished, so that the same command tries it again. Interrupted is raised on Ctrl-C, after what was measured has
     been kept. News, warnings and failures are logged, and kept with times and tracebacks in ``run.log`` of the folder.
@@ -84,7 +87,10 @@ def run_comparison(
         )
     check_budget(spec, budget_s)
     inputs = prepare(spec)
-    opened = partial(open_run, spec, inputs, output_dir, code_commit, fresh=fresh, more_options=more_options)
+    opened = partial(
+        open_run, spec, inputs, output_dir, code_commit,
+        fresh=fresh, more_options=more_options, thread_times_s=thread_times_s,
+    )  # fmt: skip
     with RunLog() as log, RunStore(log.kept_in(opened()), lock=True) as store:
         folder = store.folder
         stopwatch = Stopwatch(store, budget_s)
@@ -208,6 +214,7 @@ def open_run(
     *,
     fresh: bool = False,
     more_options: Mapping[str, Any] = {},
+    thread_times_s: Mapping[int, float] | None = None,
 ) -> Path:
     """The run folder to write to: an unfinished one of the same spec, unless ``fresh``, else a new one."""
     spec_hash = spec.content_hash(dict(inputs.digests))
@@ -247,6 +254,7 @@ def open_run(
         commit=code_commit,
         started=_now(),
         warnings=_warnings(spec),
+        thread_times_s={str(count): seconds for count, seconds in (thread_times_s or {}).items()} or None,
     )
     folder = keep_options(create_run(output_dir, manifest), spec, more_options)
     for warning in manifest.warnings:

@@ -95,7 +95,7 @@ def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel
     size = [
         _measurement("parameter_bytes", parameter_bytes(pruned.model)),
         _measurement("decode_bytes", decode_bytes(pruned.model)),
-        _measurement("cache_bytes_1000", cache_bytes_after(pruned.model)),
+        _measurement("thousand_token_cache_bytes", cache_bytes_after(pruned.model)),
         _measurement("prefill_flops", mean(prefill_flops(pruned.model, len(p)) for p in prompts)),
     ]
     rows = [*text_measurements, *size, *_cost_measurements(pruned)]

@@ -9,7 +9,7 @@ Dimension letters: L layers, H heads, D head size, E embedding, F features (live
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
@@ -42,6 +42,7 @@ class LayerPrices:
     inverse: Tensor
     weight: Tensor
     costs: Tensor
+    _curves: dict[int, Curve] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, gram: Tensor, weight: Tensor, heads: Sequence[int], *, ridge: float = RIDGE) -> LayerPrices:
@@ -58,14 +59,17 @@ class LayerPrices:
         """
         place = self._place(head)
         size = len(self.inverse) // len(self.heads)
-        gone = torch.zeros(len(self.inverse), dtype=torch.bool, device=self.inverse.device)
-        gone[place * size : (place + 1) * size] = True
+        gone = slice(place * size, (place + 1) * size)
         left = self.heads[:place] + self.heads[place + 1 :]
-        cross = self.inverse[gone][:, ~gone]
-        gain = torch.linalg.solve(self.inverse[gone][:, gone], cross)
-        inverse = self.inverse[~gone][:, ~gone] - cross.T @ gain
+        # By numbers and not by a mask: a device would have to be waited for to count what a mask holds.
+        rest = torch.tensor([row for row in range(len(self.inverse)) if not gone.start <= row < gone.stop])
+        rest = rest.to(self.inverse.device)
+        rows = self.inverse[rest]
+        cross = self.inverse[gone][:, rest]
+        gain = torch.linalg.solve(self.inverse[gone, gone], cross)
+        inverse = rows[:, rest] - cross.T @ gain
         inverse = (inverse + inverse.T) / 2
-        weight = self.weight[~gone] - gain.T @ self.weight[gone]
+        weight = self.weight[rest] - gain.T @ self.weight[gone]
         return LayerPrices(left, inverse, weight, _block_costs(inverse, weight, len(left)))
 
     def joint_cost(self, heads: Sequence[int]) -> float:
@@ -82,6 +86,8 @@ class LayerPrices:
 
         Heads of a whole ``group_size`` leave together, at their joint cost. Of equals the first leaves.
         """
+        if group_size in self._curves:
+            return self._curves[group_size]
         order: list[int] = []
         sums = [0.0]
         layer: LayerPrices | None = self
@@ -96,7 +102,8 @@ class LayerPrices:
                 layer = None if len(layer.heads) == 1 else layer.withdraw(head)
                 if layer is None:
                     break
-        return Curve(tuple(order), tuple(sums), group_size)
+        self._curves[group_size] = Curve(tuple(order), tuple(sums), group_size)
+        return self._curves[group_size]
 
     def _place(self, head: int) -> int:
         if head not in self.heads:

@@ -337,8 +337,9 @@ class Manifest:
 
     Of a run that goes on until it has decided, ``looks`` are those that were taken, ``measured_s`` is how long it has been
     measured, in all sessions together, and ``ended`` says why it measures no more: "decided", "looks" where the last of
-    them decided nothing either, or "budget"; None while it goes on. ``others`` are keys that this version does not
-    know, kept as they are.
+    them decided nothing either, or "budget"; None while it goes on. ``thread_times_s`` are the times, by number of CPU
+    threads, that the number of this run was chosen by; None where it was given. ``others`` are keys that this version does
+    not know, kept as they are.
     """
 
     spec: Mapping[str, Any]
@@ -357,6 +358,7 @@ class Manifest:
     looks: tuple[LookRecord, ...] = ()
     measured_s: float = 0.0
     ended: str | None = None
+    thread_times_s: Mapping[str, float] | None = None
     schema_version: int = MANIFEST_SCHEMA
     others: Mapping[str, Any] = field(default_factory=dict)
 
@@ -388,7 +390,9 @@ class Manifest:
         plain["revisions"] = None if self.revisions is None else self.revisions.as_dict()
         plain["reused"] = [one.as_dict() for one in self.reused]
         plain["looks"] = [one.as_dict() for one in self.looks]
-        absent = [name for name in ("margins", "reused", "looks", "measured_s", "ended") if not plain[name]]
+        absent = [
+            name for name in ("margins", "reused", "looks", "measured_s", "ended", "thread_times_s") if not plain[name]
+        ]
         if self.schema_version == 0:
             absent += ["schema_version", "revisions"]
         return {name: value for name, value in plain.items() if name not in absent}
@@ -444,6 +448,7 @@ _KINDS: dict[str, tuple[type, ...]] = {
     "looks": (list,),
     "measured_s": (int, float),
     "ended": (str, _NONE),
+    "thread_times_s": (Mapping, _NONE),
 }
 
 

@@ -61,7 +61,7 @@ def draw_fronts(table: pd.DataFrame, *, size: FigureSize = WIDE) -> Figure:
     height_in = panels_height(2.9, len(methods), 2, size)
     figure = new_figure(_TITLE, subtitle, _CAPTION, height_in, looks_of(variants), [ring], size=size)
     grid = panel_grid(figure, len(methods), 2, size)
-    factor, unit = unit_scale("cache_bytes_1000", [float(value) for value in table["cache_bytes"].dropna()])
+    factor, unit = unit_scale("thousand_token_cache_bytes", [float(value) for value in table["cache_bytes"].dropna()])
     for row, method in zip(grid, methods, strict=True):
         here = table[table["method"] == method]
         name = name_if_several(methods, method)

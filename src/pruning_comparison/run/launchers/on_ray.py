@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+from pruning_comparison.environment import PASSIVE, WAIT_POLICY, let_threads_sleep
 from pruning_comparison.errors import ClusterError, InputError
 from pruning_comparison.models import preview_model
 from pruning_comparison.run.attempts import Failure, attempt, attempt_rebuild, attempt_timing, failure_of, reason_of
@@ -215,6 +216,7 @@ class RayLauncher:
 
     def _connect(self, work: Work) -> None:
         """Starts or joins a cluster. Ray's handler of SIGTERM is put aside for the one there was."""
+        let_threads_sleep()  # in workers: a local cluster's inherit this environment
         os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
         # Workers without a GPU keep the visible devices as they are, as later versions of Ray will do: else it warns.
         os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
@@ -234,7 +236,9 @@ class RayLauncher:
             options |= {"object_store_memory": _STORE_BYTES}
             LOGGER.info("starting a Ray cluster on this machine, %d cores", cores)
         else:
-            options |= {"address": self._address}
+            # Workers of a cluster that runs already have its environment; this one is set before they load torch.
+            waiting = {WAIT_POLICY: os.environ.get(WAIT_POLICY, PASSIVE)}
+            options |= {"address": self._address, "runtime_env": {"env_vars": waiting}}
             LOGGER.info("joining the Ray cluster at %s", self._address)
             _check_reachable(self._address)
         before = signal.getsignal(signal.SIGTERM)
