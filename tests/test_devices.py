@@ -190,7 +190,8 @@ def test_masked_models_and_recovery_too(elsewhere):
         build(elsewhere(execution="masked"), Cell("agency", "magnitude", 0, 50.0))
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+# Experts choose their kernels by the kind of the device, and those of a GPU do not run on the host behind the stand-in.
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - {"gpt_oss", "qwen3_moe"}))
 def test_models_of_every_family_are_cut_and_decode_there(family, monkeypatch):
     # The stand-in loses tensors that torch makes in inference mode.
     monkeypatch.setattr(GenerationUnderWay, "advance", GenerationUnderWay.advance.__wrapped__)

@@ -213,7 +213,7 @@ def test_any_number_of_runs_are_compared_with_the_first_and_drawn(runs, tmp_path
     of_prompts = {"tokens_per_second", "distinct_2_distance", "cache_bytes", "prefill_flops"}
     assert of_prompts <= metrics["run 2"]
     sizes = {"parameter_bytes", "decode_bytes", "thousand_token_cache_bytes"}
-    assert metrics["run 3"] == {"perplexity", "bits_per_byte", *sizes}
+    assert metrics["run 3"] == {"perplexity", "bits_per_byte", "kl_to_dense", *sizes}
     html = (folder / "report.html").read_text("utf-8")
     assert "generated text, speed and memory (run 3)" in html
     assert html.count('<th scope="col">Run ') == 3

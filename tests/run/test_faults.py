@@ -257,11 +257,11 @@ def test_out_of_memory_is_recorded_and_no_batch_gets_smaller(folder, tmp_path, m
     """Once while a cell is measured and once while a level is timed: with a smaller batch, figures would not be pairs."""
     measure, timed, batches = measure_cell.measure_perplexity, measuring.time_level, []
 
-    def measured(model, windows, *, batch_size):
+    def measured(model, windows, *, batch_size, dense):
         batches.append(batch_size)
         if len(batches) == 2:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate\nmore")
-        return measure(model, windows, batch_size=batch_size)
+        return measure(model, windows, batch_size=batch_size, dense=dense)
 
     def too_large(workspace, models, iteration):
         if set(models) == {"baseline", "agency"} and models["baseline"] is models["agency"]:
