@@ -255,6 +255,7 @@ def test_a_comparison_can_keep_its_models(tmp_path):
         eval_tokens=100,
         calibration_tokens=128,
         calibration_window=32,
+        timing_limit_s=0.0,
         **texts,
     )
     run = run_comparison(spec, output_dir=tmp_path / "out", save_models=True, raise_failures=True)

@@ -127,6 +127,7 @@ class Asleep(launching.Worker):
         return super().start()
 
 
+@pytest.mark.slow
 def test_workers_choose_heads_by_the_layer_times_of_the_run(folder, tmp_path, monkeypatch):
     """One of them measures them, alone, and all are told; one process that is given the same chooses the same heads.
 
