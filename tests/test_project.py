@@ -6,6 +6,7 @@ import ast
 import importlib.util
 import re
 import shlex
+import subprocess
 import sys
 import tomllib
 from collections.abc import Iterator, Mapping
@@ -282,7 +283,30 @@ def test_the_workflows_test_every_python_that_the_package_names() -> None:
 
 def test_merging_needs_what_make_test_runs() -> None:
     assert "make test" in (ROOT / ".ci" / "run").read_text("utf-8").splitlines()
-    assert re.search(r"^test: lint types$", MAKEFILE, re.MULTILINE)
+    recipe = re.search(r"^test: lint\n((?:\t.*\n)+)", MAKEFILE, re.MULTILINE)
+    assert recipe is not None
+    assert "$(BIN)/mypy" in recipe[1]
+    assert "$(PYTEST)" in recipe[1]
+
+
+def test_make_test_fails_where_tests_or_types_do(tmp_path) -> None:
+    """With stand-ins for all it calls: it ends with an error whichever of the two fails, and shows what mypy said."""
+    bin_folder = tmp_path / "bin"
+    bin_folder.mkdir()
+    (tmp_path / "Makefile").write_text(MAKEFILE, "utf-8")
+    for name in ("ruff", "lint-imports"):
+        (bin_folder / name).write_text("#!/bin/sh\nexit 0\n", "utf-8")
+    for name in ("installed-test", "installed"):
+        (tmp_path / name).touch()
+    for tests, types in ((0, 0), (1, 0), (0, 1)):
+        (bin_folder / "pytest").write_text(f"#!/bin/sh\nexit {tests}\n", "utf-8")
+        (bin_folder / "mypy").write_text(f"#!/bin/sh\necho types were checked\nexit {types}\n", "utf-8")
+        for tool in bin_folder.iterdir():
+            tool.chmod(0o755)
+        command = ["make", "-o", f"{tmp_path}/installed-test", "-C", str(tmp_path), "test", f"VENV={tmp_path}"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False, timeout=60)
+        assert "types were checked" in done.stdout, done.stderr
+        assert (done.returncode == 0) == (tests == types == 0)
 
 
 @pytest.mark.parametrize("path", FORMS, ids=lambda path: path.name)
