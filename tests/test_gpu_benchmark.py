@@ -47,6 +47,7 @@ def test_the_main_script_s_command_runs_in_small(tmp_path):
     assert set(results["perplexity"]) == {"baseline 0 %", "baseline 50 %", "agency 0 %", "agency 50 %"}
 
 
+@pytest.mark.slow
 def test_a_job_that_fails_does_not_stop_the_others_and_no_time_is_no_failure(tmp_path):
     done, rows = run(tmp_path, "--minutes=1", "--device=cuda:7", "--parts=machine,trajectory")
     assert done.returncode == 0, done.stderr
@@ -65,6 +66,7 @@ def test_a_job_can_be_begun_anew_in_a_process_of_its_own(tmp_path):
     assert [row["what"] for row in rows][:2] == ["machine", "bandwidth"]
 
 
+@pytest.mark.slow
 def test_jobs_are_done_in_the_order_in_which_they_are_named(tmp_path):
     done, rows = run(tmp_path, "--minutes=0.01", "--jobs=obs 16k,machine")
     assert done.returncode == 0, done.stderr

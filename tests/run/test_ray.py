@@ -171,6 +171,7 @@ def test_a_trajectory_that_kills_every_worker_is_given_up_and_the_rest_is_kept(f
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="looks for the cluster's processes in /proc")
+@pytest.mark.slow
 def test_a_lost_cluster_is_started_again_and_goes_on_with_what_is_missing(spec, whole, tmp_path, caplog):
     lost = []
 
