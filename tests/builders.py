@@ -80,7 +80,7 @@ def tiny_gpt2(*, layers: int = 3, heads: int = 4, width: int = 32, context: int 
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
-def with_long_first_tokens(model: PreTrainedModel, *, layer: int = 1) -> PreTrainedModel:
+def with_long_first_tokens(model: Any, *, layer: int = 1) -> Any:
     """A GPT-2 in which one neuron of a block's MLP tells first tokens from others and makes their stream very long.
 
     What it reads is the difference of the means of both, so that whatever attention fails to add at first tokens shows.

@@ -16,7 +16,6 @@ from pruning_comparison.models.heads import (
     attentions,
     blocks,
     input_major_weight,
-    mlp_output_projections,
     output_projections,
 )
 from pruning_comparison.pruning.surgery import mask_heads, masked_copy, remove_heads
@@ -522,19 +521,20 @@ def test_windows_of_one_token_are_read_up_to_the_sink_layer_and_no_further():
 
 
 def test_first_tokens_keep_their_length_where_windows_of_one_token_are_read():
-    """Tokens that no text begins with here, in a model that has lost half of the heads before they become long."""
-    model, mask = with_long_first_tokens(tiny_gpt2()), MASKS["all kept"].clone()
+    """All windows begin with one token; of others, not read at a first place, the length stays within 10 %."""
+    model, mask, windows = with_long_first_tokens(tiny_gpt2()), MASKS["all kept"].clone(), WINDOWS.clone()
     mask[0, :2] = mask[1, :2] = False
+    windows[:, 0] = 5
     dense = lengths_after_blocks(model, OF_UNREAD_IDS)[1, :, 0]
-    shares = []
+    errors = []
     for first_tokens in (None, FIRST_TOKENS):
         compact = remove_heads(model, mask)
-        adapt(DenseStream(model, WINDOWS, batch_size=5, first_tokens=first_tokens), compact, steps="refit")
-        shares.append(lengths_after_blocks(compact, OF_UNREAD_IDS)[1, :, 0] / dense)
-    without, read = ((share - 1).abs().max() for share in shares)
-    print(shares)
+        text = DenseStream(model, windows, batch_size=5, first_tokens=first_tokens)
+        adapt(text, compact, ridge=1e-3, mlp_ridge=1e-3)
+        errors.append(float((lengths_after_blocks(compact, OF_UNREAD_IDS)[1, :, 0] / dense - 1).abs().max()))
+    without, read = errors
+    assert without > 0.2
     assert read < 0.1
-    assert without > 3 * read
 
 
 def test_without_a_sink_layer_nothing_changes_bit_for_bit(model):
