@@ -1,7 +1,7 @@
 """What each part of agency brings, configuration by configuration: python benchmarks/agency_ablation.py [OPTIONS]
 
 A configuration is a comma-separated list of settings that differ from the reference's, for example
-``weights=context,ridge=0.05``; ``reference`` is the one with none. Each is built on the same calibration windows and judged
+``weights=rounds,ridge=0.05``; ``reference`` is the one with none. Each is built on the same calibration windows and judged
 on the same evaluation windows: one JSON line per sample, configuration and level as soon as it is known, and at the end
 paired contrasts with the reference with 95 % intervals over samples and windows. A configuration that fails is reported, and
 the others go on.
@@ -21,7 +21,7 @@ import time
 import traceback
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -39,10 +39,8 @@ from pruning_comparison.agency.prices_across_layers import (
     observe_for_prices,
     split_windows,
 )
-from pruning_comparison.agency.regrowth import regrow
-from pruning_comparison.agency.streams import DenseStream
+from pruning_comparison.agency.streams import DenseStream, drawn_first_tokens
 from pruning_comparison.agency.trajectory import ROUND_LEVEL
-from pruning_comparison.agency.weights_in_context import measured_curves, weights_in_context
 from pruning_comparison.analysis.random_effects import fit_crossed, ratio_of
 from pruning_comparison.formatting import unknown_name
 from pruning_comparison.measure.perplexity import EvaluationWindow, evaluation_windows
@@ -53,7 +51,7 @@ from pruning_comparison.models.heads import head_grid
 from pruning_comparison.models.loading import ModelPreview, load_model, preview_model
 from pruning_comparison.pruning import remove_heads, select_heads
 from pruning_comparison.scoring.ablation import recorded_blocks
-from pruning_comparison.scoring.prices import RIDGE, LayerPrices, Prices, elimination, merged
+from pruning_comparison.scoring.prices import RIDGE, LayerPrices, Prices, elimination
 from pruning_comparison.scoring.scores import ScoreSettings, score_heads
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
@@ -66,15 +64,11 @@ class Configuration:
     """One way of making the model of a level. Every field is a setting that a configuration may name.
 
     ``method`` ranks heads. ``consent`` is "none" (they leave in its order, as where everyone consents) or a number, the
-    factor of the limit. ``weights`` of layers: "half" (half of one layer is cut), "curve" (at three sizes), "context" and
-    "context2" (with the other layers cut as at the level, once or twice), "rounds" (measured again on the model that is
-    adapted at 30 %). The windows that they are measured on are cut into shorter ones of ``fresh_window`` tokens, if that is
-    above 0: more first tokens in as much text. ``swaps`` is how many rounds of regrowth there are. ``ridge``, ``mlp_ridge``,
-    ``parts``, ``part_layers``, ``lost_ratio``, ``error_share``, ``longest``, ``sinks_apart`` and ``openings_to_sink`` are
-    those of ``adapt``; ``passes`` is how often it runs. ``price_ridge`` is that of prices. ``openings`` adds so many short
-    windows of ``opening_tokens``, from places of the calibration windows drawn at random; in regressions each position
-    counts ``opening_weight``. ``sampled`` adds so many times the calibration windows of text that the dense model continues
-    them with.
+    factor of the limit. ``weights`` of layers: "half" (half of one layer is cut) or "rounds" (above 30 % measured again on
+    the model that is adapted at 30 %). The windows that they are measured on are cut into shorter ones of ``fresh_window``
+    tokens, if that is above 0: more first tokens in as much text. ``price_ridge`` is that of prices; ``ridge`` and
+    ``mlp_ridge`` are those of ``adapt``, which runs ``passes`` times. ``first_tokens`` of 0 does without windows of one
+    token. ``sampled`` adds so many times the calibration windows of text that the dense model continues them with.
     """
 
     method: str = "obs"
@@ -82,20 +76,10 @@ class Configuration:
     weights: str = "half"
     price_ridge: float = RIDGE
     fresh_window: int = 0
-    swaps: int = 0
     ridge: float = 0.1
     mlp_ridge: float = 0.3
     passes: int = 1
-    parts: int = 1
-    part_layers: int = 1
-    lost_ratio: float = 0.0
-    error_share: float = 1.0
-    longest: float = 0.0
-    sinks_apart: int = 0
-    openings: int = 0
-    opening_tokens: int = 8
-    opening_weight: float = 1.0
-    openings_to_sink: int = 0
+    first_tokens: int = 1
     sampled: float = 0.0
 
     @classmethod
@@ -116,34 +100,20 @@ class Configuration:
         return configuration
 
 
-WEIGHTS = ("half", "curve", "context", "context2", "rounds")
-
-FIRST_TOKENS = "openings=4096,opening_tokens=1,opening_weight=1,openings_to_sink=1"
-"""Windows of one token, up to where first tokens become long. In 65,536 tokens they count for 6 %."""
+WEIGHTS = ("half", "rounds")
 
 DEFAULT = (
     "reference",
-    FIRST_TOKENS,
+    "first_tokens=0",
     "weights=rounds",
-    f"weights=rounds,{FIRST_TOKENS}",
-    f"fresh_window=128,{FIRST_TOKENS}",
     "fresh_window=128",
-    "weights=context",
+    "weights=rounds,fresh_window=128",
     "mlp_ridge=1",
     "mlp_ridge=0.1",
-    "swaps=3",
-    "openings=1024,opening_weight=0.06",
-    "weights=curve",
     "ridge=0.03",
     "ridge=0.3",
-    "lost_ratio=8",
     "price_ridge=0.01",
     "price_ridge=0.1",
-    "sinks_apart=1",
-    "longest=30",
-    "weights=context2",
-    "error_share=0.9",
-    "parts=2",
     "passes=2",
     "sampled=1",
 )
@@ -220,31 +190,18 @@ class Bench:
 
     def stream(self, configuration: Configuration) -> DenseStream:
         """What adaptation aims at; of the last text asked for, since it is large."""
-        key = (
-            configuration.sampled, configuration.openings, configuration.opening_tokens, configuration.opening_weight
-        )  # fmt: skip
+        key = configuration.sampled, bool(configuration.first_tokens)
         if self._stream is None or self._stream[0] != key:
             self.close()
-            windows, openings = self.windows, None
+            windows, first_tokens = self.windows, None
             if configuration.sampled > 0:
                 with self.timed("sampled text"):
                     given = windows[: round(configuration.sampled * len(windows))]
                     windows = torch.cat([windows, continued(self.model, given, self.generator("sampled"))])
-            if configuration.openings:
-                openings = openings_of(
-                    self.windows, configuration.openings, configuration.opening_tokens, self.generator("openings")
-                )
+            if configuration.first_tokens:
+                first_tokens = drawn_first_tokens(self.windows, self.generator("first tokens"))
             with self.timed("dense stream"):
-                self._stream = (
-                    key,
-                    DenseStream(
-                        self.model,
-                        windows,
-                        batch_size=BATCH,
-                        openings=openings,
-                        opening_weight=configuration.opening_weight,
-                    ),
-                )
+                self._stream = key, DenseStream(self.model, windows, batch_size=BATCH, first_tokens=first_tokens)
         return self._stream[1]
 
     def keep(self, configuration: Configuration, level: float) -> tuple[Tensor, dict[str, Any]]:
@@ -254,49 +211,26 @@ class Bench:
         prices = self.prices(configuration.price_ridge, configuration.fresh_window)
         if configuration.consent != "none":
             keep = asked(scores, prices, level, float(configuration.consent))
-        fresh = self.fresh(configuration.fresh_window)
-        if configuration.weights != "half":
-            with self.timed(f"weights={configuration.weights}"):
-                keep = self._weighed(configuration, prices, keep, level, fresh)
-        said: dict[str, Any] = {"predicted": round(math.exp(min(prices.total(~keep), 50.0)), 4)}
-        if configuration.swaps:
-            with self.timed("regrowth"):
-                grown = regrow(self.model, self.moments(), prices.layers, keep, fresh, most_rounds=configuration.swaps)
-            keep = grown.keep
-            said |= {"exchanges": len(grown.exchanges), "trials": grown.evaluations}
-            said |= {"nats_before": round(grown.nats_before, 4), "nats_after": round(grown.nats_after, 4)}
-        return keep, said
-
-    def _weighed(
-        self, configuration: Configuration, prices: Prices, keep: Tensor, level: float, fresh: Tensor
-    ) -> Tensor:
-        """The heads of a level when layers are weighed in another way."""
-        weights = configuration.weights
-        moments, layers, n_heads = self.moments(), prices.layers, keep.shape[1]
-        if weights == "curve":
-            order, _ = merged(measured_curves(self.model, moments, layers, fresh), n_heads)
-            return select_heads(order, level)
-        if weights == "rounds":
-            if level <= ROUND_AT:
-                return keep
-            return select_heads(self._order_after_a_round(configuration), level)
-        current = prices.weights
-        for _ in range(2 if weights == "context2" else 1):
-            found = weights_in_context(self.model, moments, layers, ~keep, prices.weights, fresh)
-            # Half way on a logarithmic scale: all layers move at once, and each move changes the context of the others.
-            current = tuple(math.sqrt(max(old * new, 0.0)) for old, new in zip(current, found.tolist(), strict=True))
-            keep = select_heads(elimination(Prices.of(layers, current, n_heads))[0], level)
-        return keep
+        if configuration.weights == "rounds" and level > ROUND_AT:
+            with self.timed("weights=rounds"):
+                keep = select_heads(self._order_after_a_round(configuration), level)
+        return keep, {"predicted": round(math.exp(min(prices.total(~keep), 50.0)), 4)}
 
     def _order_after_a_round(self, configuration: Configuration) -> Tensor:
         """The order of heads by prices of the model adapted at the level of a round, without having read fresh windows."""
         window = configuration.fresh_window
         if window not in self._rounds:
             fitted, fresh = split_windows(self.windows)[0], self.fresh(window)
-            first = replace(Configuration(), fresh_window=window)
+            first = Configuration(fresh_window=window)
             adapted = remove_heads(self.model, select_heads(self.scores(first), ROUND_AT))
-            whole = max(1, len(fitted) // BATCH) * BATCH * fitted.shape[1]
-            adapt(self.stream(first), adapted, most_tokens=whole)
+            stream = DenseStream(
+                self.model,
+                fitted,
+                batch_size=BATCH,
+                first_tokens=drawn_first_tokens(fitted, self.generator("first tokens")),
+            )
+            adapt(stream, adapted)
+            stream.close()
             moments = observe_for_prices(adapted, self.windows, batch_size=BATCH)
             layers = layer_prices(adapted, moments)
             weights = layer_weights(adapted, moments, layers, fresh, reference=self.model)
@@ -310,19 +244,7 @@ class Bench:
         pruned = remove_heads(self.model, keep)
         with self.timed("refit"):
             for _ in range(configuration.passes):
-                adapt(
-                    stream,
-                    pruned,
-                    ridge=configuration.ridge,
-                    mlp_ridge=configuration.mlp_ridge,
-                    parts=configuration.parts,
-                    part_layers=configuration.part_layers,
-                    lost_ratio=configuration.lost_ratio or None,
-                    error_share=configuration.error_share,
-                    longest=configuration.longest or None,
-                    sinks_apart=bool(configuration.sinks_apart),
-                    openings_to_sink=bool(configuration.openings_to_sink),
-                )
+                adapt(stream, pruned, ridge=configuration.ridge, mlp_ridge=configuration.mlp_ridge)
         return pruned
 
     def close(self) -> None:
@@ -330,13 +252,6 @@ class Bench:
         if self._stream is not None:
             self._stream[1].close()
             self._stream = None
-
-
-def openings_of(windows: Tensor, count: int, tokens: int, generator: torch.Generator) -> Tensor:
-    """Short windows [count, tokens] from places of ``windows`` [N, T] drawn at random."""
-    places = torch.randint(len(windows) * (windows.shape[1] - tokens + 1), (count,), generator=generator)
-    every = windows.unfold(1, tokens, 1).flatten(0, 1)
-    return every[places]
 
 
 def asked(scores: Tensor, prices: Prices, level: float, factor: float) -> Tensor:

@@ -80,6 +80,28 @@ def tiny_gpt2(*, layers: int = 3, heads: int = 4, width: int = 32, context: int 
     return model.eval().requires_grad_(False)  # type: ignore[no-any-return]
 
 
+def with_long_first_tokens(model: Any, *, layer: int = 1) -> Any:
+    """A GPT-2 in which one neuron of a block's MLP tells first tokens from others and makes their stream very long.
+
+    What it reads is the difference of the means of both, so that whatever attention fails to add at first tokens shows.
+    """
+    vocabulary, width = model.transformer.wte.weight.shape
+    model.transformer.wpe.weight.data[0] *= 4
+    block = model.transformer.h[layer]
+    seen: list[torch.Tensor] = []
+    handle = block.ln_2.register_forward_hook(lambda module, inputs, output: seen.append(output))
+    model(torch.randint(1, vocabulary, (64, 16), generator=torch.Generator().manual_seed(11)))
+    handle.remove()
+    first, others = seen[0][:, 0].mean(0), seen[0][:, 1:].mean((0, 1))
+    reads = first - others
+    # 1 at the mean of first tokens, and 0 half of the way to it: others are below.
+    reads = 2 * reads / reads.square().sum()
+    block.mlp.c_fc.weight.data[:, 0] = 10 * reads
+    block.mlp.c_fc.bias.data[0] = -10 * float(reads @ (first + others) / 2)
+    block.mlp.c_proj.weight.data[0] = 100 * torch.randn(width, generator=torch.Generator().manual_seed(12))
+    return model
+
+
 GROUPED = {"num_attention_heads": 6, "intermediate_size": 40, "head_dim": 12}
 
 FAMILIES: Mapping[str, tuple[str, Mapping[str, Any]]] = {

@@ -48,19 +48,19 @@ def test_every_configuration_runs_and_those_that_fail_do_not_stop_the_others(abl
     def broken(*arguments, **settings):
         raise RuntimeError("this part is broken")
 
-    monkeypatch.setattr(ablation, "measured_curves", broken)
+    monkeypatch.setattr(ablation, "continued", broken)
     # Windows are of 12 tokens here.
     default = [name.replace("fresh_window=128", "fresh_window=4") for name in ablation.DEFAULT]
-    names = [*(name for name in default if "weights=curve" not in name), "openings=3,opening_tokens=4"]
+    names = [name for name in default if name != "sampled=1"]
     lines = lines_of(
-        ablation, capsys, tmp_path, ";".join(["weights=curve", *names]), "--methods=magnitude", "--factors=1,2"
+        ablation, capsys, tmp_path, ";".join(["sampled=1", *names]), "--methods=magnitude", "--factors=1,2"
     )
     names += ["method=magnitude", "method=magnitude,consent=1", "method=magnitude,consent=2"]
     measured = {line["configuration"]: line for line in lines if "ratio" in line}
     assert list(measured) == names
     assert all(sum(line["lost"]) == 6 and math.isfinite(line["ratio"] + line["kl"]) for line in measured.values())
     (failed,) = (line for line in lines if "failed" in line)
-    assert failed["configuration"] == "weights=curve"
+    assert failed["configuration"] == "sampled=1"
     assert "this part is broken" in failed["failed"]
     assert {line["configuration"] for line in lines if "to_dense" in line} == {*names}
 
@@ -111,9 +111,9 @@ def test_a_model_is_compared_with_the_dense_one(ablation):
     assert (changed.kl > 0).all()
 
 
-@pytest.mark.parametrize("name", ["weight=context", "weights=contex", "consent=perhaps"])
+@pytest.mark.parametrize("name", ["weight=rounds", "weights=round", "consent=perhaps"])
 def test_unknown_settings_are_refused(ablation, name):
-    with pytest.raises(ValueError, match=r"Did you mean weights|Did you mean context|could not convert"):
+    with pytest.raises(ValueError, match=r"Did you mean weights|Did you mean rounds|could not convert"):
         ablation.Configuration.named(name)
 
 

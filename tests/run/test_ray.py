@@ -10,14 +10,18 @@ import time
 from pathlib import Path
 
 import pytest
-from builders import tiny_spec, unmeasured
+import torch
+from builders import save_tiny_model, tiny_spec, unmeasured, with_long_first_tokens, write_short_texts
+from transformers import AutoModelForCausalLM
 
 from pruning_comparison import cli
 from pruning_comparison.errors import ClusterError, InputError, Interrupted
 from pruning_comparison.run import attempts as measuring
 from pruning_comparison.run.comparison import run_comparison
+from pruning_comparison.run.inputs import prepare
 from pruning_comparison.run.launchers import RayLauncher
 from pruning_comparison.run.launchers import on_ray as launching
+from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.run_folder import read_manifest
@@ -96,6 +100,29 @@ def test_two_workers_measure_what_one_process_measures_whoever_dies(spec, whole,
         )  # the dense model at level 50
     assert progress[-1] == (40, 40)
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
+
+
+def test_workers_read_the_first_tokens_that_one_process_reads(tmp_path):
+    """In a model whose first tokens are sinks; also of a run that is continued, and each iteration reads its own."""
+    place, texts = save_tiny_model(tmp_path / "model"), write_short_texts(tmp_path / "texts")
+    model = with_long_first_tokens(AutoModelForCausalLM.from_pretrained(place).requires_grad_(False), layer=0)
+    model.save_pretrained(place)
+    spec = tiny_spec(place, variants=("agency-adaptation",), iterations=2, adaptation="refit-mlp", **texts)
+    workspaces = [load_workspace(spec, prepare(spec, identify=False)) for _ in range(2)]
+    orders = (0, 1), (1, 0)
+    # Asked in another order: a generator for both iterations would give others.
+    drawn = [
+        {n: one.dense_stream(n).first_tokens for n in order} for one, order in zip(workspaces, orders, strict=True)
+    ]
+    assert drawn[0][0].shape == (8, 1)
+    assert all(torch.equal(drawn[0][n], drawn[1][n]) for n in (0, 1))
+    assert not torch.equal(drawn[0][0], drawn[0][1])
+    whole = run_comparison(spec, output_dir=tmp_path / "whole")
+    on_ray = run_comparison(spec, output_dir=tmp_path / "ray", launcher=RayLauncher(workers=2))
+    assert unmeasured(on_ray) == unmeasured(whole)
+    with RunStore(whole) as store:
+        read = store.table("measurements").query("metric == 'adaptation_tokens' and level == 50")["value"]
+    assert read.tolist() == [128 + 8] * 2
 
 
 def test_a_run_is_continued_by_the_other_launcher_and_keeps_its_models(spec, whole, tmp_path, monkeypatch):

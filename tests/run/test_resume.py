@@ -191,7 +191,7 @@ def test_nothing_is_taken_over_from_another_revision(folder, tmp_path, monkeypat
         ("protocol", f"the protocol has revision {PROTOCOL_REVISION + 1}, and had {PROTOCOL_REVISION}"),
         ("metric", "metric perplexity has revision 2, and had 1"),
         ("method", "method magnitude has revision 2, and had 1"),
-        ("variant", "variant agency has revision 3, and had 2"),
+        ("variant", "variant agency has revision 4, and had 3"),
         ("importance", "method fisher has revision 2, and had 1"),
         ("prices", "method obs has revision 2, and had 1"),
     ],

@@ -37,6 +37,7 @@ _GRAM_BLOCK = 192
 class AdaptationCost:
     """What adapting one model cost: seconds, calibration tokens, and peak memory (None with a reason if not measured).
 
+    ``tokens`` counts windows of one token as well (``DenseStream``), although only layers up to the sink layer read them.
     ``seconds`` counts the dense pass, which models that are adapted on the same text share, as if this were the only one.
     """
 
@@ -55,16 +56,8 @@ def adapt(
     steps: str = "refit-mlp",
     ridge: float = 0.1,
     mlp_ridge: float = 0.3,
-    most_tokens: int | None = None,
     measure_peak: bool = False,
     allow_new_bias: bool = True,
-    parts: int = 1,
-    part_layers: int = 1,
-    lost_ratio: float | None = None,
-    error_share: float = 1.0,
-    longest: float | None = None,
-    sinks_apart: bool = False,
-    openings_to_sink: bool = False,
 ) -> AdaptationCost:
     """Adapts a physically pruned model, in place, to its dense original on the calibration text of ``dense``.
 
@@ -98,16 +91,9 @@ def adapt(
 
     A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
-    ``most_tokens`` leaves out what comes after the batch that reaches so many.
-
-    With ``parts`` above 1 batches are dealt out in so many, and ``part_layers`` layers after one another are fitted on one
-    part, the next on the next: what a layer makes up for is then error that was not fitted on its text. With a
-    ``lost_ratio`` positions whose stream is that many times longer, or shorter, than the dense model's are left out of the
-    regressions. ``error_share`` is how much of the difference that a layer finds is part of its target.
-
-    With ``openings_to_sink`` openings are read only up to where first tokens become long (``DenseStream.sink_layer``): by
-    attention in that layer and by everything before it. A first token depends on nothing but its id there, so an opening of
-    one token holds all of it; a whole window has but one such token, and where that comes out wrong it has no sink.
+    Where ``dense`` has windows of one token, they are read up to its sink layer, by attention there and by everything
+    before it ("bias" does without them: it is FLAP's). The MLP there makes first tokens long: it would be fitted to little
+    else. What a first token is up to there depends on nothing but its id, so a window of one token holds all of it.
 
     Sums accumulate in float64 from products in float32 or better, and are solved in float64; a singular matrix gets more
     ridge until the solution is finite. Layers before the first pruned one are untouched. ValueError for unknown steps.
@@ -123,34 +109,24 @@ def adapt(
         return AdaptationCost(0.0, 0, None, "nothing was adapted")
     started = time.perf_counter()
     with PeakMemory(dense.model.device, enabled=measure_peak) as peak:
-        streams = dense.start(most_tokens)
+        streams = [stream for stream in dense.start() if not (stream.of_first_tokens and steps == "bias")]
         tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
-        last_with_openings = len(blocks(pruned))
-        if openings_to_sink:
-            last_with_openings = -1 if dense.sink_layer is None else dense.sink_layer
         changed = False
         for layer in range(len(blocks(pruned))):
-            if layer > last_with_openings:
-                streams = [stream for stream in streams if not stream.opening]
             changed = changed or _is_pruned(dense.model, pruned, layer)
-            if not changed:
-                _follow(dense, streams, layer)
-                continue
-            if steps == "bias":
-                # On the dense stream T is what all heads add, and X what the survivors do: the difference is the lost ones'.
-                if _is_pruned(dense.model, pruned, layer):
-                    _adapt_attention(
-                        dense, pruned, layer, streams, steps, ridge, allow_new_bias, _FittedText(0, 1, None)
-                    )
-                _follow(dense, streams, layer)
-                continue
-            text = _FittedText(layer // part_layers % parts, parts, lost_ratio, 1 - error_share, longest, sinks_apart)
-            added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias, text)
-            if layer == last_with_openings:
-                streams = [stream for stream in streams if not stream.opening]
+            added: list[Tensor] = []
+            if changed and (steps != "bias" or _is_pruned(dense.model, pruned, layer)):
+                # With "bias" on the dense stream: T is what all heads add, and X what the survivors do.
+                added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias)
+            if layer == dense.sink_layer:
+                # They come after all others.
+                streams = [stream for stream in streams if not stream.of_first_tokens]
                 added = added[: len(streams)]
+            if not changed or steps == "bias":
+                _follow(dense, streams, layer)
+                continue
             refits_mlp = steps == "refit-mlp"
-            _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias, text)
+            _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias)
     seconds = time.perf_counter() - started + dense.seconds
     return AdaptationCost(seconds, tokens, peak.bytes, peak.reason, dense.scratch_bytes)
 
@@ -178,39 +154,6 @@ def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> 
         strength *= 10
 
 
-@dataclass(frozen=True)
-class _FittedText:
-    """What a layer is fitted on: one of ``parts`` of the batches, and in them positions that are not lost."""
-
-    part: int
-    parts: int
-    lost_ratio: float | None
-    given_up: float = 0.0
-    longest: float | None = None
-    sinks_apart: bool = False
-
-    def has(self, number: int, batches: int) -> bool:
-        """Whether a batch is read; with fewer batches than parts all are."""
-        return batches < self.parts or number % self.parts == self.part
-
-    def of(
-        self, x: Tensor, targets: Tensor, dense: Tensor, pruned: Tensor, weight: float
-    ) -> tuple[Tensor, Tensor, float | Tensor]:
-        """Of X [B, T, F] and targets [B, T, E] the positions where the two streams [B, T, E] are about as long; and what
-        each of them counts for."""
-        weights: float | Tensor = weight
-        if self.longest is not None:
-            length = torch.linalg.vector_norm(dense, dim=-1)
-            weights = weight * (self.longest * length.median() / length).clamp(max=1).square()
-        if self.lost_ratio is None:
-            return x, targets, weights
-        ratio = torch.linalg.vector_norm(pruned, dim=-1) / torch.linalg.vector_norm(dense, dim=-1)
-        here = (ratio < self.lost_ratio) & (ratio > 1 / self.lost_ratio)
-        if bool(here.all()) or not bool(here.any()):
-            return x, targets, weights
-        return x[here], targets[here], weights[here] if isinstance(weights, Tensor) else weights
-
-
 @dataclass
 class _Moments:
     """Sums of what a projection reads, X [S, F], and of its targets, T [S, E], from which it is refitted.
@@ -219,15 +162,14 @@ class _Moments:
     float32 would lose in the mean what the regression needs of the spread. Moving to any other centre later is exact.
     """
 
-    samples: float = 0.0
+    samples: int = 0
     shifts: tuple[Tensor, Tensor] | None = None
     sums: tuple[Tensor, Tensor] = field(init=False)
     gram: Tensor = field(init=False)
     cross: Tensor = field(init=False)
-    apart: list[tuple[Tensor, Tensor, float]] = field(default_factory=list)
 
-    def add(self, x: Tensor, targets: Tensor, weight: float | Tensor = 1.0) -> None:
-        """Adds samples of ``x`` [.., F] and ``targets`` [.., E], each of which counts ``weight`` (one, or [..]) times."""
+    def add(self, x: Tensor, targets: Tensor) -> None:
+        """Adds samples of ``x`` [.., F] and ``targets`` [.., E]."""
         x, targets = x.flatten(0, -2), targets.flatten(0, -2)
         if self.shifts is None:
             self.shifts = x.to(targets.dtype).mean(0), targets.mean(0)
@@ -236,46 +178,13 @@ class _Moments:
             self.cross = x.new_zeros(x.shape[1], targets.shape[1], dtype=torch.float64)
         # In float32 or better, whatever x is in: the shifts are. Each further copy of x would cost as much as a product.
         x, targets = x - self.shifts[0], targets - self.shifts[1]
-        if isinstance(weight, Tensor):
-            root = weight.flatten().sqrt()[:, None]
-            self.samples += float(weight.sum())
-            x, targets = x * root, targets * root
-            self.sums = (
-                self.sums[0] + (x * root).sum(0, dtype=torch.float64),
-                self.sums[1] + (targets * root).sum(0, dtype=torch.float64),
-            )
-            self.gram += _gram(x).double()
-            self.cross += (x.T @ targets).double()
-            return
-        self.samples += weight * len(x)
+        self.samples += len(x)
         self.sums = (
-            self.sums[0] + weight * x.sum(0, dtype=torch.float64),
-            self.sums[1] + weight * targets.sum(0, dtype=torch.float64),
+            self.sums[0] + x.sum(0, dtype=torch.float64),
+            self.sums[1] + targets.sum(0, dtype=torch.float64),
         )
-        self.gram += weight * _gram(x).double()
-        self.cross += weight * (x.T @ targets).double()
-
-    def set_apart(
-        self, sinks: Tensor, x: Tensor, targets: Tensor, dense: Tensor, pruned: Tensor, weight: float
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Keeps the rows at ``sinks`` (bool [B, T]) for later; x, targets and both streams without them."""
-        if not bool(sinks.any()):
-            return x, targets, dense, pruned
-        self.apart.append((x[sinks], targets[sinks], weight))
-        rest = ~sinks
-        return x[rest], targets[rest], dense[rest], pruned[rest]
-
-    def _add_those_apart(self, weight: Tensor) -> None:
-        """Adds the rows kept for later; their target is what ``weight`` gives, moved for all alike to where the mean is."""
-        if not self.apart:
-            return
-        x = torch.cat([rows for rows, _, _ in self.apart]).to(self.apart[0][1].dtype)
-        targets = torch.cat([rows for _, rows, _ in self.apart])
-        counts = torch.cat([rows.new_full((len(rows),), count) for _, rows, count in self.apart])
-        own = x @ weight.to(x.dtype)
-        lacking = ((targets - own) * counts[:, None]).sum(0) / counts.sum()
-        self.add(x, own + lacking, counts)
-        self.apart = []
+        self.gram += _gram(x).double()
+        self.cross += (x.T @ targets).double()
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Means of X [F] and of T [E], float64."""
@@ -299,7 +208,6 @@ class _Moments:
         self, weight: Tensor, steps: str, ridge: float, head_size: int, with_bias: bool
     ) -> tuple[Tensor, Tensor | None]:
         """The adapted weight [F, E] and bias [E], float64."""
-        self._add_those_apart(weight)
         solution = weight.double()
         if steps != "bias":
             gram, cross = self.products(centred=with_bias)
@@ -358,7 +266,6 @@ def _adapt_attention(
     steps: str,
     ridge: float,
     allow_new_bias: bool,
-    text: _FittedText,
 ) -> list[Tensor]:
     """Adapts one layer's attention; what it then writes for every batch, [B, T, E]."""
     attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
@@ -368,8 +275,7 @@ def _adapt_attention(
         for number, stream in enumerate(streams):
             wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
             target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
-            if text.has(number, len(streams)):
-                moments.add(*text.of(target[..., :0], target, stream.hidden + wanted, stream.hidden, stream.weight))
+            moments.add(target[..., :0], target)
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
         bias = attention.bias
@@ -377,17 +283,10 @@ def _adapt_attention(
     inputs = []
     for number, stream in enumerate(streams):
         with fast_products(dense.model):
-            x = caught = stream.run_to(pruned, layer, projection)
-        if text.has(number, len(streams)):
-            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
-            if text.given_up:
-                wanted = wanted - text.given_up * (dense.before(number, layer) - stream.hidden)
-            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
-            full, rest = stream.hidden + wanted, stream.hidden
-            if text.sinks_apart:
-                x, target, full, rest = moments.set_apart(dense.sinks[number], x, target, full, rest, stream.weight)
-            moments.add(*text.of(x, target, full, rest, stream.weight))
-        inputs.append(caught)
+            x = stream.run_to(pruned, layer, projection)
+        wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
+        moments.add(x, output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention")))
+        inputs.append(x)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
     solution = moments.solve(input_major_weight(projection), steps, ridge, head_size, with_bias)
@@ -414,7 +313,6 @@ def _adapt_mlp(
     added: list[Tensor],
     ridge: float | None,
     allow_new_bias: bool,
-    text: _FittedText,
 ) -> None:
     """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
 
@@ -437,18 +335,9 @@ def _adapt_mlp(
         ):
             total = stream.run_apart(pruned, layer)[1].to(stream.hidden)
         z = caught[0].view(*total.shape[:-1], -1)
-        if ridge is not None and text.has(number, len(streams)):
-            aim = dense.at(number, layer, "after block")
-            now = total
-            if text.lost_ratio is not None:
-                now = total + added_to_stream(pruned, layer, "mlp", z.to(total) @ weight)
-            wanted = aim - total
-            if text.given_up:
-                wanted = wanted - text.given_up * (dense.at(number, layer, "after attention") - total)
-            target, read = output_that_adds(pruned, layer, "mlp", wanted, dense.lengths(number, layer, "mlp")), z
-            if text.sinks_apart:
-                read, target, aim, now = moments.set_apart(dense.sinks[number], z, target, aim, now, stream.weight)
-            moments.add(*text.of(read, target, aim, now, stream.weight))
+        if ridge is not None:
+            wanted = dense.at(number, layer, "after block") - total
+            moments.add(z, output_that_adds(pruned, layer, "mlp", wanted, dense.lengths(number, layer, "mlp")))
         inputs.append(z)
         totals.append(total)
     if ridge is None:

@@ -27,10 +27,16 @@ Place = Literal["after attention", "after block", "attention length", "mlp lengt
 
 
 SINK_RATIO = 10.0
-"""A position whose stream is in some block so many times longer than that of the median position is a sink.
+"""First tokens are sinks where their stream is in some block so many times as long as that of the median position.
 
-Models park attention on such positions, mostly the first token, and write next to nothing there otherwise.
+Many models park attention on them (Xiao et al. 2024; Sun et al. 2024, "Massive activations in large language models").
 """
+
+FIRST_TOKEN_SHARE = 1 / 16
+"""Windows of one token per calibration token, ..."""
+
+MOST_FIRST_TOKENS = 4096
+"""... and how many there are at most."""
 
 
 class _Stop(Exception):
@@ -41,14 +47,12 @@ class _Stop(Exception):
 class Stream:
     """The residual stream [B, T, E] of one batch before a block, and what else the model hands to each of its blocks.
 
-    ``weight`` is what each of its positions counts for in regressions. ``opening`` streams are of openings, which come after
-    all others.
+    Those ``of_first_tokens``, of windows of one token, come after all others.
     """
 
     hidden: Tensor
     calls: list[tuple[tuple[Any, ...], dict[str, Any]]]
-    weight: float = 1.0
-    opening: bool = False
+    of_first_tokens: bool = False
 
     def run(self, model: PreTrainedModel, layer: int) -> Tensor:
         """The stream after the block."""
@@ -97,15 +101,15 @@ class DenseStream:
         windows: Tensor,
         *,
         batch_size: int,
-        openings: Tensor | None = None,
-        opening_weight: float = 1.0,
+        first_tokens: Tensor | None = None,
         scratch_folder: Path | None = None,
     ) -> None:
-        """Walks the dense ``model`` over ``windows`` [N, T] of token ids, and over ``openings`` [M, K] where there are any.
+        """Walks the dense ``model`` over ``windows`` [N, T] of token ids.
 
-        Openings are short windows. Models park their attention on the first token, whose activations are many times larger
-        than all others, and a long window has but one of it. In regressions each of their positions counts
-        ``opening_weight``.
+        Where their first tokens are sinks, ``sink_layer`` is the block that makes them long, and the model is walked over
+        the windows of one token ``first_tokens`` [M, 1] as well, if given, up to that block. Heads that park on a first
+        token depend on its coming out right for every id, and a long window has but one. Where they are not, or none are
+        given, ``first_tokens`` is None.
 
         ValueError if it is not float32 or float64: streams in less are too coarse to accumulate regression statistics in.
         """
@@ -117,60 +121,56 @@ class DenseStream:
         self.model = model
         self.windows = windows
         batches = [batch.to(model.device) for batch in windows.split(batch_size)]
-        weights = [1.0] * len(batches)
-        if openings is not None:
-            # As many tokens at once as of the windows, so that memory is the same.
-            more = openings.split(max(1, batch_size * windows.shape[1] // openings.shape[1]))
-            batches += [batch.to(model.device) for batch in more]
-            weights += [opening_weight] * len(more)
         self._starts = block_inputs(model, batches)
-        whole = -(-len(windows) // batch_size)
-        for number, (start, weight) in enumerate(zip(self._starts, weights, strict=True)):
-            start.weight, start.opening = weight, number >= whole
         layers, width = len(blocks(model)), self._starts[0].hidden.shape[-1]
-        size = 2 * layers * sum(batch.numel() for batch in batches) * width * model.dtype.itemsize
-        self._kept: list[dict[tuple[int, Place], Tensor]] = [{} for _ in batches]
+        size = 2 * layers * windows.numel() * width * model.dtype.itemsize
+        self._kept: list[dict[tuple[int, Place], Tensor]] = []
         self._scratch = _Scratch(scratch_folder) if size > room_for_streams_bytes(model.device) else None
-        self.sinks: list[Tensor] = []
-        first_lengths, usual_lengths = [], []
-        with torch.no_grad(), fast_products(model):
-            for number, start in enumerate(self._starts):
-                stream = Stream(start.hidden, start.calls)
-                longest = start.hidden.new_zeros(start.hidden.shape[:2])
-                for layer in range(layers):
-                    before = stream.hidden
-                    with _caught_lengths(model, layer) as lengths:
-                        after, total, written = stream.run_apart(model, layer)
-                    stream.hidden = after.to(model.dtype)
-                    added = added_to_stream(model, layer, "attention", written)
-                    self._keep(number, layer, "after attention", before + added)
-                    for place, length in lengths.items():
-                        self._keep(number, layer, place, length)
-                    self._keep(number, layer, "after block", total.to(model.dtype))
-                    lengths = torch.linalg.vector_norm(total.to(model.dtype), dim=-1)
-                    longest = torch.maximum(longest, lengths)
-                    if number == 0:
-                        first_lengths.append(lengths[:, 0].median())
-                        usual_lengths.append(lengths.median())
-                self.sinks.append(longest > SINK_RATIO * longest.median())
-        self.sink_layer = _sink_layer(torch.stack(first_lengths), torch.stack(usual_lengths))
+        lengths = [self._walk(start, layers) for start in self._starts]
+        self.sink_layer = _sink_layer(*lengths[0])
+        self.first_tokens = None if self.sink_layer is None else first_tokens
+        if self.sink_layer is not None and first_tokens is not None:
+            # As many tokens at once as of the windows, so that memory is the same.
+            more = [batch.to(model.device) for batch in first_tokens.split(batch_size * windows.shape[1])]
+            for start in block_inputs(model, more):
+                start.of_first_tokens = True
+                self._starts.append(start)
+                self._walk(start, self.sink_layer + 1)
         self.seconds = time.perf_counter() - started
+
+    @torch.no_grad()
+    def _walk(self, start: Stream, layers: int) -> tuple[Tensor, Tensor]:
+        """Keeps what the next batch is in the first so many ``layers``; after each, how long the stream is at the first
+        and at the median position, both [L]."""
+        model, number = self.model, len(self._kept)
+        self._kept.append({})
+        stream = Stream(start.hidden, start.calls)
+        first_lengths, usual_lengths = [], []
+        with fast_products(model):
+            for layer in range(layers):
+                before = stream.hidden
+                with _caught_lengths(model, layer) as lengths:
+                    after, total, written = stream.run_apart(model, layer)
+                stream.hidden = after.to(model.dtype)
+                added = added_to_stream(model, layer, "attention", written)
+                self._keep(number, layer, "after attention", before + added)
+                for place, length in lengths.items():
+                    self._keep(number, layer, place, length)
+                total = total.to(model.dtype)
+                self._keep(number, layer, "after block", total)
+                length = torch.linalg.vector_norm(total, dim=-1)
+                first_lengths.append(length[:, 0].median())
+                usual_lengths.append(length.median())
+        return torch.stack(first_lengths), torch.stack(usual_lengths)
 
     @property
     def scratch_bytes(self) -> int:
         """Size of the scratch file; 0 where everything is kept in memory."""
         return 0 if self._scratch is None else self._scratch.size
 
-    def start(self, most_tokens: int | None = None) -> list[Stream]:
-        """The streams of all batches before the first block; of the first ones that hold ``most_tokens``, if given."""
-        streams: list[Stream] = []
-        tokens = 0
-        for stream in self._starts:
-            if most_tokens is not None and tokens >= most_tokens:
-                break
-            streams.append(Stream(stream.hidden, stream.calls, stream.weight, stream.opening))
-            tokens += stream.hidden.shape[0] * stream.hidden.shape[1]
-        return streams
+    def start(self) -> list[Stream]:
+        """The streams of all batches before the first block; those of first tokens are last."""
+        return [Stream(stream.hidden, stream.calls, stream.of_first_tokens) for stream in self._starts]
 
     def at(self, batch: int, layer: int, place: Place) -> Tensor:
         """The stream [B, T, E] of a batch at a place of a block: the sum that attention, or the block, ends with."""
@@ -184,13 +184,6 @@ class DenseStream:
             return None
         return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
 
-    def before(self, batch: int, layer: int) -> Tensor:
-        """The stream [B, T, E] of a batch that enters a block."""
-        if layer == 0:
-            return self._starts[batch].hidden
-        total, norm = self.at(batch, layer - 1, "after block"), last_norms(self.model)[layer - 1]
-        return total if norm is None else norm(total)
-
     def close(self) -> None:
         """Removes the scratch file."""
         if self._scratch is not None:
@@ -201,6 +194,13 @@ class DenseStream:
             self._kept[batch][layer, place] = value
         else:
             self._scratch.write(batch, layer, place, value)
+
+
+def drawn_first_tokens(windows: Tensor, generator: torch.Generator) -> Tensor:
+    """Windows of one token [M, 1], drawn from the tokens of ``windows`` [N, T]: ``FIRST_TOKEN_SHARE`` of these, at most
+    ``MOST_FIRST_TOKENS``."""
+    count = min(MOST_FIRST_TOKENS, max(1, round(FIRST_TOKEN_SHARE * windows.numel())))
+    return windows.reshape(-1, 1)[torch.randint(windows.numel(), (count,), generator=generator)]
 
 
 def _sink_layer(first: Tensor, usual: Tensor) -> int | None:

@@ -90,9 +90,12 @@ def _adapt_survivors(
     spec = workspace.spec
     if not variant_named(cell.variant).adapts or spec.adaptation == "none":
         return None
-    identity.append(workspace.calibration(cell.iteration).numpy().tobytes())
+    dense = workspace.dense_stream(cell.iteration)
+    identity.append(dense.windows.numpy().tobytes())
+    if dense.first_tokens is not None:
+        identity.append(dense.first_tokens.numpy().tobytes())
     return adapt(
-        workspace.dense_stream(cell.iteration),
+        dense,
         compact,
         steps=spec.adaptation,
         ridge=spec.ridge,

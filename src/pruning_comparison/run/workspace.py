@@ -17,6 +17,7 @@ from pruning_comparison.agency import DenseStream, NegotiatedTrajectory, Progres
 from pruning_comparison.agency.moments import HeadMoments
 from pruning_comparison.agency.prices_across_layers import measure_prices, observe_for_prices
 from pruning_comparison.agency.savings import Savings, cache_savings, time_savings
+from pruning_comparison.agency.streams import drawn_first_tokens
 from pruning_comparison.measure.perplexity import DensePredictions, WindowLoss
 from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
@@ -131,9 +132,19 @@ class Workspace:
                 stream.close()
             self._dense_streams.clear()
             self._dense_streams[iteration] = DenseStream(
-                self.reference, self.calibration(iteration), batch_size=self.spec.quality_batch_size
+                self.reference,
+                self.calibration(iteration),
+                batch_size=self.spec.quality_batch_size,
+                first_tokens=self._first_tokens(iteration),
             )
         return self._dense_streams[iteration]
+
+    def _first_tokens(self, iteration: int) -> Tensor | None:
+        """Windows of one token [M, 1] for models whose first tokens are sinks. None where all texts begin with one token:
+        every window then has it."""
+        if self.inputs.bos is not None:
+            return None
+        return drawn_first_tokens(self.calibration(iteration), self.generator("first tokens", iteration))
 
     @property
     def dense_predictions(self) -> DensePredictions:
