@@ -9,12 +9,15 @@ from collections.abc import Iterable, Mapping, Sequence
 from difflib import get_close_matches
 from typing import Any
 
+_NOTHING = 1e-15
+"""Below it a figure is what rounding has left of zero."""
+
 
 def plain_number(value: float) -> str:
     """A number with three significant digits and thousands separated; "missing" where there is none."""
     if not math.isfinite(value):
         return "missing" if math.isnan(value) else ("infinite" if value > 0 else "minus infinite")
-    if value == 0:
+    if abs(value) < _NOTHING:
         return "0"
     if abs(value) < 1e-4 or abs(value) >= 1e15:
         return f"{value:.2e}".replace("-", "\N{MINUS SIGN}")
@@ -25,7 +28,7 @@ def label_number(value: float) -> str:
     """The same for a label in a chart, where there is room for signs and none for words."""
     if not math.isfinite(value):
         return "missing" if math.isnan(value) else ("∞" if value > 0 else "−∞")
-    if value == 0:
+    if abs(value) < _NOTHING:
         return "0"
     return f"{value:.2e}" if abs(value) < 1e-4 else _three_digits(value)
 

@@ -366,7 +366,7 @@ def test_empty_tables_say_nothing():
     ("value", "text"),
     [
         (0.0, "0"), (29.46, "29.5"), (11_832.4, "11,832"), (0.01234, "0.0123"), (-35.2, "−35.2"), (1.0, "1"),
-        (0.000012, "1.20e−05"), (NAN, "missing"), (math.inf, "infinite"), (100.0, "100"), (0.5, "0.5"),
+        (0.000012, "1.20e−05"), (NAN, "missing"), (math.inf, "infinite"), (100.0, "100"), (0.5, "0.5"), (-5.6e-18, "0"),
     ],
 )  # fmt: skip
 def test_plain_number(value, text):

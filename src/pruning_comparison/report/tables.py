@@ -262,7 +262,7 @@ def strongest_table(strongest: pd.DataFrame | None) -> Table | None:
         )
     columns = (
         "Level", "Strongest baseline", "Its perplexity on held-out calibration text", "Compared with it",
-        "Perplexity, times the strongest baseline's", "n",
+        "Perplexity, times its", "n",
     )  # fmt: skip
     return Table("The strongest baseline of each level", columns, tuple(rows))
 
@@ -330,7 +330,10 @@ def fronts_table(points: pd.DataFrame) -> Table | None:
         if pd.isna(row[value]):
             return TableCell("missing", tone="muted")
         ends = {"ci_low": row[f"{stem}_low"], "ci_high": row[f"{stem}_high"]}
-        return TableCell(with_unit(float(row[value]), unit), _format_interval(ends, unit), _sort_key(row[value]))
+        exact = ends["ci_low"] == ends["ci_high"]
+        return TableCell(
+            with_unit(float(row[value]), unit), "" if exact else _format_interval(ends, unit), _sort_key(row[value])
+        )
 
     rows = []
     for row in rows_of(points):
