@@ -35,7 +35,7 @@ def check_budget(spec: ComparisonSpec, budget_s: float | None) -> None:
 class Stopwatch:
     """How long a run has been measured, in all its sessions, and what is left of its budget. Kept in the manifest.
 
-    A session that is killed loses the last seconds.
+    A process that is killed loses the last seconds.
     """
 
     store: RunStore
