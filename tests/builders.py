@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -33,6 +34,7 @@ from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS
 from pruning_comparison.analysis.rankings import RANKING_COLUMNS
 from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 from pruning_comparison.analysis.tradeoffs import EQUAL_COLUMNS, OPTIMUM_COLUMNS
+from pruning_comparison.errors import Interrupted
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.models.heads import attention_implementation
 from pruning_comparison.report.answer import Answer, Chip
@@ -364,6 +366,24 @@ def unmeasured(run: Path) -> bytes:
 
 def stopped(*arguments: object) -> NoReturn:
     raise KeyboardInterrupt
+
+
+@contextmanager
+def cut_off_after(cells: int) -> Iterator[None]:
+    """Within it a run is interrupted before it measures more than so many cells."""
+    original: Any = vars(attempts)["run_cell"]
+    left = [cells]
+
+    def measured(*arguments: Any) -> Any:
+        if not left[0]:
+            raise KeyboardInterrupt
+        left[0] -= 1
+        return original(*arguments)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(attempts, "run_cell", measured)
+        with pytest.raises(Interrupted):
+            yield
 
 
 def failed_cell(variant: str, method: str, iteration: int, level: float, reason: str) -> tuple[Any, ...]:

@@ -55,9 +55,8 @@ def test_a_cut_without_heads_to_lose_is_the_projection_itself(measured):
 
 def test_divergences_are_those_of_models_changed_by_hand(measured):
     trials = [{1: (0,)}, {0: (3,)}, {0: (), 2: (0, 1)}]
-    base, found = divergences(
-        measured[0], [cuts_of(measured, trial) for trial in trials], FRESH, base=cuts_of(measured, LEAVING)
-    )
+    together = [LEAVING, *({**LEAVING, **trial} for trial in trials)]
+    _, (base, *found) = divergences(measured[0], [cuts_of(measured, trial) for trial in together], FRESH)
     assert base.tolist() == pytest.approx(divergence(measured[0], changed(measured, LEAVING)), rel=1e-6)
     for row, trial in zip(found, trials, strict=True):
         expected = divergence(measured[0], changed(measured, {**LEAVING, **trial}))

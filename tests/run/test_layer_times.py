@@ -7,14 +7,13 @@ import re
 import pandas as pd
 import pytest
 import torch
-from builders import save_tiny_model, tiny_gpt2, tiny_model, tiny_spec, unmeasured, write_short_texts
+from builders import cut_off_after, save_tiny_model, tiny_gpt2, tiny_model, tiny_spec, unmeasured, write_short_texts
 
-from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.errors import InputError
 from pruning_comparison.measure.generation import Timing
 from pruning_comparison.models.heads import HeadGrid, head_grid, kept_heads
 from pruning_comparison.pruning import remove_heads
 from pruning_comparison.report.write import write_results
-from pruning_comparison.run import attempts as measuring
 from pruning_comparison.run import layer_times, workspace
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.inputs import prepare
@@ -112,7 +111,7 @@ def test_an_unknown_rule_of_consent_is_refused(folder):
         tiny_spec(folder, consent="speed")
 
 
-def test_a_run_measures_them_once_and_continues_with_them(folder, tmp_path, monkeypatch, clock):
+def test_a_run_measures_them_once_and_continues_with_them(folder, tmp_path, clock):
     """Times by which only an empty layer is faster: at 50 % of two layers one is empty. Others would choose other heads."""
     whole = run_comparison(timed(folder), output_dir=tmp_path / "whole")
     assert heads_of(whole)[50.0] in ({0: 0, 1: 4}, {0: 4, 1: 0})
@@ -120,18 +119,8 @@ def test_a_run_measures_them_once_and_continues_with_them(folder, tmp_path, monk
     with RunStore(whole) as store:
         assert store.layer_times_s() == EMPTYING
     clock.clear()
-    original, left = measuring.run_cell, [3]
-
-    def stopped(*arguments):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(measuring, "run_cell", stopped)
-        with pytest.raises(Interrupted):
-            run_comparison(timed(folder), output_dir=tmp_path / "cut")
+    with cut_off_after(3):
+        run_comparison(timed(folder), output_dir=tmp_path / "cut")
     assert len(clock) == 1
     run = run_comparison(timed(folder), output_dir=tmp_path / "cut")
     assert len(clock) == 1

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from builders import save_tiny_model, tiny_spec, unmeasured, with_long_first_tokens, write_short_texts
+from builders import cut_off_after, save_tiny_model, tiny_spec, unmeasured, with_long_first_tokens, write_short_texts
 from transformers import AutoModelForCausalLM
 
 from pruning_comparison import cli
-from pruning_comparison.errors import ClusterError, InputError, Interrupted
-from pruning_comparison.run import attempts as measuring
+from pruning_comparison.errors import ClusterError, InputError
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.inputs import prepare
 from pruning_comparison.run.launchers import RayLauncher
@@ -125,20 +124,10 @@ def test_workers_read_the_first_tokens_that_one_process_reads(tmp_path):
     assert read.tolist() == [128 + 8] * 2
 
 
-def test_a_run_is_continued_by_the_other_launcher_and_keeps_its_models(spec, whole, tmp_path, monkeypatch):
+def test_a_run_is_continued_by_the_other_launcher_and_keeps_its_models(spec, whole, tmp_path):
     """Begun in one process and cut off, finished by workers, which also save what has been measured before."""
-    original, left = measuring.run_cell, [5]
-
-    def stopped(*arguments):
-        if not left[0]:
-            raise KeyboardInterrupt
-        left[0] -= 1
-        return original(*arguments)
-
-    with monkeypatch.context() as patch:
-        patch.setattr(measuring, "run_cell", stopped)
-        with pytest.raises(Interrupted):
-            run_comparison(spec, output_dir=tmp_path)
+    with cut_off_after(5):
+        run_comparison(spec, output_dir=tmp_path)
     run = run_comparison(spec, output_dir=tmp_path, launcher=RayLauncher(workers=2), save_models=True)
     assert [path.name for path in tmp_path.glob("run_*")] == [run.name]
     assert unmeasured(run) == unmeasured(whole)

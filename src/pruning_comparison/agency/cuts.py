@@ -74,21 +74,20 @@ def divergences(
     trials: Sequence[Mapping[int, Cut]],
     windows: Tensor,
     *,
-    base: Mapping[int, Cut] | None = None,
     reference: PreTrainedModel | None = None,
     exclude_first: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """KL(reference || model), nats per token, over each of the ``windows`` [N, T]: with the cuts of ``base`` alone, float64
-    [N], and with those of each trial in addition, float64 [Q, N].
+    """KL(reference || model), nats per token, over each of the ``windows`` [N, T]: as the model is, float64 [N], and with
+    the cuts of each trial, float64 [Q, N].
 
-    A trial holds cuts by number of the layer, which take the place of the base's. ``reference`` is the model itself, without
-    any cut, if None. ``exclude_first`` leaves the first position of every window out. Blocks before a trial's first cut are
-    not run again. Where the device gains from it blocks run in bfloat16. Logits are not rounded to it: they would differ by
-    a twentieth of a nat between two runs, more than many a cut costs.
+    A trial holds cuts by number of the layer. ``reference`` is the model itself if None. ``exclude_first`` leaves the first
+    position of every window out. Blocks before a trial's first cut are not run again. Where the device gains from it blocks
+    run in bfloat16. Logits are not rounded to it: they would differ by a twentieth of a nat between two runs, more than many
+    a cut costs.
     """
-    known, judged_by = dict(base or {}), reference or model
+    judged_by = reference or model
     at_once = 1 if model.device.type == "cpu" else _WINDOWS_AT_ONCE
-    of_base, of_trials = [], []
+    uncut, of_trials = [], []
     for batch in windows.split(at_once):
         ids = batch.to(model.device)
         with fast_products(model), ExitStack() as stack:
@@ -98,17 +97,17 @@ def divergences(
             with recorded_blocks(judged_by) as outputs:
                 expected = _log_probabilities(judged_by, ids, exclude_first)
             likely = expected.exp()
-            if known or judged_by is not model:
-                with _projecting(model, known), recorded_blocks(model) as outputs:
-                    of_base.append(_divergence(likely, expected, _log_probabilities(model, ids, exclude_first)))
+            if judged_by is not model:
+                with recorded_blocks(model) as outputs:
+                    uncut.append(_divergence(likely, expected, _log_probabilities(model, ids, exclude_first)))
             else:
-                of_base.append(torch.zeros(len(batch), dtype=torch.float64))
+                uncut.append(torch.zeros(len(batch), dtype=torch.float64))
             row = torch.zeros(len(trials), len(batch), dtype=torch.float64)
             for number, trial in enumerate(trials):
-                with resumed_at(model, min(trial), outputs), _projecting(model, {**known, **trial}):
+                with resumed_at(model, min(trial), outputs), _projecting(model, trial):
                     row[number] = _divergence(likely, expected, _log_probabilities(model, ids, exclude_first))
             of_trials.append(row)
-    return torch.cat(of_base), torch.cat(of_trials, 1)
+    return torch.cat(uncut), torch.cat(of_trials, 1)
 
 
 def has_bias(projection: nn.Module | None, new_bias: bool) -> bool:

@@ -9,6 +9,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency import AdaptationCost, RecoveryCost, adapt, recover
+from pruning_comparison.agency.trajectory import Round
 from pruning_comparison.formatting import file_name_of
 from pruning_comparison.pruning import (
     expected_heads_pruned,
@@ -36,19 +37,29 @@ def run_cell(workspace: Workspace, cell: Cell) -> tuple[PrunedModel, CellResult]
 
 def build(workspace: Workspace, cell: Cell) -> PrunedModel:
     """The model that a cell measures: ranks heads, selects those that stay, removes the others, adapts the survivors."""
+    variant, chosen = variant_named(cell.variant), choose(workspace, cell)
+    pruned = replace(remove_and_adapt(workspace, cell, chosen.keep), scores=chosen.scores)
+    if bool(chosen.keep.all()):
+        return pruned
+    if chosen.round_records:
+        pruned = replace(pruned, round_records=chosen.round_records, negotiation_s=chosen.seconds)
+    elif variant.selection != "once" or "prices_nats" not in chosen.scores.details:
+        return pruned
+    return (
+        replace(pruned, predicted_nats=workspace.predicted_nats(cell.iteration, chosen.keep))
+        if variant.adapts
+        else pruned
+    )
+
+
+def choose(workspace: Workspace, cell: Cell) -> Round:
+    """The heads that a cell's model keeps, and how that came about; nothing is removed."""
     variant = variant_named(cell.variant)
     if variant.selection == "once" or (variant.negotiates and cell.level == 0):
         scores = workspace.ranking(cell.method, cell.iteration)
         keep = select_heads(scores.scores, cell.level, workspace.spec.scope, group_size=workspace.group_size)
-        pruned = replace(remove_and_adapt(workspace, cell, keep), scores=scores)
-        priced = variant.adapts and "prices_nats" in scores.details and not bool(keep.all())
-        return replace(pruned, predicted_nats=workspace.predicted_nats(cell.iteration, keep)) if priced else pruned
-    reached = workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
-    pruned = replace(remove_and_adapt(workspace, cell, reached.keep), scores=reached.scores)
-    if not reached.round_records or bool(reached.keep.all()):
-        return pruned
-    predicted = workspace.predicted_nats(cell.iteration, reached.keep) if variant.adapts else None
-    return replace(pruned, round_records=reached.round_records, negotiation_s=reached.seconds, predicted_nats=predicted)
+        return Round(cell.level, keep, scores)
+    return workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
 
 
 def rebuild(workspace: Workspace, cell: Cell, kept: KeptHeads) -> PrunedModel:

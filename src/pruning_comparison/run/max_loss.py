@@ -11,10 +11,10 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.agency.trajectory import ROUND_LEVEL
 from pruning_comparison.errors import InputError
-from pruning_comparison.formatting import plain_number
+from pruning_comparison.formatting import counted, plain_number
 from pruning_comparison.measure.perplexity import window_losses
-from pruning_comparison.pruning import expected_heads_pruned, select_heads
-from pruning_comparison.run.cell import build
+from pruning_comparison.pruning import expected_heads_pruned
+from pruning_comparison.run.cell import build, choose
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.saved_models import note_pruning
 from pruning_comparison.run.workspace import Workspace
@@ -152,8 +152,9 @@ class _Predicted:
     def nats(self, place: int) -> float:
         """The predicted divergence from the dense model at a level, in nats per token."""
         if place not in self._known:
-            keep = _choose(self._workspace, self.levels[place])
-            self._known[place] = self._workspace.predicted_nats(0, keep)
+            spec = self._workspace.spec
+            cell = Cell(spec.variants[0], spec.pruning_methods[0], 0, self.levels[place])
+            self._known[place] = self._workspace.predicted_nats(0, choose(self._workspace, cell).keep)
         return self._known[place]
 
     def heads(self, place: int) -> int:
@@ -186,16 +187,6 @@ class _Predicted:
         return low
 
 
-def _choose(workspace: Workspace, level: float) -> Tensor:
-    """The heads that stay at a level, bool [L, H], as ``cell.build`` chooses them."""
-    spec = workspace.spec
-    variant, method = variant_named(spec.variants[0]), spec.pruning_methods[0]
-    if variant.selection == "once":
-        scores = workspace.ranking(method, 0).scores
-        return select_heads(scores, level, spec.scope, group_size=workspace.group_size)
-    return workspace.trajectory(variant, method, 0).at(level).keep
-
-
 def _mean_nats(workspace: Workspace, model: PreTrainedModel, windows: Tensor) -> float:
     nats, tokens = window_losses(model, list(windows), batch_size=workspace.spec.quality_batch_size)
     return float(nats.sum() / tokens.sum())
@@ -217,10 +208,9 @@ def _per_cent(value: float) -> str:
 def _too_strict(max_loss_percent: float, trials: list[Trial], predicted: _Predicted) -> str:
     if trials:
         least = trials[-1]
-        what = f"{least.heads} head{'s' if least.heads > 1 else ''} without which it rose by"
+        what = f"{counted(least.heads, 'head')} without which it rose by"
         found = f"the fewest tried are {what} {_per_cent(least.measured_percent)}"
     else:
-        first = predicted.heads(0)
-        what = f"{first} head{'s' if first > 1 else ''}"
+        what = counted(predicted.heads(0), "head")
         found = f"{what} alone is predicted to cost {_per_cent(_rise_percent(predicted.nats(0)))}"
     return f"no head can go for {max_loss_percent:g} % of perplexity: {found}. Give a larger loss, or --level."
