@@ -144,8 +144,8 @@ class _Predicted:
     def __init__(self, workspace: Workspace) -> None:
         spec, grid, group = workspace.spec, workspace.grid, workspace.group_size
         # Every number of heads that the rule of levels can ask for, above none and below all.
-        counted = grid.n_heads // group if spec.scope == "layer" else grid.total // group
-        self.levels = [100 * count / counted for count in range(1, counted)]
+        units = grid.n_heads // group if spec.scope == "layer" else grid.total // group
+        self.levels = [100 * count / units for count in range(1, units)]
         self._workspace = workspace
         self._known: dict[int, float] = {}
 
