@@ -285,19 +285,24 @@ def test_the_latency_is_the_mean_of_several_first_tokens(model, monkeypatch):
     assert timing.tokens_per_second == pytest.approx(7 / 5)
 
 
-def test_of_three_each_follows_each_other_equally_often_and_nobody_itself():
-    for repeat in range(3):
-        turns = [name for turn in range(6) for name in turn_order("abc", repeat, turn)]
-        follows = Counter(pairwise([turns[-1], *turns]))
-        # 18 turns, and 6 ordered pairs of two different ones.
-        assert follows == dict.fromkeys(permutations("abc", 2), 3)
-    assert [turn_order("abc", repeat, 0) for repeat in range(4)] == [
-        ["a", "b", "c"],
-        ["b", "c", "a"],
-        ["c", "a", "b"],
-        ["a", "b", "c"],
-    ]
-    assert [turn_order("ab", repeat, 1) for repeat in range(3)] == [["a", "b"], ["b", "a"], ["a", "b"]]
+@pytest.mark.parametrize(("names", "repeats"), [("ab", 2), ("abc", 6), ("abcde", 20)])
+def test_everyone_waits_for_all_others_and_follows_each_of_them_equally_often(names, repeats):
+    follows, begins = Counter(), Counter()
+    for repeat in range(repeats):
+        order = turn_order(names, repeat)
+        assert sorted(order) == sorted(names)  # whose turns come back after one of each other
+        turns = order * 7
+        follows.update(pairwise([turns[-1], *turns]))
+        begins[order[0]] += 1
+    assert set(follows) == set(permutations(names, 2))
+    assert len(set(follows.values())) == len(set(begins.values())) == 1
+
+
+def test_who_takes_turns_after_whom():
+    assert [turn_order("abc", repeat) for repeat in range(4)] == [list("abc"), list("acb"), list("bca"), list("bac")]
+    assert [turn_order("ab", repeat) for repeat in range(3)] == [list("ab"), list("ba"), list("ab")]
+    assert [turn_order("abcd", repeat) for repeat in range(3)] == [list("abcd"), list("adcb"), list("bcda")]
+    assert turn_order("a", 5) == ["a"]
 
 
 def test_perplexity_is_of_all_tokens_together():

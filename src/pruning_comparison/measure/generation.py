@@ -6,6 +6,7 @@ Dimension letters: B batch, T time (prompt), N new tokens, V vocabulary.
 from __future__ import annotations
 
 import gc
+import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -275,35 +276,37 @@ def time_generation(
             step.release()  # or the next one's peak would hold this one's cache
     timings = []
     for repeat in repeats:
+        order = turn_order(list(models), repeat)
         latencies: dict[str, list[float]] = {name: [] for name in models}
         with _no_collection():
-            for turn in range(first_tokens - 1):
+            for _ in range(first_tokens - 1):
                 alone = {name: begun(name, num_tokens) for name in models}
-                for name in turn_order(list(models), repeat, turn):
+                for name in order:
                     alone[name].advance(1)
                     latencies[name].append(alone[name].first_token_latency)
                 del alone
             under_way = {name: begun(name, num_tokens) for name in models}
-            turn = first_tokens - 1
             while any(generation.left for generation in under_way.values()):
-                for name in turn_order(list(models), repeat, turn):
+                for name in order:
                     under_way[name].advance(tokens_per_turn)
-                turn += 1
         for name, generation in under_way.items():
             latency = mean([*latencies[name], generation.first_token_latency])
             timings.append(_timing(name, repeat, len(prompts), num_tokens, latency, generation.finish(), peaks[name]))
     return timings
 
 
-def turn_order(names: Sequence[str], repeat: int, turn: int) -> list[str]:
-    """Who takes this turn after whom: A B C, then A C B, and so on; the next repeat begins with B.
+def turn_order(names: Sequence[str], repeat: int) -> list[str]:
+    """Who takes a turn after whom in all turns of a repeat: a ring, A B C A B C, and in the next repeat A C B A C B.
 
-    So no variant follows itself, whose weights would still be in the processor's cache, and of three each follows each
-    other equally often: in A B B A, and A B C C B A, those at the ends would follow themselves and the middle one would not.
+    Everyone's turn comes back after one of each other, so that nobody finds more of its weights in the processor's cache
+    than others do. (In A B C A C B the turns of B and C come back after one other or three, those of A after two, which
+    makes a small model 1 to 2 % slower.) Rings are strides through the names, so that over the repeats each follows each
+    other equally often where their number is 2, 3 or any prime. Who begins moves on after every ring has been used.
     """
-    first = repeat % len(names)
-    ring = [*names[first:], *names[:first]]
-    return ring if turn % 2 == 0 else [ring[0], *ring[:0:-1]]
+    count = len(names)
+    strides = [stride for stride in range(1, count) if math.gcd(stride, count) == 1] or [1]
+    stride, first = strides[repeat % len(strides)], repeat // len(strides)
+    return [names[(first + stride * place) % count] for place in range(count)]
 
 
 def _timing(
