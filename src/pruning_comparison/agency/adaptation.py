@@ -6,6 +6,7 @@ Dimension letters: B batch, T time, S samples, E embedding, F features, H' live 
 from __future__ import annotations
 
 import time
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -13,9 +14,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.before_norms import added_to_stream, output_that_adds
+from pruning_comparison.agency.rounded import add_products, is_rounded, mirrored, origin_of
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
 from pruning_comparison.measure.memory import PeakMemory
-from pruning_comparison.models.devices import fast_products
+from pruning_comparison.models.devices import fast_products, rounded_products
 from pruning_comparison.models.heads import (
     EmptiedAttention,
     attentions,
@@ -113,9 +115,12 @@ def adapt(
         tokens = sum(stream.hidden.shape[0] * stream.hidden.shape[1] for stream in streams)
         changed = False
         for layer in range(len(blocks(pruned))):
-            changed = changed or _is_pruned(dense.model, pruned, layer)
+            is_pruned = _is_pruned(dense.model, pruned, layer)
+            if is_pruned and (not changed or steps == "bias"):
+                _follow(dense, streams, layer)
+            changed = changed or is_pruned
             added: list[Tensor] = []
-            if changed and (steps != "bias" or _is_pruned(dense.model, pruned, layer)):
+            if changed and (steps != "bias" or is_pruned):
                 # With "bias" on the dense stream: T is what all heads add, and X what the survivors do.
                 added = _adapt_attention(dense, pruned, layer, streams, steps, ridge, allow_new_bias)
             if layer == dense.sink_layer:
@@ -123,7 +128,6 @@ def adapt(
                 streams = [stream for stream in streams if not stream.of_first_tokens]
                 added = added[: len(streams)]
             if not changed or steps == "bias":
-                _follow(dense, streams, layer)
                 continue
             refits_mlp = steps == "refit-mlp"
             _adapt_mlp(dense, pruned, layer, streams, added, mlp_ridge if refits_mlp else None, allow_new_bias)
@@ -160,9 +164,12 @@ class _Moments:
 
     Activations can be far from zero compared with their spread: products are taken around the first batch's means, or
     float32 would lose in the mean what the regression needs of the spread. Moving to any other centre later is exact.
+
+    Where X comes in bfloat16 on a CPU, products are those of ``agency.rounded``.
     """
 
     samples: int = 0
+    rounded: bool = False
     shifts: tuple[Tensor, Tensor] | None = None
     sums: tuple[Tensor, Tensor] = field(init=False)
     gram: Tensor = field(init=False)
@@ -171,14 +178,21 @@ class _Moments:
     def add(self, x: Tensor, targets: Tensor) -> None:
         """Adds samples of ``x`` [.., F] and ``targets`` [.., E]."""
         x, targets = x.flatten(0, -2), targets.flatten(0, -2)
+        rounded = self.rounded = is_rounded(x) and targets.dtype == torch.float32
         if self.shifts is None:
             self.shifts = x.to(targets.dtype).mean(0), targets.mean(0)
+            if rounded:
+                self.shifts = origin_of(x), self.shifts[1]
             self.sums = self.shifts[0].double() * 0, self.shifts[1].double() * 0
             self.gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
             self.cross = x.new_zeros(x.shape[1], targets.shape[1], dtype=torch.float64)
+        self.samples += len(x)
         # In float32 or better, whatever x is in: the shifts are. Each further copy of x would cost as much as a product.
         x, targets = x - self.shifts[0], targets - self.shifts[1]
-        self.samples += len(x)
+        if rounded:
+            self.sums = self.sums[0] + x.sum(0).double(), self.sums[1] + targets.sum(0).double()
+            add_products(self.gram, self.cross, x, targets)
+            return
         self.sums = (
             self.sums[0] + x.sum(0, dtype=torch.float64),
             self.sums[1] + targets.sum(0, dtype=torch.float64),
@@ -197,7 +211,8 @@ class _Moments:
     def products(self, *, centred: bool) -> tuple[Tensor, Tensor]:
         """X'X [F, F] and X'T [F, E] around the means, or around zero."""
         x_mean, target_mean = self.means()
-        gram = self.gram - torch.outer(self.sums[0], self.sums[0]) / self.samples
+        gram = mirrored(self.gram) if self.rounded else self.gram
+        gram = gram - torch.outer(self.sums[0], self.sums[0]) / self.samples
         cross = self.cross - torch.outer(self.sums[0], self.sums[1]) / self.samples
         if not centred:
             gram = gram + self.samples * torch.outer(x_mean, x_mean)
@@ -251,10 +266,12 @@ def _is_pruned(dense: PreTrainedModel, pruned: PreTrainedModel, layer: int) -> b
 
 
 def _follow(dense: DenseStream, streams: list[Stream], layer: int) -> None:
-    """Moves the streams past a block that is still the dense model's."""
-    norm = last_norms(dense.model)[layer]
+    """Moves the streams to where a block begins, past blocks that are still the dense model's."""
+    if layer == 0:
+        return
+    norm = last_norms(dense.model)[layer - 1]
     for number, stream in enumerate(streams):
-        total = dense.at(number, layer, "after block")
+        total = dense.at(number, layer - 1, "after block")
         stream.hidden = total if norm is None else norm(total)
 
 
@@ -366,6 +383,8 @@ def _replaced(
         set_projection(projection, weight, bias)
     outputs = []
     while inputs:
-        product = inputs.pop(0).to(like) @ weight
+        x = inputs.pop(0)
+        with rounded_products() if is_rounded(x) else nullcontext():
+            product = x.to(like) @ weight
         outputs.append(product if bias is None else product + bias)
     return outputs

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.moments import LayerMoments
-from pruning_comparison.models.devices import fast_products
+from pruning_comparison.models.devices import fast_products, rounded_once
 from pruning_comparison.models.heads import input_major_weight, output_projections
 from pruning_comparison.scoring.ablation import recorded_blocks, resumed_at
 from pruning_comparison.scoring.prices import LayerPrices
@@ -90,22 +90,25 @@ def divergences(
     uncut, of_trials = [], []
     for batch in windows.split(at_once):
         ids = batch.to(model.device)
-        with fast_products(model), ExitStack() as stack:
+        with ExitStack() as stack:
+            models = {id(one): one for one in (judged_by, model)}.values()
+            for one in models:
+                stack.enter_context(rounded_once(one))
+            stack.enter_context(fast_products(model))
             logits = _Logits()
-            for one in {id(one): one for one in (judged_by, model)}.values():
+            for one in models:
                 stack.enter_context(logits.of(one))
             with recorded_blocks(judged_by) as outputs:
-                expected = _log_probabilities(judged_by, ids, exclude_first)
-            likely = expected.exp()
+                divergence_of = _Divergence(judged_by, ids, exclude_first, logits)
             if judged_by is not model:
                 with recorded_blocks(model) as outputs:
-                    uncut.append(_divergence(likely, expected, _log_probabilities(model, ids, exclude_first)))
+                    uncut.append(divergence_of(model))
             else:
                 uncut.append(torch.zeros(len(batch), dtype=torch.float64))
             row = torch.zeros(len(trials), len(batch), dtype=torch.float64)
             for number, trial in enumerate(trials):
                 with resumed_at(model, min(trial), outputs), _projecting(model, trial):
-                    row[number] = _divergence(likely, expected, _log_probabilities(model, ids, exclude_first))
+                    row[number] = divergence_of(model)
             of_trials.append(row)
     return torch.cat(uncut), torch.cat(of_trials, 1)
 
@@ -145,12 +148,18 @@ class _Logits:
 
     Multiplying out a vocabulary takes most of a pass that is resumed in the middle. Where blocks run in half precision only
     the reference is multiplied in full, and of every other pass what differs from it in half precision as well: the rounding
-    is then relative to the difference.
+    is then relative to the difference. With ``differences`` on, those passes return the difference alone.
     """
 
     def __init__(self) -> None:
+        self.differences = False
         self._first: tuple[Tensor, Tensor] | None = None
         self._rounded: dict[int, Tensor] = {}
+
+    def is_reference(self, logits: Tensor) -> bool:
+        """Whether these are the reference as they were multiplied out, in half precision from then on: no cap, no factor."""
+        half = torch.is_autocast_enabled(logits.device.type)
+        return half and self._first is not None and logits is self._first[1]
 
     @contextmanager
     def of(self, model: PreTrainedModel) -> Iterator[None]:
@@ -170,7 +179,8 @@ class _Logits:
                 start, logits = self._first
                 if id(head) not in self._rounded:
                     self._rounded[id(head)] = head.weight.to(half)
-                return logits + nn.functional.linear((x - start).to(half), self._rounded[id(head)])
+                difference = nn.functional.linear((x - start).to(half), self._rounded[id(head)])
+                return difference if self.differences else logits + difference
 
         head.forward = forward
         try:
@@ -179,17 +189,63 @@ class _Logits:
             del head.forward
 
 
-def _log_probabilities(model: PreTrainedModel, ids: Tensor, exclude_first: bool) -> Tensor:
-    """Of every next token, [B, T, V], for windows of ids [B, T]."""
-    logits: Tensor = model(input_ids=ids, use_cache=False).logits[:, int(exclude_first) :]
-    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)
+class _Divergence:
+    """KL(reference || model) over windows of ids [B, T], mean over positions, float64 [B] on the CPU."""
+
+    def __init__(self, reference: PreTrainedModel, ids: Tensor, exclude_first: bool, logits: _Logits) -> None:
+        """Runs the ``reference``, whose head multiplies out ``logits``."""
+        self._ids, self._positions = ids, slice(int(exclude_first), None)
+        raw: Tensor = reference(input_ids=ids, use_cache=False).logits
+        self._by_differences = logits.differences = logits.is_reference(raw)
+        self._expected = _log_softmax(raw[:, self._positions])
+        self._likely = self._expected.exp()
+
+    def __call__(self, model: PreTrainedModel) -> Tensor:
+        now: Tensor = model(input_ids=self._ids, use_cache=False).logits[:, self._positions]
+        if self._by_differences:
+            found = divergence_of_differences(self._likely, now)
+            if bool(found.isfinite().all()):
+                return found.mean(1, dtype=torch.float64).cpu()
+            now = self._expected + now
+        now = _log_softmax(now)
+        # In place: fresh memory of this size costs as much as filling it.
+        nats = torch.sub(self._expected, now, out=now).mul_(self._likely)
+        return nats.sum(-1).mean(1, dtype=torch.float64).cpu()
 
 
-def _divergence(likely: Tensor, expected: Tensor, now: Tensor) -> Tensor:
-    """KL(expected || now) of log probabilities [B, T, V], mean over positions, float64 [B] on the CPU; ``now`` is used up.
+def divergence_of_differences(likely: Tensor, differences: Tensor) -> Tensor:
+    """KL(p || q) from probabilities p [B, T, V], ``likely``, and what the logits of q have more, d [B, T, V]; [B, T].
 
-    ``likely`` are the expected probabilities themselves.
+    With c = sum p d, KL(p || q) = log sum p exp(d - c): no softmax is needed. In pieces that a processor's cache holds,
+    since fresh memory of this size costs as much as filling it. Infinite where exp overflows.
     """
-    # In place: fresh memory of this size costs as much as filling it.
-    nats = torch.sub(expected, now, out=now).mul_(likely)
-    return nats.sum(-1).mean(1, dtype=torch.float64).cpu()
+    nats = likely.new_empty(likely.shape[:-1])
+    at_once = max(1, _NUMBERS_AT_ONCE // likely.shape[-1]) if nats.device.type == "cpu" else nats.numel()
+    buffer = likely.new_empty(at_once, likely.shape[-1])
+    pieces = zip(
+        likely.flatten(0, 1).split(at_once),
+        differences.flatten(0, 1).split(at_once),
+        nats.view(-1).split(at_once),
+        strict=True,
+    )
+    with torch.autocast(nats.device.type, enabled=False):
+        for p, rounded, out in pieces:
+            d, total = buffer[: len(p)].copy_(rounded), p.sum(-1)
+            mean = _row_products(p, d) / total
+            torch.log(_row_products(p, d.sub_(mean[:, None]).exp_()) / total, out=out)
+    return nats
+
+
+_NUMBERS_AT_ONCE = 2**20
+
+
+def _row_products(x: Tensor, y: Tensor) -> Tensor:
+    """Of each row of one matrix with that of the other. On a CPU one by one: a batched product takes five times as long."""
+    if x.device.type != "cpu":
+        return (x * y).sum(-1)
+    return torch.stack([torch.dot(one, other) for one, other in zip(x, y, strict=True)])
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Log probabilities of every next token, [B, T, V]."""
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)).log_softmax(-1)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from pruning_comparison.agency.rounded import gram_of, is_rounded, origin_of
 from pruning_comparison.models.devices import exact_sums
 from pruning_comparison.models.heads import (
     attention_implementation,
@@ -38,7 +39,8 @@ class LayerMoments:
 
     Sums are kept for two halves of the text apart, windows of even and of odd number, so that what is fitted on one can be
     judged on the other. Products are taken in float32 (or better) around the first batch's mean and added up in float64:
-    activations can be far from zero compared with their spread. Moving to any other centre later is exact.
+    activations can be far from zero compared with their spread. Moving to any other centre later is exact. Where X comes in
+    bfloat16 on a CPU, products are those of ``agency.rounded``.
 
     ``heads`` are the layer's live heads in the order of the features, ``weight`` [F, E] the output projection's rows of
     these heads, as they were in the pass.
@@ -59,14 +61,19 @@ class LayerMoments:
 
     def add(self, x: Tensor, first_window: int) -> None:
         """Adds a batch [B, T, F] whose first window has the number ``first_window``."""
+        rounded = is_rounded(x)
         x = x.to(torch.promote_types(x.dtype, torch.float32))
         if self.shift is None:
-            self.shift = x.mean((0, 1))
+            self.shift = origin_of(x.flatten(0, 1)) if rounded else x.mean((0, 1))
         x = x - self.shift
         with exact_sums(x):
             for half in (0, 1):
                 part = x[(half - first_window) % 2 :: 2].flatten(0, 1)
                 self.counts[half] += len(part)
+                if rounded:
+                    self.sums[half] += part.sum(0).double()
+                    self.products[half] += gram_of(part)
+                    continue
                 self.sums[half] += part.double().sum(0)
                 self.products[half] += (part.T @ part).double()
 

@@ -272,16 +272,38 @@ def block_inputs(model: PreTrainedModel, batches: Sequence[Tensor]) -> list[Stre
             if module is last:
                 raise _Stop
 
-        handles = [block.register_forward_pre_hook(catch, with_kwargs=True) for block in every_block]
-        try:
-            with torch.no_grad():
-                model(input_ids=batch, use_cache=False)
-        except _Stop:
-            streams.append(Stream(hidden[0], calls))
-        finally:
-            for handle in handles:
-                handle.remove()
+        with ExitStack() as stack:
+            for block in every_block:
+                stack.callback(block.register_forward_pre_hook(catch, with_kwargs=True).remove)
+            stack.enter_context(_passing_on(every_block))
+            try:
+                with torch.no_grad():
+                    model(input_ids=batch, use_cache=False)
+            except _Stop:
+                streams.append(Stream(hidden[0], calls))
     return streams
+
+
+@contextmanager
+def _passing_on(every_block: Sequence[nn.Module]) -> Iterator[None]:
+    """Within it, blocks return what the first one does, with the stream as it came: only that one computes anything.
+
+    What a model hands to its blocks does not depend on the stream, and a pass through all of them is not cheap.
+    """
+    output: list[Any] = []
+
+    def forward(hidden: Tensor, *args: Any, **kwargs: Any) -> Any:
+        return (hidden, *output[0][1:]) if isinstance(output[0], tuple) else hidden
+
+    handle = every_block[0].register_forward_hook(lambda module, inputs, outputs: output.append(outputs))
+    for block in every_block[1:]:
+        block.forward = forward
+    try:
+        yield
+    finally:
+        handle.remove()
+        for block in every_block[1:]:
+            del block.forward
 
 
 @contextmanager

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -116,6 +117,39 @@ def exact_sums(x: Tensor) -> AbstractContextManager[Any]:
         half = torch.is_autocast_enabled(where) and torch.get_autocast_dtype(where) == torch.float16
         return torch.autocast(where, enabled=False) if half else nullcontext()
     return torch.autocast(where, enabled=False) if where == "cuda" else nullcontext()
+
+
+@contextmanager
+def rounded_once(model: nn.Module) -> Iterator[None]:
+    """Within it, and within one autocast that is begun in it, each weight is rounded once, not in every pass.
+
+    Autocast keeps rounded weights only of parameters that are trained. It takes as much memory as the rounded model.
+    """
+    frozen = [parameter for parameter in model.parameters() if not parameter.requires_grad]
+    try:
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        yield
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(False)
+
+
+@contextmanager
+def rounded_products() -> Iterator[None]:
+    """Within it, float32 products on a processor with matrix units for bfloat16 round their factors to it, and nothing else.
+
+    Sums and results stay in float32, where autocast would round results as well. So a product of factors that are bfloat16
+    numbers already is exact but for the order of its sums. Processors without such units multiply in float32, and GPUs do
+    what they do elsewhere. The switch is the process's: no other thread should multiply meanwhile.
+    """
+    switch: Any = getattr(torch.backends.mkldnn, "matmul")  # noqa: B009 - it is made when torch is imported
+    before = switch.fp32_precision
+    switch.fp32_precision = "bf16"
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before
 
 
 def room_for_streams_bytes(device: torch.device) -> int:
