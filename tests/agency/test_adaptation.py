@@ -178,7 +178,8 @@ def entering(norm, wanted, written):
 @pytest.mark.parametrize("name", ["uneven", "middle layer emptied"])
 @pytest.mark.parametrize("family", ["gemma3", "olmo2"])
 def test_where_norms_follow_the_targets_are_what_has_to_enter_them(family, name):
-    """Attention's T is what has to enter its norm for the streams to meet, and the MLP's the same for its own norm."""
+    """Attention's T is what has to enter its norm for the streams to meet, and the MLP's the same for its own norm. The
+    gains of both norms then are those of least squares, and an emptied layer adds what is missing on average."""
     model, mask = tiny_model(family), random_masks(3, 6)[name]
     compact, original = remove_heads(model, mask), remove_heads(model, mask)
     adapt(DenseStream(model, WINDOWS, batch_size=5), compact, steps="refit-mlp", ridge=0.05, mlp_ridge=0.2)
@@ -194,21 +195,37 @@ def test_where_norms_follow_the_targets_are_what_has_to_enter_them(family, name)
         pruned_before, dense_before = caught_first(block, run), caught_first(dense_block, lambda m=model: m(WINDOWS))
         attended, fed = (caught(norm, lambda m=model: m(WINDOWS)) for norm in (first, second))
         middle = dense_before + first(attended)
-        targets = entering(first, middle - pruned_before, attended)
+        wanted = middle - pruned_before
+        targets = entering(first, wanted, attended)
         if mask[layer].any():
             projection = output_projections(compact)[layer]
             old = input_major_weight(output_projections(original)[layer])
             weight, bias = brute_force(caught(projection, run), targets, old, 0.05)
             np.testing.assert_allclose(input_major_weight(projection).numpy(), weight, rtol=1e-3, atol=5e-4)
             np.testing.assert_allclose(projection.bias.numpy(), bias, rtol=1e-3, atol=5e-4)
+            assert_gains_fit(block.post_attention_layernorm, caught(block.post_attention_layernorm, run), wanted)
         else:
-            torch.testing.assert_close(attentions(compact)[layer].bias, targets.mean(0).float(), rtol=1e-3, atol=5e-4)
+            adds = caught(block.post_attention_layernorm, run, "output")
+            torch.testing.assert_close(adds, wanted.mean(0).expand_as(adds), rtol=1e-3, atol=5e-4)
         pruned_middle = pruned_before + caught(block.post_attention_layernorm, run, "output")
-        targets = entering(second, middle + second(fed) - pruned_middle, fed)
+        wanted = middle + second(fed) - pruned_middle
+        targets = entering(second, wanted, fed)
         old = input_major_weight(blocks(original)[layer].mlp.down_proj)
         weight, bias = brute_force(caught(block.mlp.down_proj, run), targets, old, 0.2)
         np.testing.assert_allclose(input_major_weight(block.mlp.down_proj).numpy(), weight, rtol=1e-3, atol=5e-4)
         np.testing.assert_allclose(block.mlp.down_proj.bias.numpy(), bias, rtol=1e-3, atol=5e-4)
+        assert_gains_fit(block.post_feedforward_layernorm, caught(block.post_feedforward_layernorm, run), wanted)
+
+
+def assert_gains_fit(norm, written, wanted):
+    """Every feature's gain is the slope through the origin of what is wanted on what is written, both [S, E], over its
+    root mean square."""
+    written, wanted = written.double().numpy(), wanted.double().numpy()
+    eps = getattr(norm, "eps", None) or norm.variance_epsilon
+    unit = written / np.sqrt((written**2).mean(1, keepdims=True) + eps)
+    slopes = [np.linalg.lstsq(unit[:, [e]], wanted[:, e], rcond=None)[0][0] for e in range(unit.shape[1])]
+    stored = norm.weight.numpy() + (1 if "Gemma" in type(norm).__name__ else 0)
+    np.testing.assert_allclose(stored, slopes, rtol=1e-3, atol=1e-4)
 
 
 def caught_first(block, run):

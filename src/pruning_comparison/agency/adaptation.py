@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.agency.before_norms import added_to_stream, output_that_adds
+from pruning_comparison.agency.before_norms import added_to_stream, output_that_adds, pass_through, refit_gains
 from pruning_comparison.agency.rounded import add_products, is_rounded, mirrored, origin_of
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
 from pruning_comparison.measure.memory import PeakMemory
@@ -27,6 +27,7 @@ from pruning_comparison.models.heads import (
     input_major_weight,
     last_norms,
     mlp_output_projections,
+    norms_of_outputs,
     output_projections,
     set_projection,
 )
@@ -88,10 +89,12 @@ def adapt(
     * "refit-mlp": the MLP's output projection as well, with ``mlp_ridge``.
 
     Where a norm or a factor comes between what attention or the MLP writes and what is added to the stream (Gemma 2 and 3,
-    OLMo 2, Granite), T is what has to enter it (``before_norms``). A mixture of experts has no one projection to refit:
-    "refit-mlp" is refused for it.
+    OLMo 2, Granite), T is what has to enter it (``before_norms``). After a projection that is followed by a norm has been
+    fitted, so are the norm's gains (``refit_gains``): what the regression has shrunk, the norm would stretch again. A
+    mixture of experts has no one projection to refit: "refit-mlp" is refused for it.
 
-    A layer without heads keeps its bias term, refitted to mean(T). Where the family has no output bias, one is added, unless
+    A layer without heads keeps its bias term, refitted to mean(T), which a norm that follows then passes through as it is
+    (``pass_through``). Where the family has no output bias, one is added, unless
     ``allow_new_bias`` is off: then X is not centred and there is no bias, and a layer without heads goes on adding nothing.
     Where ``dense`` has windows of one token, they are read up to its sink layer, by attention there and by everything
     before it ("bias" does without them: it is FLAP's). The MLP there makes first tokens long: it would be fitted to little
@@ -287,14 +290,18 @@ def _adapt_attention(
     """Adapts one layer's attention; what it then writes for every batch, [B, T, E]."""
     attention, projection = attentions(pruned)[layer], output_projections(pruned)[layer]
     moments = _Moments()
+    norm = norms_of_outputs(pruned, "attention")[layer]
     if projection is None:
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
-            wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
-            target = output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention"))
+            target = _wanted_of_attention(dense, pruned, layer, number, stream)
+            if norm is None:
+                target = output_that_adds(pruned, layer, "attention", target, None)
             moments.add(target[..., :0], target)
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
+            if norm is not None:
+                pass_through(norm, attention.bias)
         bias = attention.bias
         return [torch.zeros_like(s.hidden) if bias is None else bias.expand_as(s.hidden) for s in streams]
     inputs = []
@@ -307,7 +314,11 @@ def _adapt_attention(
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
     solution = moments.solve(input_major_weight(projection), steps, ridge, head_size, with_bias)
-    return _replaced(projection, solution, inputs, streams[0].hidden)
+    written = _replaced(projection, solution, inputs, streams[0].hidden)
+    if norm is not None and steps != "bias":
+        wanted_of_all = (_wanted_of_attention(dense, pruned, layer, *numbered) for numbered in enumerate(streams))
+        refit_gains(norm, written, wanted_of_all)
+    return written
 
 
 def _wanted_of_attention(
@@ -362,6 +373,10 @@ def _adapt_mlp(
     else:
         solution = moments.solve(weight, "refit", ridge, 1, old_bias is not None or allow_new_bias)
     written = _replaced(projection, solution, inputs, streams[0].hidden, write=ridge is not None)
+    norm_of_output = norms_of_outputs(pruned, "mlp")[layer]
+    if norm_of_output is not None and ridge is not None:
+        left = (dense.at(number, layer, "after block") - total for number, total in enumerate(totals))
+        refit_gains(norm_of_output, written, left)
     for stream, total, adds in zip(streams, totals, written, strict=True):
         after = total + added_to_stream(pruned, layer, "mlp", adds)
         stream.hidden = after if norm is None else norm(after)

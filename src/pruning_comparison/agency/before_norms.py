@@ -6,11 +6,13 @@ letters: B batch, T time, E embedding.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from pruning_comparison.models.heads import Part, norms_of_outputs, residual_multiplier
+from pruning_comparison.models.heads import Part, gains_of, norms_of_outputs, residual_multiplier, set_gains
 
 _MOST_STEPS = 100
 _CLOSE = 1e-12
@@ -66,3 +68,32 @@ def before_norm(norm: nn.Module, wanted: Tensor, lengths: Tensor) -> Tensor:
         multiplier = multiplier + norm_squared * excess.clamp(min=0) / (parts / below).sum(-1, keepdim=True)
     found = products / (squares + multiplier).clamp(min=torch.finfo(torch.float64).tiny)
     return (length * nn.functional.normalize(found, dim=-1)).to(wanted)
+
+
+def refit_gains(norm: nn.Module, written: Iterable[Tensor], wanted: Iterable[Tensor]) -> None:
+    """Gives ``norm`` the gains with which what is ``written`` adds what is nearest to ``wanted``, by least squares.
+
+    Both are batches of [B, T, E]. With n = N(a) as the gains are, that of every feature e is multiplied by
+
+        f_e = sum over tokens of wanted_e n_e / sum over tokens of n_e^2,
+
+    and left as it is where n_e is 0 throughout. Regression shrinks what it cannot tell towards the mean, so that it errs
+    less; the norm stretches that to full length again, as if it were certain. The gains take it back: f is about 1 where
+    what is written can be relied upon, and towards 0 where it cannot.
+    """
+    products = squares = torch.zeros(())
+    for output, target in zip(written, wanted, strict=True):
+        added = norm(output)
+        tokens = tuple(range(added.ndim - 1))
+        products = (target * added).sum(tokens, dtype=torch.float64) + products.to(added.device)
+        squares = added.square().sum(tokens, dtype=torch.float64) + squares.to(added.device)
+    factors = torch.where(squares > 0, products / squares.clamp(min=torch.finfo(torch.float64).tiny), 1.0)
+    set_gains(norm, gains_of(norm).double() * factors)
+
+
+def pass_through(norm: nn.Module, constant: Tensor) -> None:
+    """Sets the gains of ``norm`` so that it leaves one vector ``constant`` [E] as it is: all to its root mean square.
+
+    A norm has no other way to add something small: whatever small constant enters, it comes out at full length.
+    """
+    set_gains(norm, constant.double().square().mean().sqrt().expand_as(constant))

@@ -363,6 +363,23 @@ def norms_of_outputs(model: PreTrainedModel, part: Part) -> list[nn.Module | Non
     return [None if name is None else block.get_submodule(name) for block in blocks(model)]
 
 
+def gains_of(norm: nn.Module) -> Tensor:
+    """What a root-mean-square norm multiplies its features by, [E]: its weight, or, as Gemma stores it, that and 1.
+
+    Families differ in it, so the norm itself is asked: ones have a root mean square of 1, but for what keeps it from
+    dividing by zero.
+    """
+    gains: Tensor = norm(torch.ones_like(norm.get_parameter("weight")))
+    return gains
+
+
+def set_gains(norm: nn.Module, gains: Tensor) -> None:
+    """Makes a root-mean-square norm multiply by ``gains`` [E], in a parameter of its own: others may share the old one."""
+    weight = norm.get_parameter("weight")
+    changed = weight.detach().double() + gains.double() - gains_of(norm).double()
+    norm.weight = nn.Parameter(changed.to(weight), requires_grad=False)
+
+
 def residual_multiplier(model: PreTrainedModel) -> float:
     """What the output of attention and MLP is multiplied by before it is added to the residual stream."""
     attribute = layout_of(model).multiplier

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import copy
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.models.heads import (
+    Part,
     cut_heads,
     head_columns,
     head_grid,
     input_major_weight,
     mlp_output_projections,
+    norms_of_outputs,
     output_projections,
     restore_output_rows,
     set_projection,
@@ -67,7 +69,7 @@ def remove_heads(model: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
 
 def masked_copy(dense: PreTrainedModel, compact: PreTrainedModel, keep: Tensor) -> PreTrainedModel:
     """The dense model with the output projections of a physically pruned one written into its rows of surviving heads, and
-    that model's MLP output projections.
+    that model's MLP output projections and norms of what these add.
 
     With the gates of the other heads closed (``mask_heads``) it computes what ``compact`` computes, at full size. A layer
     that has lost no head may have been refitted too.
@@ -83,6 +85,10 @@ def masked_copy(dense: PreTrainedModel, compact: PreTrainedModel, keep: Tensor) 
     for before, after in mlps:
         if before is not None and after is not None and before.weight is not after.weight:
             set_projection(before, input_major_weight(after), getattr(after, "bias", None))
+    for part in get_args(Part):
+        for norm, adapted in zip(norms_of_outputs(copied, part), norms_of_outputs(compact, part), strict=True):
+            if norm is not None and adapted is not None:
+                norm.weight = adapted.weight
     return copied
 
 
