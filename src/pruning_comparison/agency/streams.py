@@ -227,7 +227,7 @@ class _Scratch:
         largest = max(-float(least), float(most))
         # Powers of two lose nothing; what is left of the range keeps small values out of float16's coarse end.
         scale = 2.0 ** np.floor(np.log2(32768 / largest)) if 0 < largest < float("inf") else 1.0
-        data = memoryview((value.float() * scale).half().cpu().contiguous().numpy()).cast("B")
+        data = (value.float() * scale).half().cpu().contiguous().numpy().data.cast("B")
         self._file.seek(self.size)
         self._file.write(data)
         self._places[batch, layer, place] = (self.size, value.shape, scale)
@@ -237,7 +237,7 @@ class _Scratch:
         offset, shape, scale = self._places[batch, layer, place]
         self._file.flush()
         half = torch.empty(shape, dtype=torch.float16)
-        os.preadv(self._file.fileno(), [memoryview(half.numpy()).cast("B")], offset)
+        os.preadv(self._file.fileno(), [half.numpy().data.cast("B")], offset)
         return half.float().div_(scale)
 
     def close(self) -> None:
