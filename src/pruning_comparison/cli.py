@@ -833,7 +833,7 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
             live.progress(min(next(begun), total), total, what)
 
         step("loading the model")
-        workspace = load_workspace(spec, inputs)
+        workspace = load_workspace(spec, inputs, describes=False)
         found = None if options.max_loss is None else build_within(workspace, options.max_loss, on_step=step)
         pruned = build_one(workspace, on_step=step) if found is None else found.pruned
         measured = () if options.no_measure else measure_one(workspace, pruned, on_step=step)

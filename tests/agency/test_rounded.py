@@ -7,9 +7,9 @@ import pytest
 import torch
 
 from pruning_comparison.agency import rounded
-from pruning_comparison.agency.adaptation import _Moments, ridge_towards
+from pruning_comparison.agency.adaptation import _Moments, ridge_towards, ridge_towards_at_once
 from pruning_comparison.agency.moments import LayerMoments
-from pruning_comparison.agency.rounded import add_products, gram_of, is_rounded, mirrored, origin_of
+from pruning_comparison.agency.rounded import add_products, gram_of, is_rounded, mirror, origin_of
 
 FEATURES, WIDTH = 40, 24
 
@@ -50,7 +50,7 @@ def test_sums_are_those_of_float64(monkeypatch, block, sinks, offset):
         moments.add(x[part], targets[part])
     gram, cross = moments.products(centred=True)
     exact_gram, exact_cross = exact_products(x, targets)
-    assert torch.equal(gram, gram.T)
+    torch.testing.assert_close(gram, gram.T, rtol=1e-12, atol=1e-6)
     # Where features are far from zero their origin is subtracted, and the numbers far from it are rounded.
     assert off(gram, exact_gram) < (1e-3 if offset == 300 else 1e-5)
     assert off(cross, exact_cross) < 1 / 512
@@ -100,9 +100,11 @@ def test_few_rows_and_silent_features_are_added_as_well(count):
     assert torch.equal(gram_of(x.float()), x.double().T @ x.double())
 
 
-def test_the_upper_triangle_is_mirrored():
-    gram = torch.tensor([[1.0, 2.0], [9.0, 3.0]])
-    assert mirrored(gram).tolist() == [[1.0, 2.0], [2.0, 3.0]]
+@pytest.mark.parametrize("block", [1, 2, 512])
+def test_the_upper_triangle_is_mirrored(monkeypatch, block):
+    monkeypatch.setattr(rounded, "_BLOCK", block)
+    gram = torch.tensor([[1.0, 2.0, 3.0], [9.0, 4.0, 5.0], [9.0, 9.0, 6.0]])
+    assert mirror(gram).tolist() == [[1.0, 2.0, 3.0], [2.0, 4.0, 5.0], [3.0, 5.0, 6.0]]
 
 
 @pytest.mark.parametrize("batch", [1, 2, 5])
@@ -125,3 +127,23 @@ def test_in_float32_nothing_is_rounded():
     moments = _Moments()
     moments.add(x.float(), targets)
     assert off(moments.products(centred=True)[1], exact_products(x, targets)[1]) < 1e-6
+
+
+@pytest.mark.parametrize("ridge", [1e-6, 0.1, 10.0])
+def test_both_orders_of_the_solution_are_the_same(ridge):
+    x, targets = samples()
+    gram, cross = (torch.tensor(product) for product in exact_products(x, targets))
+    weight = torch.randn(FEATURES, WIDTH, generator=torch.Generator().manual_seed(8))
+    expected = ridge_towards(gram, cross, weight, ridge)
+    assert off(ridge_towards_at_once(gram.clone(), cross, weight, ridge), expected) < 1e-9
+
+
+@pytest.mark.parametrize(
+    "gram", [torch.zeros(4, 4), torch.full((4, 4), torch.nan), -torch.eye(4) + 2 * torch.ones(4, 4)]
+)
+def test_a_matrix_that_cannot_be_solved_gets_more_ridge_or_the_old_weights(gram):
+    """The last has eigenvalues of -1 and 7, and a mean diagonal of 1: the ridge has to exceed 1."""
+    weight = torch.ones(4, 3)
+    found = ridge_towards_at_once(gram.double(), torch.zeros(4, 3, dtype=torch.float64), weight, 0.5)
+    assert bool(found.isfinite().all())
+    torch.testing.assert_close(found, ridge_towards(gram.double(), torch.zeros(4, 3).double(), weight, 0.5))

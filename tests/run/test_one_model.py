@@ -22,7 +22,7 @@ from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.inputs import prepare
 from pruning_comparison.run.one_model import build_one, prune
 from pruning_comparison.run.saved_models import model_folder
-from pruning_comparison.run.workspace import load_workspace
+from pruning_comparison.run.workspace import Workspace, load_workspace
 from pruning_comparison.scoring.weights import score_magnitude
 from pruning_comparison.spec import Cell, ComparisonSpec
 
@@ -48,6 +48,28 @@ def test_prune_makes_what_a_comparison_measures(loaded):
     assert made["adaptation"] == "none"
     with pytest.raises(InputError, match="has been pruned before"):
         prune(pruned, loaded.tokenizer, level=60, **SMALL)
+
+
+def test_one_model_has_no_signals_measured_and_is_the_one_that_a_comparison_makes(tmp_path, monkeypatch):
+    """Signals are recorded by comparisons and change no model."""
+    folder = save_tiny_model(tmp_path / "dense")
+    write_short_texts(folder / "texts")
+    spec = tiny_spec(folder, pruning_levels=(50.0,), variants=("agency",), pruning_methods=("obs",))
+    cell = Cell("agency", "obs", 0, 50.0)
+    scored = []
+    real = Workspace.ranking
+    monkeypatch.setattr(Workspace, "ranking", lambda self, *key: scored.append(key[0]) or real(self, *key))
+    models, records = [], []
+    for describes in (True, False):
+        scored.clear()
+        pruned = build(load_workspace(spec, prepare(spec, identify=False), describes=describes), cell)
+        assert ("fisher" in scored) == describes
+        models.append(pruned.model.state_dict())
+        records.append(pruned.round_records)
+    assert records[0]
+    assert not records[1]
+    assert models[0].keys() == models[1].keys()
+    assert all(torch.equal(models[0][name], models[1][name]) for name in models[0])
 
 
 @pytest.mark.parametrize("method", ["wanda", "flap", "fisher-interactions", "fisher-greedy"])

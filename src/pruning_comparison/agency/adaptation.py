@@ -6,7 +6,6 @@ Dimension letters: B batch, T time, S samples, E embedding, F features, H' live 
 from __future__ import annotations
 
 import time
-from contextlib import nullcontext
 from dataclasses import dataclass, field
 
 import torch
@@ -14,10 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.before_norms import added_to_stream, output_that_adds, pass_through, refit_gains
-from pruning_comparison.agency.rounded import add_products, is_rounded, mirrored, origin_of
+from pruning_comparison.agency.rounded import Buffer, add_products, is_rounded, mirror, origin_of
 from pruning_comparison.agency.streams import DenseStream, Stream, replaced_output, silent_inputs
 from pruning_comparison.measure.memory import PeakMemory
-from pruning_comparison.models.devices import fast_products, rounded_products
+from pruning_comparison.models.devices import fast_products
 from pruning_comparison.models.heads import (
     EmptiedAttention,
     attentions,
@@ -161,6 +160,27 @@ def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> 
         strength *= 10
 
 
+def ridge_towards_at_once(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:
+    """``ridge_towards`` in the order that takes least: (X'X + lambda I)^-1 (X'T + lambda W); uses up ``gram``.
+
+    Without the product X'X W, which takes as long as the Cholesky factor, and without another matrix of that size.
+    """
+    scale, prior = float(gram.diagonal().mean()), weight.double()
+    if not scale > 0:
+        return prior
+    added, strength = 0.0, ridge
+    while strength <= 1e12:
+        gram.diagonal().add_((strength - added) * scale)
+        added = strength
+        factor, failed = torch.linalg.cholesky_ex(gram)
+        if not bool(failed):
+            solution: Tensor = torch.cholesky_solve(torch.add(cross, prior, alpha=strength * scale), factor)
+            if bool(solution.isfinite().all()):
+                return solution
+        strength *= 10
+    return prior
+
+
 @dataclass
 class _Moments:
     """Sums of what a projection reads, X [S, F], and of its targets, T [S, E], from which it is refitted.
@@ -177,25 +197,28 @@ class _Moments:
     sums: tuple[Tensor, Tensor] = field(init=False)
     gram: Tensor = field(init=False)
     cross: Tensor = field(init=False)
+    _buffers: tuple[Buffer, Buffer] = field(default_factory=lambda: (Buffer(), Buffer()), repr=False)
 
     def add(self, x: Tensor, targets: Tensor) -> None:
         """Adds samples of ``x`` [.., F] and ``targets`` [.., E]."""
         x, targets = x.flatten(0, -2), targets.flatten(0, -2)
         rounded = self.rounded = is_rounded(x) and targets.dtype == torch.float32
         if self.shifts is None:
-            self.shifts = x.to(targets.dtype).mean(0), targets.mean(0)
-            if rounded:
-                self.shifts = origin_of(x), self.shifts[1]
+            self.shifts = origin_of(x) if rounded else x.to(targets.dtype).mean(0), targets.mean(0)
             self.sums = self.shifts[0].double() * 0, self.shifts[1].double() * 0
             self.gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
             self.cross = x.new_zeros(x.shape[1], targets.shape[1], dtype=torch.float64)
         self.samples += len(x)
-        # In float32 or better, whatever x is in: the shifts are. Each further copy of x would cost as much as a product.
-        x, targets = x - self.shifts[0], targets - self.shifts[1]
         if rounded:
+            x = self._buffers[0].of(x)
+            if bool(self.shifts[0].any()):
+                x -= self.shifts[0]
+            targets = self._buffers[1].of(targets).sub_(self.shifts[1])
             self.sums = self.sums[0] + x.sum(0).double(), self.sums[1] + targets.sum(0).double()
             add_products(self.gram, self.cross, x, targets)
             return
+        # In float32 or better, whatever x is in: the shifts are. Each further copy of x would cost as much as a product.
+        x, targets = x - self.shifts[0], targets - self.shifts[1]
         self.sums = (
             self.sums[0] + x.sum(0, dtype=torch.float64),
             self.sums[1] + targets.sum(0, dtype=torch.float64),
@@ -214,8 +237,11 @@ class _Moments:
     def products(self, *, centred: bool) -> tuple[Tensor, Tensor]:
         """X'X [F, F] and X'T [F, E] around the means, or around zero."""
         x_mean, target_mean = self.means()
-        gram = mirrored(self.gram) if self.rounded else self.gram
-        gram = gram - torch.outer(self.sums[0], self.sums[0]) / self.samples
+        if self.rounded:
+            # In place, since matrices of this size are: nothing is added after this.
+            gram = mirror(self.gram).addr_(self.sums[0], self.sums[0], alpha=-1 / self.samples)
+        else:
+            gram = self.gram - torch.outer(self.sums[0], self.sums[0]) / self.samples
         cross = self.cross - torch.outer(self.sums[0], self.sums[1]) / self.samples
         if not centred:
             gram = gram + self.samples * torch.outer(x_mean, x_mean)
@@ -233,7 +259,8 @@ class _Moments:
                 gates = _fitted_gates(gram, cross, solution, ridge, head_size)
                 solution = solution * gates.repeat_interleave(head_size)[:, None]
             else:
-                solution = ridge_towards(gram, cross, weight, ridge)
+                fit = ridge_towards_at_once if self.rounded else ridge_towards
+                solution = fit(gram, cross, weight, ridge)
         x_mean, target_mean = self.means()
         return solution, target_mean - x_mean @ solution if with_bias else None
 
@@ -399,7 +426,7 @@ def _replaced(
     outputs = []
     while inputs:
         x = inputs.pop(0)
-        with rounded_products() if is_rounded(x) else nullcontext():
-            product = x.to(like) @ weight
+        # Where it comes in bfloat16, as the block itself would have it.
+        product = (x @ weight.to(x)).to(like) if is_rounded(x) else x.to(like) @ weight
         outputs.append(product if bias is None else product + bias)
     return outputs

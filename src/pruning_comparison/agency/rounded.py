@@ -8,6 +8,7 @@ Dimension letters: S samples, F features, E embedding.
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from math import ceil
 
 import torch
@@ -24,6 +25,19 @@ FAR = 4.0
 _BLOCK = 512
 
 
+@dataclass
+class Buffer:
+    """Memory for one float32 copy after the other: a fresh one takes as long to be given as to be filled."""
+
+    memory: Tensor | None = None
+
+    def of(self, x: Tensor) -> Tensor:
+        """A float32 copy of ``x`` [S, F], good until the next one is asked for."""
+        if self.memory is None or self.memory.numel() < x.numel():
+            self.memory = torch.empty(x.numel(), dtype=torch.float32, device=x.device)
+        return self.memory[: x.numel()].view(x.shape).copy_(x)
+
+
 def is_rounded(x: Tensor) -> bool:
     """Whether activations come in bfloat16 on a processor. GPUs multiply in float32, which costs little there."""
     return x.dtype == torch.bfloat16 and x.device.type == "cpu"
@@ -34,24 +48,26 @@ def origin_of(x: Tensor) -> Tensor:
 
     Zero, so that products stay exact, but for features far from it compared with their spread: there float32 would lose in
     the mean what regression needs of the spread. Their mean is rounded to bfloat16, so that numbers between half of it and
-    twice it have exact differences from it.
+    twice it have exact differences from it. A sixteenth of the rows is enough to tell.
     """
-    spread, mean = torch.std_mean(x.float(), 0, correction=0)
-    return torch.where(mean.abs() > FAR * spread, mean.bfloat16().float(), torch.zeros_like(mean))
+    some = x[::16].float()
+    mean, square = some.mean(0), some.square().mean(0)
+    far = mean.square() > FAR**2 * (square - mean.square())
+    return torch.where(far, mean.bfloat16().float(), torch.zeros_like(mean))
 
 
 def gram_of(x: Tensor) -> Tensor:
     """X'X [F, F], float64, as ``add_products`` adds it up; uses up ``x`` [S, F], float32."""
     gram = x.new_zeros(x.shape[1], x.shape[1], dtype=torch.float64)
     add_products(gram, x.new_zeros(x.shape[1], 0, dtype=torch.float64), x, x[:, :0])
-    return mirrored(gram)
+    return mirror(gram)
 
 
 def add_products(gram: Tensor, cross: Tensor, x: Tensor, targets: Tensor) -> None:
     """Adds X'X to the upper triangle of ``gram`` and X'T to ``cross``, both float64; uses up ``x`` [S, F] and
     ``targets`` [S, E], float32.
 
-    What stands below the diagonal of ``gram`` is meaningless afterwards, see ``mirrored``. X loses what bfloat16 cannot
+    What stands below the diagonal of ``gram`` is meaningless afterwards, see ``mirror``. X loses what bfloat16 cannot
     hold, which is nothing where it came in bfloat16 and its origin is zero; of T each number loses up to 1/512 of itself.
     Rows far longer than the others, such as those of attention sinks, are added in float64.
     """
@@ -71,9 +87,14 @@ def add_products(gram: Tensor, cross: Tensor, x: Tensor, targets: Tensor) -> Non
         cross += x.T @ targets
 
 
-def mirrored(gram: Tensor) -> Tensor:
-    """The symmetric matrix [F, F] with the same upper triangle."""
-    return gram.triu() + gram.triu(1).T
+def mirror(gram: Tensor) -> Tensor:
+    """The matrix [F, F] itself, with the upper triangle's numbers below the diagonal as well."""
+    for first in range(0, len(gram), _BLOCK):
+        last = first + _BLOCK
+        block = gram[first:last, first:last]
+        block.copy_(block.triu() + block.triu(1).T)
+        gram[last:, first:last] = gram[first:last, last:].T
+    return gram
 
 
 def _are_long(x: Tensor) -> Tensor:

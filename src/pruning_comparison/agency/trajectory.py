@@ -131,13 +131,16 @@ class NegotiatedTrajectory:
         group_size: int = 1,
         savings: Savings | None = None,
         seconds: float = 0.0,
+        describes: bool = True,
     ) -> None:
         """``scores`` rank the heads that ``prices`` and ``moments`` are of; ``seconds`` is what measuring prices took.
 
         Signals are made of ``moments`` and ``importance`` [L, H], Fisher scores; they are recorded and change no answer.
-        ``everyone_consents`` and ``savings`` are those of ``consent.negotiate``. Heads leave in groups of ``group_size``.
+        Without ``describes`` there are none, and rounds leave no records. ``everyone_consents`` and ``savings`` are those of
+        ``consent.negotiate``. Heads leave in groups of ``group_size``.
         """
         self._scores = scores
+        self._describes = describes
         self._moments = moments
         self._importance = importance
         self._scope: Scope = scope
@@ -158,26 +161,31 @@ class NegotiatedTrajectory:
         return self._reached[0] if self._reached[0].level == level else self._next(*self._reached, level)[0]
 
     def _next(self, reached: Round, prices: Prices, level: float) -> tuple[Round, Prices]:
-        signals = measure_signals(self._moments.after(prices), prices, ridge=RIDGE, importance=self._importance)
-        if self._first_contributions is None:
-            self._first_contributions = signals.contribution
-        before = reached.round_records[-1].states if reached.round_records else None
-        states = head_states(signals, before, start=self._first_contributions)
+        described = self._described(reached, prices) if self._describes else None
         started = time.perf_counter()
         result = negotiate(
             self._scores.scores,
             prices,
             reached.keep,
             quota_of_level(level, reached.keep, self._scope, self._group_size),
-            states=states,
+            states=None if described is None else described[1],
             everyone_consents=self._everyone_consents,
             group_size=self._group_size,
             savings=self._savings,
         )
-        record = RoundRecord(level, signals, states, result.replies)
         seconds = reached.seconds + time.perf_counter() - started
-        records = (*reached.round_records, record)
+        records = reached.round_records
+        if described is not None:
+            records = (*records, RoundRecord(level, *described, result.replies))
         return Round(level, result.keep, self._scores, None, records, seconds), result.prices
+
+    def _described(self, reached: Round, prices: Prices) -> tuple[HeadSignals, States]:
+        """Signals and states of the heads that a round begins with."""
+        signals = measure_signals(self._moments.after(prices), prices, ridge=RIDGE, importance=self._importance)
+        if self._first_contributions is None:
+            self._first_contributions = signals.contribution
+        before = reached.round_records[-1].states if reached.round_records else None
+        return signals, head_states(signals, before, start=self._first_contributions)
 
 
 def _grid_up_to(level: float) -> list[float]:

@@ -97,7 +97,7 @@ def prune(
         if spec.prepare_precision != "float32":
             reference = sharing_copy(reference)  # how it is prepared is noted on it, and the caller's stays as it is
             prepare_in(reference, spec.prepare_precision)
-        workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}, bos), reference, model)
+        workspace = Workspace(spec, Inputs(preview, (), (), (), windows, {}, bos), reference, model, describes=False)
         # What pruning leaves alone is shared until here.
         made = build_one(workspace) if max_loss is None else build_within(workspace, max_loss).pruned
         pruned = copy.deepcopy(made.model)

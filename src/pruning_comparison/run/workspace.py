@@ -51,6 +51,7 @@ class Workspace:
     """A loaded comparison: the dense model, its inputs, and what has been computed once and is needed again.
 
     ``folder`` is the run's, where training is kept from time to time; None where there is none, or none within reach.
+    Without ``describes`` nothing is measured that only describes heads and changes no model: one model to keep records none.
     """
 
     spec: ComparisonSpec
@@ -58,6 +59,7 @@ class Workspace:
     reference: PreTrainedModel
     dense: PreTrainedModel
     folder: Path | None = None
+    describes: bool = True
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
@@ -182,7 +184,9 @@ class Workspace:
             started = time.perf_counter()
             settings = self._price_settings
             windows, batch, bos = self.score_windows(iteration), settings["batch_size"], settings["exclude_first"]
-            moments = observe_for_prices(self.reference, windows, batch_size=batch, exclude_first=bos, utilisation=True)
+            moments = observe_for_prices(
+                self.reference, windows, batch_size=batch, exclude_first=bos, utilisation=self.describes
+            )
             prices = measure_prices(self.reference, windows, moments=moments, **settings)
             self._priced[iteration] = PricedHeads(prices, moments, time.perf_counter() - started)
         return self._priced[iteration]
@@ -203,12 +207,13 @@ class Workspace:
                 self.ranking(method, iteration),
                 priced.prices,
                 moments=priced.moments,
-                importance=self.ranking(IMPORTANCE, iteration).scores,
+                importance=self.ranking(IMPORTANCE, iteration).scores if self.describes else None,
                 scope=self.spec.scope,
                 everyone_consents=VARIANTS[rules].consent == "always",
                 group_size=self.group_size,
                 savings=self._savings() if VARIANTS[rules].consent == "by cost" else None,
                 seconds=priced.seconds,
+                describes=self.describes,
             )
         return self._negotiated[key]
 
@@ -294,17 +299,19 @@ def load_workspace(
     folder: Path | None = None,
     *,
     layer_times_s: Mapping[int, float] | None = None,
+    describes: bool = True,
 ) -> Workspace:
     """Loads the weights. Scores, prices and adaptation start from float32 weights whatever precision is measured, and their
     matrix products are in the spec's ``prepare_precision``.
 
     ``layer_times_s`` are the layer times that the run has; without them they are measured where they are needed.
+    ``describes`` is that of ``Workspace``.
     """
     torch.set_num_threads(spec.threads)
     loaded: LoadedModel = load_model(inputs.preview, device=spec.device, dtype=torch.float32)
     prepare_in(loaded.model, spec.prepare_precision)
     dense = at_precision(loaded.model, spec.precision)
-    return Workspace(spec, inputs, loaded.model, dense, folder, _layer_times_s=layer_times_s)
+    return Workspace(spec, inputs, loaded.model, dense, folder, describes, _layer_times_s=layer_times_s)
 
 
 def at_precision(model: PreTrainedModel, precision: str, workspace: Workspace | None = None) -> PreTrainedModel:
