@@ -53,6 +53,7 @@ from pruning_comparison.pruning import remove_heads, select_heads
 from pruning_comparison.scoring.ablation import recorded_blocks
 from pruning_comparison.scoring.prices import RIDGE, LayerPrices, Prices, elimination
 from pruning_comparison.scoring.scores import ScoreSettings, score_heads
+from pruning_comparison.spec import ADAPTATIONS
 from pruning_comparison.texts import load_documents, sample_windows, whole_windows
 
 BATCH = 8
@@ -67,8 +68,9 @@ class Configuration:
     factor of the limit. ``weights`` of layers: "half" (half of one layer is cut) or "rounds" (above 30 % measured again on
     the model that is adapted at 30 %). The windows that they are measured on are cut into shorter ones of ``fresh_window``
     tokens, if that is above 0: more first tokens in as much text. ``price_ridge`` is that of prices; ``ridge`` and
-    ``mlp_ridge`` are those of ``adapt``, which runs ``passes`` times. ``first_tokens`` of 0 does without windows of one
-    token. ``sampled`` adds so many times the calibration windows of text that the dense model continues them with.
+    ``mlp_ridge`` are those of ``adapt``, which runs ``passes`` times and takes its ``steps``. ``first_tokens`` of 0 does
+    without windows of one token, as does a model whose texts begin with a token of their own. ``sampled`` adds so many times
+    the calibration windows of text that the dense model continues them with.
     """
 
     method: str = "obs"
@@ -79,6 +81,7 @@ class Configuration:
     ridge: float = 0.1
     mlp_ridge: float = 0.3
     passes: int = 1
+    steps: str = "refit-mlp"
     first_tokens: int = 1
     sampled: float = 0.0
 
@@ -95,6 +98,8 @@ class Configuration:
         configuration = cls(**chosen)
         if configuration.weights not in WEIGHTS:
             raise ValueError(unknown_name("--configurations", configuration.weights, WEIGHTS))
+        if configuration.steps not in ADAPTATIONS:
+            raise ValueError(unknown_name("--configurations", configuration.steps, ADAPTATIONS))
         if configuration.consent != "none":
             float(configuration.consent)
         return configuration
@@ -121,13 +126,17 @@ DEFAULT = (
 
 @dataclass
 class Bench:
-    """The dense model, one sample of calibration windows, and what has been computed on it."""
+    """The dense model, one sample of calibration windows, and what has been computed on it.
+
+    ``begins`` says that every window begins with the token that the model's texts begin with: prices leave it out.
+    """
 
     model: PreTrainedModel
     windows: Tensor
     generator: Callable[[str], torch.Generator]
     note: Callable[[str, float], None]
     score_tokens: int
+    begins: bool = False
     _moments: HeadMoments | None = None
     _layers: dict[float, tuple[LayerPrices | None, ...]] = field(default_factory=dict)
     _prices: dict[tuple[float, int], Prices] = field(default_factory=dict)
@@ -147,12 +156,18 @@ class Bench:
     def moments(self) -> HeadMoments:
         if self._moments is None:
             with self.timed("moments"):
-                self._moments = observe_for_prices(self.model, self.windows, batch_size=BATCH)
+                self._moments = observe_for_prices(
+                    self.model, self.windows, batch_size=BATCH, exclude_first=self.begins
+                )
         return self._moments
 
     def fresh(self, window: int) -> Tensor:
         """The windows that layers are weighed on, in pieces of ``window`` tokens if that is not 0."""
         windows = split_windows(self.windows)[1]
+        if window and self.begins:
+            raise ValueError(
+                "fresh_window needs windows that can be cut anywhere; those of this model have a beginning"
+            )
         return windows.reshape(-1, window) if window else windows
 
     def prices(self, ridge: float, fresh_window: int) -> Prices:
@@ -167,7 +182,9 @@ class Bench:
         if (ridge, fresh_window) not in self._prices:
             layers = self._layers[ridge]
             with self.timed("weights of layers"):
-                weights = layer_weights(self.model, self.moments(), layers, self.fresh(fresh_window))
+                weights = layer_weights(
+                    self.model, self.moments(), layers, self.fresh(fresh_window), exclude_first=self.begins
+                )
             n_heads = head_grid(self.model.config).n_heads
             self._prices[ridge, fresh_window] = Prices.of(layers, weights.tolist(), n_heads)
         return self._prices[ridge, fresh_window]
@@ -198,7 +215,7 @@ class Bench:
                 with self.timed("sampled text"):
                     given = windows[: round(configuration.sampled * len(windows))]
                     windows = torch.cat([windows, continued(self.model, given, self.generator("sampled"))])
-            if configuration.first_tokens:
+            if configuration.first_tokens and not self.begins:
                 first_tokens = drawn_first_tokens(self.windows, self.generator("first tokens"))
             with self.timed("dense stream"):
                 self._stream = key, DenseStream(self.model, windows, batch_size=BATCH, first_tokens=first_tokens)
@@ -227,13 +244,13 @@ class Bench:
                 self.model,
                 fitted,
                 batch_size=BATCH,
-                first_tokens=drawn_first_tokens(fitted, self.generator("first tokens")),
+                first_tokens=None if self.begins else drawn_first_tokens(fitted, self.generator("first tokens")),
             )
             adapt(stream, adapted)
             stream.close()
-            moments = observe_for_prices(adapted, self.windows, batch_size=BATCH)
+            moments = observe_for_prices(adapted, self.windows, batch_size=BATCH, exclude_first=self.begins)
             layers = layer_prices(adapted, moments)
-            weights = layer_weights(adapted, moments, layers, fresh, reference=self.model)
+            weights = layer_weights(adapted, moments, layers, fresh, exclude_first=self.begins, reference=self.model)
             n_heads = head_grid(self.model.config).n_heads
             self._rounds[window] = elimination(Prices.of(layers, weights.tolist(), n_heads))[0]
         return self._rounds[window]
@@ -244,7 +261,13 @@ class Bench:
         pruned = remove_heads(self.model, keep)
         with self.timed("refit"):
             for _ in range(configuration.passes):
-                adapt(stream, pruned, ridge=configuration.ridge, mlp_ridge=configuration.mlp_ridge)
+                adapt(
+                    stream,
+                    pruned,
+                    steps=configuration.steps,
+                    ridge=configuration.ridge,
+                    mlp_ridge=configuration.mlp_ridge,
+                )
         return pruned
 
     def close(self) -> None:
@@ -403,17 +426,19 @@ def best_of(found: dict[tuple[str, float], dict[int, Any]], lines: Sequence[dict
     return min(means, key=lambda name: (means[name], name != "reference"), default="reference")
 
 
-def read_windows(options: argparse.Namespace, tokenizer: Any) -> Tensor:
-    """All windows of the calibration text. ``--windows_file`` keeps them: tokenising takes longer than many a measurement.
+def read_windows(options: argparse.Namespace, tokenizer: Any, bos: int | None = None) -> Tensor:
+    """All windows of the calibration text, which begin with the token ``bos`` if there is one.
+
+    ``--windows_file`` keeps them: tokenising takes longer than many a measurement.
 
     ValueError where the file is of another text or window.
     """
     documents = load_documents(options.calibration_text, option="--calibration_text")
     digest = hashlib.sha256("\0".join(one.text for one in documents).encode()).hexdigest()
     if options.windows_file is None:
-        return whole_windows(documents, tokenizer, options.window)
+        return whole_windows(documents, tokenizer, options.window, bos=bos)
     if not options.windows_file.exists():
-        windows = whole_windows(documents, tokenizer, options.window)
+        windows = whole_windows(documents, tokenizer, options.window, bos=bos)
         np.savez_compressed(options.windows_file, windows=windows.to(torch.int32).numpy(), text=digest)
     with np.load(options.windows_file) as kept:
         if str(kept["text"]) != digest or kept["windows"].shape[1] != options.window:
@@ -542,7 +567,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
         preview = ModelPreview(gguf.SMOLLM2, str(options.model_path), *gguf.read_header(options.model_path))
     model = load_model(preview, device=options.device).model
     torch.set_num_threads(1)
-    calibration = read_windows(options, preview.tokenizer)
+    bos = preview.bos("auto")
+    calibration = read_windows(options, preview.tokenizer, bos)
     parts: dict[str, float] = {}
 
     def note(what: str, seconds: float) -> None:
@@ -553,7 +579,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             model,
             evaluation_windows(
                 load_documents(text, option=option),
-                preview.tokenizer, window=options.window, stride=options.window, tokens=tokens,
+                preview.tokenizer, window=options.window, stride=options.window, tokens=tokens, bos=bos,
             ),
         )  # fmt: skip
         scored = judge.tokens.sum()
@@ -570,7 +596,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
             return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") % 2**63)
 
         windows = sample_windows(calibration, options.tokens, generator("calibration"))
-        return Bench(model, windows, generator, note, options.score_tokens)
+        return Bench(model, windows, generator, note, options.score_tokens, begins=bos is not None)
 
     benches = {sample: bench_of(sample) for sample in samples}
     judge = judge_of(options.eval_text, "--eval_text", options.eval_tokens)

@@ -87,10 +87,10 @@ def adapt(
       ridge regression towards the original weights (Hoerl and Kennard 1970, shrunk to a prior other than zero);
     * "refit-mlp": the MLP's output projection as well, with ``mlp_ridge``.
 
-    Where a norm or a factor comes between what attention or the MLP writes and what is added to the stream (Gemma 2 and 3,
-    OLMo 2, Granite), T is what has to enter it (``before_norms``). After a projection that is followed by a norm has been
-    fitted, so are the norm's gains (``refit_gains``): what the regression has shrunk, the norm would stretch again. A
-    mixture of experts has no one projection to refit: "refit-mlp" is refused for it.
+    Where a norm or a factor comes between what attention writes and what is added to the stream (Gemma 2 and 3, OLMo 2,
+    Granite), T is what has to enter it (``before_norms``). After the projection before a norm the norm's gains are fitted
+    (``refit_gains``), and of an MLP whose output passes through a norm the gains alone: its projection is left as it is,
+    since refitting it made models worse. A mixture of experts has no one projection to refit: "refit-mlp" is refused for it.
 
     A layer without heads keeps its bias term, refitted to mean(T), which a norm that follows then passes through as it is
     (``pass_through``). Where the family has no output bias, one is added, unless
@@ -322,8 +322,8 @@ def _adapt_attention(
         assert isinstance(attention, EmptiedAttention)
         for number, stream in enumerate(streams):
             target = _wanted_of_attention(dense, pruned, layer, number, stream)
-            if norm is None:
-                target = output_that_adds(pruned, layer, "attention", target, None)
+            # A norm will pass the constant through.
+            target = output_that_adds(pruned, target, None, None)
             moments.add(target[..., :0], target)
         if attention.bias is not None or allow_new_bias:
             attention.bias = nn.Parameter(moments.means()[1].to(streams[0].hidden), requires_grad=False)
@@ -336,7 +336,7 @@ def _adapt_attention(
         with fast_products(dense.model):
             x = stream.run_to(pruned, layer, projection)
         wanted = _wanted_of_attention(dense, pruned, layer, number, stream)
-        moments.add(x, output_that_adds(pruned, layer, "attention", wanted, dense.lengths(number, layer, "attention")))
+        moments.add(x, output_that_adds(pruned, wanted, norm, dense.lengths(number, layer)))
         inputs.append(x)
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
@@ -369,7 +369,8 @@ def _adapt_mlp(
     ridge: float | None,
     allow_new_bias: bool,
 ) -> None:
-    """Adapts one layer's MLP, unless ``ridge`` is None, and moves the streams past the block.
+    """Adapts one layer's MLP, or where a norm follows the gains of that, unless ``ridge`` is None, and moves the streams
+    past the block.
 
     ``added`` is what attention writes for every batch.
     """
@@ -380,6 +381,8 @@ def _adapt_mlp(
                 stream.hidden = stream.run(pruned, layer).to(stream.hidden)
         return
     weight, old_bias = input_major_weight(projection), getattr(projection, "bias", None)
+    norm_of_output = norms_of_outputs(pruned, "mlp")[layer]
+    refitted = ridge is not None and norm_of_output is None
     moments = _Moments()
     inputs, totals = [], []
     for number, (stream, attention_adds) in enumerate(zip(streams, added, strict=True)):
@@ -390,17 +393,16 @@ def _adapt_mlp(
         ):
             total = stream.run_apart(pruned, layer)[1].to(stream.hidden)
         z = caught[0].view(*total.shape[:-1], -1)
-        if ridge is not None:
+        if refitted:
             wanted = dense.at(number, layer, "after block") - total
-            moments.add(z, output_that_adds(pruned, layer, "mlp", wanted, dense.lengths(number, layer, "mlp")))
+            moments.add(z, output_that_adds(pruned, wanted, None, None))
         inputs.append(z)
         totals.append(total)
-    if ridge is None:
-        solution = weight.double(), None if old_bias is None else old_bias.double()
-    else:
+    if ridge is not None and refitted:
         solution = moments.solve(weight, "refit", ridge, 1, old_bias is not None or allow_new_bias)
-    written = _replaced(projection, solution, inputs, streams[0].hidden, write=ridge is not None)
-    norm_of_output = norms_of_outputs(pruned, "mlp")[layer]
+    else:
+        solution = weight.double(), None if old_bias is None else old_bias.double()
+    written = _replaced(projection, solution, inputs, streams[0].hidden, write=refitted)
     if norm_of_output is not None and ridge is not None:
         left = (dense.at(number, layer, "after block") - total for number, total in enumerate(totals))
         refit_gains(norm_of_output, written, left)

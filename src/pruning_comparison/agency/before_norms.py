@@ -26,12 +26,13 @@ def added_to_stream(model: PreTrainedModel, layer: int, part: Part, output: Tens
     return output if multiplier == 1 else output * multiplier
 
 
-def output_that_adds(model: PreTrainedModel, layer: int, part: Part, wanted: Tensor, lengths: Tensor | None) -> Tensor:
+def output_that_adds(model: PreTrainedModel, wanted: Tensor, norm: nn.Module | None, lengths: Tensor | None) -> Tensor:
     """What attention or the MLP of a block should write for the stream to gain ``wanted`` [B, T, E], or come nearest to it.
 
-    ``lengths`` [B, T, 1] are those of what it writes in the dense model; only a norm needs them, see ``before_norm``.
+    ``norm`` is what it passes through, if anything; ``lengths`` [B, T, 1] are those of what is written in the dense model,
+    which only a norm needs, see ``before_norm``.
     """
-    norm, multiplier = norms_of_outputs(model, part)[layer], residual_multiplier(model)
+    multiplier = residual_multiplier(model)
     if multiplier != 1:
         wanted = wanted / multiplier
     if norm is None:

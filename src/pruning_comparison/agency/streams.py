@@ -9,7 +9,7 @@ import os
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +21,9 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.agency.before_norms import added_to_stream
 from pruning_comparison.models.devices import fast_products, room_for_streams_bytes
-from pruning_comparison.models.heads import Part, attentions, blocks, last_norms, norms_of_outputs
+from pruning_comparison.models.heads import attentions, blocks, last_norms, norms_of_outputs
 
-Place = Literal["after attention", "after block", "attention length", "mlp length"]
+Place = Literal["after attention", "after block", "attention length"]
 
 
 SINK_RATIO = 10.0
@@ -178,11 +178,13 @@ class DenseStream:
             return self._kept[batch][layer, place]
         return self._scratch.read(batch, layer, place).to(self._starts[batch].hidden)
 
-    def lengths(self, batch: int, layer: int, part: Part) -> Tensor | None:
-        """Of what attention, or the MLP, of a block writes, [B, T, 1]; None where no norm comes before it is added."""
-        if norms_of_outputs(self.model, part)[layer] is None:
-            return None
-        return self.at(batch, layer, "attention length" if part == "attention" else "mlp length")
+    def lengths(self, batch: int, layer: int) -> Tensor | None:
+        """Of what the attention of a block writes, [B, T, 1]; None where no norm comes before it is added."""
+        return (
+            None
+            if norms_of_outputs(self.model, "attention")[layer] is None
+            else self.at(batch, layer, "attention length")
+        )
 
     def close(self) -> None:
         """Removes the scratch file."""
@@ -336,18 +338,15 @@ def silent_inputs(module: nn.Module, features: int) -> Iterator[list[Tensor]]:
 
 @contextmanager
 def _caught_lengths(model: PreTrainedModel, layer: int) -> Iterator[dict[Place, Tensor]]:
-    """Filled at its end with the lengths of what entered the norms of a block's outputs, [B, T, 1] by place."""
+    """Filled at its end with the length of what entered the norm of what a block's attention writes, [B, T, 1], if any."""
     lengths: dict[Place, Tensor] = {}
-    places: dict[Part, Place] = {"attention": "attention length", "mlp": "mlp length"}
-    with ExitStack() as stack:
-        caught: dict[Place, list[Tensor]] = {}
-        for part, place in places.items():
-            norm = norms_of_outputs(model, part)[layer]
-            if norm is not None:
-                caught[place] = stack.enter_context(_caught_inputs(norm))
+    norm = norms_of_outputs(model, "attention")[layer]
+    if norm is None:
         yield lengths
-        for place, inputs in caught.items():
-            lengths[place] = torch.linalg.vector_norm(inputs[0].to(model.dtype), dim=-1, keepdim=True)
+        return
+    with _caught_inputs(norm) as inputs:
+        yield lengths
+    lengths["attention length"] = torch.linalg.vector_norm(inputs[0].to(model.dtype), dim=-1, keepdim=True)
 
 
 @contextmanager

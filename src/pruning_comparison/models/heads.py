@@ -380,6 +380,11 @@ def set_gains(norm: nn.Module, gains: Tensor) -> None:
     norm.weight = nn.Parameter(changed.to(weight), requires_grad=False)
 
 
+def mlp_output_is_normed(config: Any) -> bool:
+    """Whether a model with this config has norms between what its MLPs write and the residual stream."""
+    return LAYOUTS[str(family_of(config))].mlp_output_norm is not None
+
+
 def residual_multiplier(model: PreTrainedModel) -> float:
     """What the output of attention and MLP is multiplied by before it is added to the residual stream."""
     attribute = layout_of(model).multiplier

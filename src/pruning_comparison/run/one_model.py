@@ -21,7 +21,7 @@ from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import kl_of, measure_perplexity, perplexity_of
 from pruning_comparison.models import ModelPreview
 from pruning_comparison.models.devices import prepare_in
-from pruning_comparison.models.heads import UnsupportedModelError, kept_heads
+from pruning_comparison.models.heads import UnsupportedModelError, kept_heads, mlp_output_is_normed
 from pruning_comparison.pruning.surgery import converted_copy, sharing_copy
 from pruning_comparison.run.cell import build
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, nothing_pruned
@@ -151,7 +151,9 @@ def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPrevie
     if not forms:
         return
     adapts = variant_named(spec.variants[0]).adapts and spec.adaptation != "none" and spec.new_bias
-    biases = ("attention", "mlp") if adapts and spec.adaptation == "refit-mlp" else ("attention",) if adapts else ()
+    # An MLP whose output passes through a norm is not refitted, only the norm's gains are.
+    refits_mlp = spec.adaptation == "refit-mlp" and not mlp_output_is_normed(preview.config)
+    biases = () if not adapts else ("attention", "mlp") if refits_mlp else ("attention",)
     reasons = forms_ruled_out(
         preview.config,
         spec.pruning_levels[-1],
