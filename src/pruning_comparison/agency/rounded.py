@@ -23,6 +23,7 @@ FAR = 4.0
 """Features whose mean is further from zero than so many standard deviations are taken around it."""
 
 _BLOCK = 512
+_ROWS_THAT_TELL = 256
 
 
 @dataclass
@@ -48,9 +49,9 @@ def origin_of(x: Tensor) -> Tensor:
 
     Zero, so that products stay exact, but for features far from it compared with their spread: there float32 would lose in
     the mean what regression needs of the spread. Their mean is rounded to bfloat16, so that numbers between half of it and
-    twice it have exact differences from it. A sixteenth of the rows is enough to tell.
+    twice it have exact differences from it. A few hundred rows are enough to tell.
     """
-    some = x[::16].float()
+    some = x[:: max(1, len(x) // _ROWS_THAT_TELL)].float()
     mean, square = some.mean(0), some.square().mean(0)
     far = mean.square() > FAR**2 * (square - mean.square())
     return torch.where(far, mean.bfloat16().float(), torch.zeros_like(mean))
