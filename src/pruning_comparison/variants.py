@@ -81,7 +81,7 @@ VARIANTS: dict[str, Variant] = {
         adapts=True,
         summary="heads are asked at their prices, those that consent leave, and the survivors adapt",
         look=Look("#0072B2", "s", "-"),
-        revision=3,
+        revision=4,
     ),
     "baseline-progressive": Variant(
         "baseline-progressive",
@@ -100,7 +100,7 @@ VARIANTS: dict[str, Variant] = {
         look=Look("#56B4E9", "D", (0, (1, 1.2))),
         lacks="Asking heads",
         instead="the baseline's heads leave and the survivors adapt all the same",
-        revision=2,
+        revision=3,
     ),
     "agency-selection": Variant(
         "agency-selection",
@@ -111,7 +111,7 @@ VARIANTS: dict[str, Variant] = {
         lacks="Adapted weights",
         instead="the same heads leave and the weights stay as they were",
         plural=True,
-        revision=2,
+        revision=3,
     ),
     "agency-always-yes": Variant(
         "agency-always-yes",
@@ -122,7 +122,7 @@ VARIANTS: dict[str, Variant] = {
         look=Look("#CC79A7", "P", (0, (2, 1))),
         lacks="Consent",
         instead="nobody may refuse",
-        revision=3,
+        revision=4,
     ),
 }
 """Every variant by its name, in the order in which help, tables and charts list them."""

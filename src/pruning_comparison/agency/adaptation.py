@@ -6,6 +6,7 @@ Dimension letters: B batch, T time, S samples, E embedding, F features, H' live 
 from __future__ import annotations
 
 import time
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -341,7 +342,7 @@ def _adapt_attention(
     with_bias = getattr(projection, "bias", None) is not None or allow_new_bias
     head_size = head_grid(pruned.config).head_size
     solution = moments.solve(input_major_weight(projection), steps, ridge, head_size, with_bias)
-    written = _replaced(projection, solution, inputs, streams[0].hidden)
+    written = list(_replaced(projection, solution, inputs, streams[0].hidden))
     if norm is not None and steps != "bias":
         wanted_of_all = (_wanted_of_attention(dense, pruned, layer, *numbered) for numbered in enumerate(streams))
         refit_gains(norm, written, wanted_of_all)
@@ -372,7 +373,7 @@ def _adapt_mlp(
     """Adapts one layer's MLP, or where a norm follows the gains of that, unless ``ridge`` is None, and moves the streams
     past the block.
 
-    ``added`` is what attention writes for every batch.
+    ``added`` is what attention writes for every batch; it is used up, since all batches together take up much memory.
     """
     projection, norm = mlp_output_projections(pruned)[layer], last_norms(pruned)[layer]
     if projection is None:
@@ -384,8 +385,9 @@ def _adapt_mlp(
     norm_of_output = norms_of_outputs(pruned, "mlp")[layer]
     refitted = ridge is not None and norm_of_output is None
     moments = _Moments()
-    inputs, totals = [], []
-    for number, (stream, attention_adds) in enumerate(zip(streams, added, strict=True)):
+    inputs = []
+    for number, stream in enumerate(streams):
+        attention_adds = added.pop(0)
         with (
             replaced_output(attentions(pruned)[layer], (attention_adds, None)),
             silent_inputs(projection, weight.shape[1]) as caught,
@@ -397,17 +399,18 @@ def _adapt_mlp(
             wanted = dense.at(number, layer, "after block") - total
             moments.add(z, output_that_adds(pruned, wanted, None, None))
         inputs.append(z)
-        totals.append(total)
+        stream.hidden = total
     if ridge is not None and refitted:
         solution = moments.solve(weight, "refit", ridge, 1, old_bias is not None or allow_new_bias)
     else:
         solution = weight.double(), None if old_bias is None else old_bias.double()
-    written = _replaced(projection, solution, inputs, streams[0].hidden, write=refitted)
+    written: Iterable[Tensor] = _replaced(projection, solution, inputs, streams[0].hidden, write=refitted)
     if norm_of_output is not None and ridge is not None:
-        left = (dense.at(number, layer, "after block") - total for number, total in enumerate(totals))
+        left = (dense.at(number, layer, "after block") - stream.hidden for number, stream in enumerate(streams))
+        written = list(written)
         refit_gains(norm_of_output, written, left)
-    for stream, total, adds in zip(streams, totals, written, strict=True):
-        after = total + added_to_stream(pruned, layer, "mlp", adds)
+    for stream, adds in zip(streams, written, strict=True):
+        after = stream.hidden + added_to_stream(pruned, layer, "mlp", adds)
         stream.hidden = after if norm is None else norm(after)
 
 
@@ -417,18 +420,16 @@ def _replaced(
     inputs: list[Tensor],
     like: Tensor,
     write: bool = True,
-) -> list[Tensor]:
-    """Writes a solution into its projection; what the projection then makes of every batch of ``inputs``.
+) -> Iterator[Tensor]:
+    """Writes a solution into its projection; what the projection then makes of every batch of ``inputs``, one by one.
 
-    Inputs are let go of one by one: they are the largest thing in memory.
+    Inputs are let go of one by one as well: they are the largest thing in memory.
     """
     weight, bias = solution[0].to(like), None if solution[1] is None else solution[1].to(like)
     if write:
         set_projection(projection, weight, bias)
-    outputs = []
     while inputs:
         x = inputs.pop(0)
         # Where it comes in bfloat16, as the block itself would have it.
         product = (x @ weight.to(x)).to(like) if is_rounded(x) else x.to(like) @ weight
-        outputs.append(product if bias is None else product + bias)
-    return outputs
+        yield product if bias is None else product + bias
