@@ -315,7 +315,8 @@ def continued(model: PreTrainedModel, windows: Tensor, generator: torch.Generato
 class Outcome:
     """What a model says of the evaluation text, window by window.
 
-    ``losses`` and ``kl`` are nats of negative log-likelihood and of KL(dense || model), summed over scored tokens.
+    ``losses`` and ``kl`` are nats of negative log-likelihood and of KL(dense || model), summed over scored tokens; the
+    latter 0 where it is left out.
     ``first_token`` is how long the stream is at a window's first token, in the block where the dense model's is longest,
     relative to it: models park their attention there. ``strays`` are other positions whose stream is more than ten times as
     long as the dense model's in some block.
@@ -330,20 +331,26 @@ class Outcome:
 class Judge:
     """Compares models with the dense one on the same evaluation windows.
 
-    What the dense model says there is kept on its device: 4 bytes per token and entry of the vocabulary.
+    What the dense model says there is kept on its device: 4 bytes per token and entry of the vocabulary. Without ``kl`` it
+    is not, and windows are passed one by one, for vocabularies that would not fit into memory.
     """
 
-    def __init__(self, dense: PreTrainedModel, windows: Sequence[EvaluationWindow]) -> None:
-        self._windows = windows
+    def __init__(self, dense: PreTrainedModel, windows: Sequence[EvaluationWindow], *, kl: bool = True) -> None:
+        self._windows, self.kl = windows, kl
         self.tokens = np.array([window.targets for window in windows])
         self._parts: list[list[int]] = []
         lengths: dict[int, list[int]] = {}
         for number, window in enumerate(windows):
             lengths.setdefault(len(window.ids), []).append(number)
         for numbers in lengths.values():
-            self._parts += [numbers[first : first + 4] for first in range(0, len(numbers), 4)]
+            at_once = 4 if kl else 1
+            self._parts += [numbers[first : first + at_once] for first in range(0, len(numbers), at_once)]
+        self._said: list[tuple[Tensor | None, Tensor]] = []
         with torch.no_grad():
-            self._said = [said_of(dense, self._ids(part, dense)) for part in self._parts]
+            for part in self._parts:
+                logits, norms = said_of(dense, self._ids(part, dense))
+                self._said.append((logits if kl else None, norms))
+                del logits
         self.dense = self.outcome_of(dense).losses
 
     def _ids(self, part: Sequence[int], model: PreTrainedModel) -> Tensor:
@@ -357,7 +364,7 @@ class Judge:
             ids = self._ids(part, model)
             now, norms = said_of(model, ids)
             loss = -now.gather(-1, ids[:, 1:, None])[..., 0]
-            divergence = (expected.exp() * (expected - now)).sum(-1)
+            divergence = torch.zeros_like(loss) if expected is None else (expected.exp() * (expected - now)).sum(-1)
             relative = norms / dense_norms
             first = relative[int(dense_norms[:, 0, 0].argmax()), :, 0].tolist()
             strays = (relative[:, :, 1:] > 10).any(0).sum(-1).tolist()
@@ -498,8 +505,9 @@ class Measurement:
         figures = {
             "ratio": ratio_of(excess.sum() / tokens.sum()),
             "worst_window": ratio_of((excess / tokens).max()),
-            "kl": outcome.kl.sum() / tokens.sum(),
         }
+        if self.judge.kl:
+            figures["kl"] = outcome.kl.sum() / tokens.sum()
         say(
             phase=self.phase, sample=sample, configuration=name, level=level,
             **{key: round(float(value), 4) for key, value in figures.items()},
@@ -533,6 +541,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--tokens", type=int, default=16384)
     parser.add_argument("--score_tokens", type=int, default=8192, help="that other methods than obs read")
     parser.add_argument("--eval_tokens", type=int, default=4096)
+    parser.add_argument("--no_kl", action="store_true", help="leave KL to the dense model out, which takes memory")
     parser.add_argument("--window", type=int, default=512)
     parser.add_argument("--samples", default="0", help="numbers of calibration samples, comma-separated")
     parser.add_argument("--levels", default="30,50,70")
@@ -581,6 +590,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
                 load_documents(text, option=option),
                 preview.tokenizer, window=options.window, stride=options.window, tokens=tokens, bos=bos,
             ),
+            kl=not options.no_kl,
         )  # fmt: skip
         scored = judge.tokens.sum()
         say(

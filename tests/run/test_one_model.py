@@ -2,25 +2,29 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
+from types import SimpleNamespace
 
 import pytest
 import torch
 from builders import save_tiny_model, tiny_model, tiny_spec, write_short_texts
 
 from pruning_comparison import cli
-from pruning_comparison.checkpoint.forms import forms_that_hold, load_pruned
+from pruning_comparison.agency.adaptation import adapt
+from pruning_comparison.agency.streams import DenseStream
+from pruning_comparison.checkpoint.forms import forms_that_hold, load_pruned, stock_form
 from pruning_comparison.errors import InputError
 from pruning_comparison.models import load_model, preview_model
-from pruning_comparison.models.heads import kept_heads, live_heads
+from pruning_comparison.models.heads import head_grid, kept_heads, live_heads
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import remove_heads
 from pruning_comparison.run.cell import build
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.inputs import prepare
-from pruning_comparison.run.one_model import build_one, prune
+from pruning_comparison.run.one_model import build_one, check_forms, prune
 from pruning_comparison.run.saved_models import model_folder
 from pruning_comparison.run.workspace import Workspace, load_workspace
 from pruning_comparison.scoring.weights import score_magnitude
@@ -291,3 +295,21 @@ def test_a_comparison_can_keep_its_models(tmp_path):
     masked = ComparisonSpec(**{**spec.as_dict_of_tuples(), "execution": "masked"})
     with pytest.raises(InputError, match="--save_models"):
         run_comparison(masked, output_dir=tmp_path / "out", save_models=True)
+
+
+@pytest.mark.parametrize(("family", "possible"), [("gemma3", True), ("olmo2", True), ("qwen3", False)])
+def test_the_default_adaptation_rules_out_the_padded_form_only_where_mlps_get_a_bias(family, possible):
+    """An MLP whose output passes through a norm gets none. What is said before any weight is read holds afterwards."""
+    model = tiny_model(family)
+    preview = SimpleNamespace(config=model.config, grid=head_grid(model.config))
+    spec = ComparisonSpec(variants=("agency-adaptation",), pruning_levels=(50.0,))
+    assert spec.adaptation == "refit-mlp"
+    with contextlib.nullcontext() if possible else pytest.raises(InputError, match="padded form is not possible"):
+        check_forms(spec, ["padded"], preview)
+    keep = torch.ones(3, 6, dtype=torch.bool)
+    keep[1, :3] = keep[2, :] = False
+    pruned = remove_heads(model, keep)
+    adapt(DenseStream(model, torch.randint(1, 97, (6, 20)), batch_size=3), pruned)
+    assert (forms_that_hold(pruned)["padded"] is None) == possible
+    if possible:
+        torch.testing.assert_close(stock_form(pruned, "padded")(IDS).logits, pruned(IDS).logits, rtol=1e-4, atol=1e-4)
