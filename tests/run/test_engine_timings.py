@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import pickle
+import sqlite3
 from dataclasses import replace
 from types import SimpleNamespace
 
@@ -19,9 +21,13 @@ from pruning_comparison.run import engine_timings, measure_cell
 from pruning_comparison.run.attempts import Failure
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.engine_timings import time_engines
+from pruning_comparison.run.inputs import prepare
+from pruning_comparison.run.launchers.on_ray import Worker
 from pruning_comparison.run.launchers.work import timed_event
 from pruning_comparison.run.measure_cell import LevelTimings
-from pruning_comparison.spec import ComparisonSpec
+from pruning_comparison.run.pruned_model import KeptHeads
+from pruning_comparison.run.workspace import load_workspace
+from pruning_comparison.spec import Cell, ComparisonSpec, identity
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import EngineTiming
 from pruning_comparison.store.tables import load_run
@@ -125,6 +131,7 @@ def test_a_run_that_names_no_engine_is_still_the_same_run():
     before = {name: value for name, value in spec.as_dict().items() if name != "engines"}
     assert ComparisonSpec.from_dict(before) == spec
     assert spec.content_hash(inputs) != ComparisonSpec(engines=TWO).content_hash(inputs)
+    assert identity(before, inputs, {}) == identity(spec.as_dict(), inputs, {})
     assert ComparisonSpec.from_dict(ComparisonSpec(engines=TWO).as_dict()).engines == TWO
 
 
@@ -217,3 +224,31 @@ def test_another_run_takes_timings_over_only_from_the_same_engines(folder, tmp_p
     with RunStore(native) as store:
         assert store.table("engine_timings").empty
         assert len(store.finished_cells()) == 2
+
+
+def test_a_worker_of_a_cluster_times_engines_too(folder, tmp_path):
+    spec = engine_spec(folder, engines=TWO)
+    run = run_comparison(spec, output_dir=tmp_path)
+    with RunStore(run) as store:
+        keep, fingerprint = store.known(Cell("baseline", "magnitude", 0, 50.0))
+    worker = Worker(spec, {"raise_failures": True})
+    worker._workspace = load_workspace(spec, prepare(spec))
+    timed, trouble = worker.time(("magnitude", 0, 50.0), {"baseline": KeptHeads(torch.tensor(keep), fingerprint)})
+    assert not trouble
+    assert timed.complete
+    travelled = pickle.loads(pickle.dumps(timed))
+    assert [(name, one.engine) for name, one in travelled.engines if one.repeat == 0] == [
+        (name, engine) for engine in TWO for name in ("baseline", "dense")
+    ]
+
+
+def test_a_journal_from_before_there_were_engines_is_read(folder, tmp_path, no_charts):
+    run = run_comparison(engine_spec(folder, engines=("native",)), output_dir=tmp_path)
+    with sqlite3.connect(run / "journal.sqlite") as journal:
+        journal.execute("DROP TABLE engine_timings")
+        journal.execute("PRAGMA user_version = 3")
+    journal.close()
+    assert load_run(run).engine_timings.empty
+    html = write_results(run, save_outputs=False).read_text("utf-8")
+    assert "Speed in each engine" not in html
+    assert not (run / "engines.csv").exists()
