@@ -55,6 +55,13 @@ def test_several_methods_and_variants():
     spec = spec_of("--device=cpu", "--pruning_method=entropy,random", "--variants=baseline,agency-adaptation")
     assert spec.pruning_methods == ("entropy", "random")
     assert spec.variants == ("baseline", "agency-adaptation")
+    assert spec.engines == ("native",)
+
+
+def test_several_engines_with_native_among_them():
+    spec = spec_of("--device=cpu", "--engine=Compiled,transformers")
+    assert spec.engines == ("native", "transformers", "compiled")
+    assert spec.as_options()["engine"] == ["native", "transformers", "compiled"]
 
 
 def test_choices_are_the_types_of_their_fields():
@@ -99,6 +106,7 @@ BAD = [
         "'guess' is unknown. Choose from entropy, random, magnitude, taylor, fisher, ablation",
     ),
     (["--variants=nobody"], "'nobody' is unknown"),
+    (["--engine=native,compile"], "--engine: 'compile' is unknown. Did you mean compiled?"),
     (["--iterations=0"], "must be at least 1"),
     (["--num_tokens=0"], "must be at least 1"),
     (["--num_tokens=ten"], "'ten' is not a whole number"),

@@ -19,6 +19,7 @@ from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from pruning_comparison import __version__
+from pruning_comparison.engines import ENGINES, NATIVE
 from pruning_comparison.environment import let_threads_sleep
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
 from pruning_comparison.formatting import file_name_of
@@ -316,7 +317,7 @@ _NOT_FOR_ONE_MODEL = frozenset(
     {
         "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
         "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
-        "margins", "launcher", "ray_address", "workers",
+        "margins", "launcher", "ray_address", "workers", "engine",
     }
 )  # fmt: skip
 
@@ -420,6 +421,12 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         "timing_precision_percent",
         type=_number,
         help="timing goes on until every ratio is known to within this percentage",
+    )
+    add(
+        "engine",
+        default=NATIVE,
+        help="what the models are timed in, side by side, comma-separated: "
+        + "; ".join(f"{engine.name}, {engine.summary}" for engine in ENGINES.values()),
     )
     add("timing_limit_s", type=_number, help="maximum time for timing one level, in seconds")
     flag("memory_logging", "measure and log peak memory")
@@ -571,6 +578,7 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["temperatures"] = _numbers(options.temperatures, "temperatures")
     values["pruning_methods"] = _methods(options.pruning_method)
     values["variants"] = parts_of(options.variants, VARIANTS)
+    values["engines"] = parts_of(getattr(options, "engine", NATIVE), ENGINES)
     values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
     from pruning_comparison.models.devices import resolve_device, resolve_precision

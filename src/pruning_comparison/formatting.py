@@ -140,3 +140,9 @@ def format_value(value: Any) -> str:
 def printable(text: str) -> str:
     """Text that any terminal takes: what UTF-8 cannot carry, such as half of a surrogate pair, is written as an escape."""
     return text.encode("utf-8", "backslashreplace").decode("utf-8")
+
+
+def reason_of(error: BaseException) -> str:
+    """The kind of an error and the first line of its message."""
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

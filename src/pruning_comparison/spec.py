@@ -10,6 +10,7 @@ from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Literal, NamedTuple, get_args
 
+from pruning_comparison.engines import ENGINES, NATIVE, engines_of
 from pruning_comparison.errors import InputError, MethodError
 from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED, Method, checked_own_method, method_named
 from pruning_comparison.metrics import METRICS
@@ -46,6 +47,7 @@ one look may err in, so that all three together keep what a run of fixed length 
 OPTION_OF_FIELD: Mapping[str, str] = {
     "pruning_methods": "pruning_method",
     "prune_unit": "unit",
+    "engines": "engine",
     "recovery_rate": "recovery_learning_rate",
 }
 """Fields of a spec whose option has another name."""
@@ -87,6 +89,9 @@ class ComparisonSpec:
 
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
+
+    In ``engines`` the models of a level are timed side by side after that; "native", in which all other speeds are measured,
+    is always among them.
 
     Recovery trains on calibration text that nothing else has read. Where ``recovery_rate`` or ``recovery_parameters`` is
     "auto", each cell chooses its own from one grid on held-out windows.
@@ -140,6 +145,7 @@ class ComparisonSpec:
     timing_pairs: int = 10
     timing_precision_percent: float = 2.0
     timing_limit_s: float = 60.0
+    engines: tuple[str, ...] = (NATIVE,)
     memory_logging: bool = False
     own_methods: tuple[Method, ...] = ()
 
@@ -153,6 +159,8 @@ class ComparisonSpec:
             self.method(name)
         for name in self.variants:
             variant_named(name)
+        _require(bool(self.engines), "engines", "", "must name at least one", f"Choose from {', '.join(ENGINES)}.")
+        object.__setattr__(self, "engines", engines_of(self.engines))
         for field, allowed in (
             ("precision", PRECISIONS),
             ("prepare_precision", PRECISIONS),
@@ -351,8 +359,10 @@ class ComparisonSpec:
 _MOST = {"iterations": 10_000, "threads": 4096, "seed": 2**63 - 1}
 """Whole numbers that are larger are slips of the keyboard; a list of that many cells alone would fill the memory."""
 
-REUSE_AXES = frozenset({"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations", "until_decided"})
-"""Settings that say which cells there are, and nothing about how one of them is measured."""
+REUSE_AXES = frozenset(
+    {"pruning_levels", "pruning_methods", "own_methods", "variants", "iterations", "until_decided", "engines"}
+)
+"""Settings that say which cells there are, or what else is timed, and nothing about how one of them is measured."""
 TEXT_AXES = frozenset(
     {
         "max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging", "timing_pairs",
@@ -361,7 +371,7 @@ TEXT_AXES = frozenset(
 )  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
-LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32"}
+LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32", "engines": [NATIVE]}
 """Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
 the identity of a run, so that such a run is still the same run."""
 _NO_DEFAULT = object()

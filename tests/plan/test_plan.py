@@ -309,6 +309,10 @@ def test_passes_and_steps_are_counted_by_hand(folder):
     with_peaks = replace(spec, memory_logging=True)
     more = passes(with_peaks, prepare(with_peaks, identify=False))["timed_steps"] - counted["timed_steps"]
     assert more == (3 * 2 + 1) * 5 * 2 * 1
+    # One more engine: both generate all 5 tokens once to be ready, and 3 times while they are timed.
+    in_two = replace(spec, engines=("native", "transformers"))
+    more = passes(in_two, prepare(in_two, identify=False))["timed_steps"] - counted["timed_steps"]
+    assert more == (3 * 2 + 1) * 5 * 2 * 2 * 4 * 5
     # Nothing to score under random, but prices, and Fisher's importance, once an iteration.
     assert counted["score_tokens"] == pytest.approx(5 * 100 * (3.0 + 2.0))
     assert counted["adaptation_tokens"] == pytest.approx(5 * 2 * 100 * 0.9)

@@ -13,6 +13,7 @@ from pruning_comparison.analysis.between_runs import (
     limits,
     manifest_part,
 )
+from pruning_comparison.analysis.engines import ENGINE_COLUMNS, compare_engines
 from pruning_comparison.analysis.estimates import (
     CONTRAST_COLUMNS,
     MISSING_COLUMNS,
@@ -97,6 +98,7 @@ __all__ = [
     "BETTER",
     "CHOSEN_ON_HELD_OUT",
     "CONTRAST_COLUMNS",
+    "ENGINE_COLUMNS",
     "EQUAL_COLUMNS",
     "ERROR_RATE",
     "FRONT_COLUMNS",
@@ -142,6 +144,7 @@ __all__ = [
     "answer_hypotheses",
     "answer_pruning",
     "asked_of_a_method",
+    "compare_engines",
     "compare_runs",
     "contrast",
     "detectable_by_rules",

@@ -173,7 +173,7 @@ class GenerationUnderWay:
     def advance(self, tokens: int) -> None:
         """The next ``tokens`` tokens, or only the first one, which has a time of its own; no more than are left."""
         tokens = min(tokens, self.left if self.tokens else 1)
-        _synchronize(self.model.device)
+        synchronize(self.model.device)
         started = time.perf_counter()
         if not self.tokens:
             self.cache = reserved_cache(self.model, self.capacity) if self.static is None else self.static.cache
@@ -183,7 +183,7 @@ class GenerationUnderWay:
         else:
             for _ in range(tokens):
                 self._next()
-            _synchronize(self.model.device)
+            synchronize(self.model.device)
         self.left -= tokens
         self.end_to_end += time.perf_counter() - started
         if len(self.tokens) == 1:
@@ -278,7 +278,7 @@ def time_generation(
     for repeat in repeats:
         order = turn_order(list(models), repeat)
         latencies: dict[str, list[float]] = {name: [] for name in models}
-        with _no_collection():
+        with no_collection():
             for _ in range(first_tokens - 1):
                 alone = {name: begun(name, num_tokens) for name in models}
                 for name in order:
@@ -328,7 +328,7 @@ def _timing(
 
 
 @contextmanager
-def _no_collection() -> Iterator[None]:
+def no_collection() -> Iterator[None]:
     """Within it, Python's garbage collector rests."""
     was_on = gc.isenabled()
     gc.disable()
@@ -339,6 +339,7 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _synchronize(device: torch.device) -> None:
+def synchronize(device: torch.device) -> None:
+    """Waits until the device has done what it was given."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)

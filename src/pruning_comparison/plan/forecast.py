@@ -15,12 +15,13 @@ import torch
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from pruning_comparison.agency.recovery import recovery_grid
+from pruning_comparison.engines import NATIVE
 from pruning_comparison.formatting import format_duration
 from pruning_comparison.measure import FIRST_TOKENS, generate, parameter_bytes, warm_up_tokens
 from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED
 from pruning_comparison.metrics import RAW, of_kind
 from pruning_comparison.models import attention_implementation, decode_step
-from pruning_comparison.run import TEXT_BATCHES, Inputs, timing_rounds
+from pruning_comparison.run import LEAST_REPEATS, TEXT_BATCHES, Inputs, timing_rounds
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
 
@@ -80,7 +81,8 @@ def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, parame
 def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     """What a run does, counted: tokens that are passed over, and steps of decoding, one for each batch.
 
-    Timing is counted as it is on a quiet machine, where the least number of pairs is precise enough.
+    Timing is counted as it is on a quiet machine, where the least number of pairs is precise enough; what an engine compiles
+    is not counted.
     """
     methods, iterations = len(spec.pruning_methods), spec.iterations
     pruned = [level for level in spec.pruning_levels if level > 0]
@@ -108,6 +110,10 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     each = rounds * (FIRST_TOKENS - 1 + spec.num_tokens + warm_up_tokens(spec.num_tokens, measure_peak=False))
     if spec.memory_logging:
         each += spec.num_tokens - warm_up_tokens(spec.num_tokens, measure_peak=False)
+    in_engines = 0
+    if spec.engines != (NATIVE,):
+        generations = len(spec.engines) * (1 + LEAST_REPEATS)
+        in_engines = timed * generations * spec.num_tokens
     trials = len(recovery_grid(spec.recovery_rate, spec.recovery_parameters))
     recovery = 4.0 * trials * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
     return {
@@ -119,7 +125,7 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
         * len(spec.temperatures)
         * float(sum(prompts) + len(prompts) * spec.num_tokens),
         "text_steps": float((models + iterations) * batches * spec.num_tokens),
-        "timed_steps": float(timed * each),
+        "timed_steps": float(timed * each + in_engines),
     }
 
 

@@ -24,6 +24,7 @@ from pruning_comparison.formatting import capitalised
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.report.answer import Answer
 from pruning_comparison.report.between_runs import DifferenceInWords, LimitInWords
+from pruning_comparison.report.engines import engine_sentences, engines_table
 from pruning_comparison.report.explorer import explorer_data
 from pruning_comparison.report.findings import Finding
 from pruning_comparison.report.first_screen import (
@@ -78,6 +79,7 @@ def render_report(
     ranked: pd.DataFrame,
     points: pd.DataFrame | None = None,
     layer_times: pd.DataFrame | None = None,
+    engines: pd.DataFrame | None = None,
     hero: str | None,
     drawings: Mapping[str, str],
     manifest: Mapping[str, Any],
@@ -96,6 +98,8 @@ def render_report(
     (by name) are SVG files as text.
 
     ``strongest`` (``STRONGEST_COLUMNS``) names the strongest baseline of each level and what is held against it.
+
+    ``engines`` (``ENGINE_COLUMNS``) is listed where more than one was timed.
 
     ``texts`` holds the generated texts, where they were kept; of these the report shows, per
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
@@ -137,6 +141,8 @@ def render_report(
         "equal": equal_table(equal),
         "fronts": None if points is None else fronts_table(points),
         "layer_times": None if layer_times is None else plain_table(layer_times, "Layer times by heads of a layer"),
+        "engines": engines_table(engines),
+        "engine_sentences": [] if engines is None else engine_sentences(engines),
         "margin_words": format_margins(manifest.get("margins")),
         "findings": findings,
         "head_maps": drawn,

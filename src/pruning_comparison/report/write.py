@@ -23,6 +23,7 @@ from pruning_comparison.analysis import (
     agreement,
     answer_hypotheses,
     answer_pruning,
+    compare_engines,
     contrast,
     find_fronts,
     map_heads,
@@ -128,16 +129,20 @@ def write_results(
     maps = map_heads(heads, asked["signals"], asked["replies"])
     rounds = map_rounds(asked["signals"], asked["replies"])
     agreed = agreement(heads)
+    engines = compare_engines(run.model, run.engine_timings)
+    optional = {
+        **asked,
+        "head_agreement": agreed,
+        "layer_times": run.layer_times,
+        "engine_timings": run.engine_timings,
+        "engines": engines,
+    }
     for name, table in {
         **vars(tables),
         "cells": run.cells,
         "measurements": _with_model(run.model, run.measurements),
         "heads": heads,
-        **{
-            name: table
-            for name, table in {**asked, "head_agreement": agreed, "layer_times": run.layer_times}.items()
-            if len(table)
-        },
+        **{name: table for name, table in optional.items() if len(table)},
     }.items():
         write_table(folder / f"{name}.csv", table)
     if save_outputs:
@@ -146,6 +151,7 @@ def write_results(
         "answer": stored_form(answer),
         "verdicts": [vars(verdict) for verdict in told],
         "findings": [vars(finding) for finding in plain],
+        **({"engines": rows_with_null(engines)} if len(engines) else {}),
     }
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
     jobs: dict[str, Callable[[], Figure]] = {
@@ -164,6 +170,7 @@ def write_results(
         ranked=tables.rankings,
         points=tables.fronts,
         layer_times=run.layer_times,
+        engines=engines,
         summary=tables.summary,
         contrasts=tables.contrasts,
         cells=run.cells,

@@ -1,6 +1,7 @@
 """Measuring: inputs, the pipeline of one cell, whole runs, and one model to keep."""
 
 from pruning_comparison.run.comparison import run_comparison, would_resume
+from pruning_comparison.run.engine_timings import LEAST_REPEATS
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, prepare
 from pruning_comparison.run.launchers import Launcher, RayLauncher, launch_serially
 from pruning_comparison.run.measure_cell import TEXT_BATCHES, timing_rounds
@@ -9,6 +10,7 @@ from pruning_comparison.run.provenance import commit_of
 from pruning_comparison.run.workspace import Workspace, load_workspace, negotiation_rules
 
 __all__ = [
+    "LEAST_REPEATS",
     "TEXT_BATCHES",
     "Inputs",
     "Launcher",

@@ -10,6 +10,7 @@ from pathlib import Path
 from transformers import PreTrainedModel
 
 from pruning_comparison.errors import MethodError
+from pruning_comparison.formatting import reason_of
 from pruning_comparison.run.cell import rebuild, run_cell
 from pruning_comparison.run.measure_cell import LevelTimings, measure_texts_and_size, time_level, untimed
 from pruning_comparison.run.pruned_model import KeptHeads, PrunedModel
@@ -86,9 +87,3 @@ def attempt_saving(workspace: Workspace, pruned: PrunedModel, cell: Cell, run: P
 def failure_of(error: BaseException) -> Failure:
     """What is kept of an error: it may have arisen in another process than the one that logs it."""
     return Failure(reason_of(error), "".join(traceback.format_exception(error)).rstrip())
-
-
-def reason_of(error: BaseException) -> str:
-    """The kind of an error and the first line of its message."""
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -32,7 +32,7 @@ from pruning_comparison.run.reuse import reuse
 from pruning_comparison.run.run_log import RunLog, log_failure
 from pruning_comparison.run.run_options import keep_options
 from pruning_comparison.run.saved_models import model_folder
-from pruning_comparison.spec import NAMES_OF_FILES, Cell, ComparisonSpec, revisions_of
+from pruning_comparison.spec import LATER_SETTINGS, NAMES_OF_FILES, Cell, ComparisonSpec, revisions_of
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import CellResult, Manifest, Measurement, ModelFacts
 from pruning_comparison.store.run_folder import (
@@ -167,7 +167,19 @@ def _keep(
         store.write_layer_times(event.layer_times_s)
     elif isinstance(event, Timed):
         method, iteration, level = event.level
-        store.write_timings(method, iteration, level, event.rows, complete=event.complete, effort=event.effort)
+        store.write_timings(
+            method, iteration, level, event.rows,
+            complete=event.complete, effort=event.effort, engines=event.engines,
+        )  # fmt: skip
+        for variant, timing in event.engines:
+            if timing.reason is not None:
+                LOGGER.warning(
+                    "%s: %s cannot be timed in %s: %s",
+                    format_timing(event.level),
+                    variant,
+                    timing.engine,
+                    timing.reason,
+                )
         for variant in spec.variants:
             rows = [row for name, row in event.rows if name == variant]
             on_measured(Cell(variant, method, iteration, level), rows)
@@ -320,7 +332,7 @@ def finished_run(spec: ComparisonSpec, output_dir: Path, *, with_models: bool = 
 
 def _settings_without_files(settings: Mapping[str, Any]) -> dict[str, Any]:
     """Settings as the identity of a run counts them: what files are called is not part of it."""
-    return {name: value for name, value in settings.items() if name not in NAMES_OF_FILES}
+    return {name: value for name, value in {**LATER_SETTINGS, **settings}.items() if name not in NAMES_OF_FILES}
 
 
 def _digests(spec: ComparisonSpec) -> dict[str, str]:

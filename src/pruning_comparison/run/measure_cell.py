@@ -27,10 +27,11 @@ from pruning_comparison.measure.text_quality import (
 )
 from pruning_comparison.metrics import METRICS, of_kind, unit_of
 from pruning_comparison.models.decoding import decode_step, decode_steps
+from pruning_comparison.run.engine_timings import time_engines
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
-from pruning_comparison.store.records import CellResult, GeneratedText, Measurement, TimingEffort
+from pruning_comparison.store.records import CellResult, EngineTiming, GeneratedText, Measurement, TimingEffort
 from pruning_comparison.variants import DENSE, variant_named
 
 TEXT_BATCHES = 4
@@ -104,10 +105,14 @@ def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel
 
 @dataclass(frozen=True)
 class LevelTimings:
-    """Timings of one level: (variant, measurement) pairs, and what taking them took; see ``time_level``."""
+    """Timings of one level: (variant, measurement) pairs, and what taking them took; see ``time_level``.
+
+    ``engines`` are (variant, timing) pairs of ``time_engines``.
+    """
 
     rows: Sequence[tuple[str, Measurement]]
     effort: TimingEffort | None = None
+    engines: Sequence[tuple[str, EngineTiming]] = ()
 
 
 def time_level(workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int) -> LevelTimings:
@@ -119,10 +124,13 @@ def time_level(workspace: Workspace, models: Mapping[str, PreTrainedModel], iter
     Every batch is timed equally often: until there are ``timing_pairs`` of each two models, at least twice, and on until the
     95 % interval of every ratio, of speed and of first-token latency, is narrower than +- ``timing_precision_percent``, or
     another round would pass ``timing_limit_s``. Where only first tokens are too uncertain, only they are timed again.
+
+    Then come the spec's other engines, if it has any (``time_engines``).
     """
     spec = workspace.spec
     distinct = {name: model for name, model in models.items() if model is not workspace.dense}
-    turns = _Turns(workspace, {**distinct, DENSE: workspace.dense}, iteration)
+    timed = {**distinct, DENSE: workspace.dense}
+    turns = _Turns(workspace, timed, iteration)
     for _ in range(timing_rounds(spec, turns.batches)):
         turns.take()
     precision = spec.timing_precision_percent / 100
@@ -143,7 +151,13 @@ def time_level(workspace: Workspace, models: Mapping[str, PreTrainedModel], iter
         for name in names[timing.variant]
         for measurement in _timing_measurements(timing, first, spec.memory_logging, only_first)
     ]
-    return LevelTimings(rows, turns.effort(ended))
+    names[DENSE] = list(dict.fromkeys([*names[DENSE], DENSE]))
+    engines = [
+        (name, timing)
+        for variant, timing in time_engines(workspace, timed, turns.steps, iteration)
+        for name in names[variant]
+    ]
+    return LevelTimings(rows, turns.effort(ended), engines)
 
 
 def timing_rounds(spec: ComparisonSpec, batches: int) -> int:
@@ -156,7 +170,7 @@ class _Turns:
 
     def __init__(self, workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int) -> None:
         self._workspace, self._models, self._iteration = workspace, models, iteration
-        self._steps = decode_steps(models)
+        self.steps = decode_steps(models)
         self._peaks: dict[tuple[str, int], Timing] = {}
         self._seconds: dict[bool, list[float]] = {False: [], True: []}
         self.batches = -(-len(workspace.inputs.prompt_ids) // workspace.spec.batch_size)
@@ -187,7 +201,7 @@ class _Turns:
                 temperature=spec.temperatures[0],
                 uniforms=torch.stack(draws),
                 measure_peak=spec.memory_logging and repeat == 0,
-                steps=self._steps,
+                steps=self.steps,
                 repeats=(repeat * self.batches + number,),  # who begins changes from batch to batch
                 first_tokens=FIRST_TOKENS_ALONE if only_first else FIRST_TOKENS,
             ):

@@ -96,8 +96,8 @@ def _take_cells(
     """Copies cells and timings that both runs need, and says how many."""
     cells = (alike & other.finished_cells()) - store.finished_cells()
     timings = set()
-    # Variants are timed in turns, so timings of other variants cannot be completed.
-    if set(earlier.variants) == set(spec.variants):
+    # Variants are timed in turns, so timings of other variants, or in other engines, cannot be completed.
+    if set(earlier.variants) == set(spec.variants) and earlier.engines == spec.engines:
         for method, iteration, level in other.finished_timings() - store.finished_timings():
             if {Cell(variant, method, iteration, level) for variant in spec.variants} <= cells:
                 timings.add((method, iteration, level))

@@ -20,6 +20,8 @@ from pruning_comparison.store.records import (
     TABLES,
     CellResult,
     CellRow,
+    EngineTiming,
+    EngineTimingRow,
     HeadRow,
     LayerTimeRow,
     Measurement,
@@ -41,11 +43,12 @@ if TYPE_CHECKING:
 
 LOCK = "run.lock"
 
-JOURNAL_SCHEMA = 3
+JOURNAL_SCHEMA = 4
 """Version of the journal's schema, its ``user_version``. Journals of 0.1.0 have none, and count as 0.
 
 2: ``timings`` says what they took, and ``measurements`` has timings of the dense model at every level.
 3: ``layer_times``.
+4: ``engine_timings``.
 """
 
 _KEY = ("variant", "method", "iteration", "level")
@@ -66,6 +69,7 @@ _ORDER = {
     "texts": ("method", "iteration", "level", "variant", "temperature", "prompt"),
     "timings": ("method", "iteration", "level"),
     "layer_times": ("heads",),
+    "engine_timings": ("method", "iteration", "level", "engine", "variant", "prompt", "repeat"),
 }  # fmt: skip
 """The tables that are read as a whole, and what their rows are sorted by."""
 _OF_CELL = "WHERE variant = ? AND method = ? AND iteration = ? AND level = ?"
@@ -122,10 +126,16 @@ def _selected_of_1(table: str) -> str:
     return ", ".join(f"NULL AS [{name}]" if name in added else f"[{name}]" for name in columns_of(table))
 
 
-_ADDED_TABLES = {"layer_times": 3}
+_ADDED_TABLES = {"layer_times": 3, "engine_timings": 4}
 """Tables that journals of earlier versions do not have, and the version that brought them."""
 
-_READERS: dict[int, Callable[[str], str]] = {0: _selected_of_1, 1: _selected_of_1, 2: _selected, 3: _selected}
+_READERS: dict[int, Callable[[str], str]] = {
+    0: _selected_of_1,
+    1: _selected_of_1,
+    2: _selected,
+    3: _selected,
+    4: _selected,
+}
 """What is selected of a table, by the version of the journal's schema."""
 
 
@@ -234,8 +244,11 @@ class RunStore:
         *,
         complete: bool = True,
         effort: TimingEffort | None = None,
+        engines: Iterable[tuple[str, EngineTiming]] = (),
     ) -> None:
         """Stores the timings of all variants at one level: (variant, measurement) pairs, and what they took.
+
+        ``engines`` are (variant, timing) pairs of the same level, which are there or missing with the others.
 
         Timings that are not ``complete`` are shown, and taken again when the run is continued.
         """
@@ -243,6 +256,14 @@ class RunStore:
             self._journal.execute(
                 "DELETE FROM measurements WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'",
                 (method, iteration, level),
+            )
+            self._journal.execute(
+                "DELETE FROM engine_timings WHERE method = ? AND iteration = ? AND level = ?",
+                (method, iteration, level),
+            )
+            self._insert(
+                "engine_timings",
+                [EngineTimingRow(variant, method, iteration, level, **vars(one)) for variant, one in engines],
             )
             for variant, row in rows:
                 self._insert(
@@ -277,7 +298,8 @@ class RunStore:
             for timing in timings:
                 where_timed = "WHERE method = ? AND iteration = ? AND level = ? AND phase = 'timing'"
                 self._take_over(other, "measurements", where_timed, timing)
-                self._take_over(other, "timings", "WHERE method = ? AND iteration = ? AND level = ?", timing)
+                for table in ("timings", "engine_timings"):
+                    self._take_over(other, table, "WHERE method = ? AND iteration = ? AND level = ?", timing)
 
     def copy_parts_from(self, other: RunStore, cells: Collection[Cell]) -> None:
         """Takes over heads, negotiation and perplexity of cells that another run has measured with other prompts."""
@@ -295,7 +317,7 @@ class RunStore:
         if name not in _ORDER:
             raise ValueError(unknown_name("table of the journal", name, _ORDER))
         whole = f"WHERE ({_listed(_KEY)}) NOT IN (SELECT {_listed(_KEY)} FROM cells WHERE status = 'part')"
-        where = "" if name in ("timings", "layer_times") else whole
+        where = "" if name in ("timings", "layer_times", "engine_timings") else whole
         rows = self._rows(name, f"{where} ORDER BY {_listed(_ORDER[name])}")
         return pd.DataFrame.from_records(rows, columns=columns_of(name))
 

@@ -67,6 +67,26 @@ class TimingEffort:
 
 
 @dataclass(frozen=True)
+class EngineTiming:
+    """One timed generation of a batch of prompts in one engine, or, with a ``reason`` alone, why there is none.
+
+    ``tokens`` is how many new ones all rows have together. ``warm_up_s`` are the seconds that it took before anything was
+    timed: compiling, where the engine does, and one generation. ``differing_share`` is the share of these tokens that are
+    others than the native engine's on the same draws.
+    """
+
+    engine: str
+    prompt: int | None = None
+    repeat: int | None = None
+    first_token_latency_s: float | None = None
+    end_to_end_s: float | None = None
+    tokens: int | None = None
+    warm_up_s: float | None = None
+    differing_share: float | None = None
+    reason: str | None = None
+
+
+@dataclass(frozen=True)
 class CellResult:
     """All that is known of a cell, apart from its timings. ``status`` is "done" or, with a reason, "failed".
 
@@ -220,7 +240,22 @@ class LayerTimeRow:
     seconds: float
 
 
-Row = CellRow | MeasurementRow | HeadRow | SignalRow | ReplyRow | TextRow | TimingRow | LayerTimeRow
+@dataclass(frozen=True)
+class EngineTimingRow(_RowOfCell):
+    """One ``EngineTiming``; those of the dense model have the variant ``variants.DENSE``."""
+
+    engine: str
+    prompt: int | None
+    repeat: int | None
+    first_token_latency_s: float | None
+    end_to_end_s: float | None
+    tokens: int | None
+    warm_up_s: float | None
+    differing_share: float | None
+    reason: str | None
+
+
+Row = CellRow | MeasurementRow | HeadRow | SignalRow | ReplyRow | TextRow | TimingRow | LayerTimeRow | EngineTimingRow
 
 TABLES: dict[str, type[Row]] = {
     "cells": CellRow,
@@ -231,6 +266,7 @@ TABLES: dict[str, type[Row]] = {
     "texts": TextRow,
     "timings": TimingRow,
     "layer_times": LayerTimeRow,
+    "engine_timings": EngineTimingRow,
 }
 """The record of a row of each of the journal's tables."""
 

@@ -10,7 +10,7 @@ import pandas as pd
 from pruning_comparison.errors import StoreError
 from pruning_comparison.spec import LOOKS
 from pruning_comparison.store.journal import RunStore, columns_of
-from pruning_comparison.store.records import Manifest
+from pruning_comparison.store.records import TABLES, Manifest
 from pruning_comparison.store.run_folder import read_manifest
 
 
@@ -35,6 +35,7 @@ class Run:
     texts: pd.DataFrame = field(default_factory=lambda: _empty("texts"))
     timings: pd.DataFrame = field(default_factory=lambda: _empty("timings"))
     layer_times: pd.DataFrame = field(default_factory=lambda: _empty("layer_times"))
+    engine_timings: pd.DataFrame = field(default_factory=lambda: _empty("engine_timings"))
 
     @property
     def model(self) -> str:
@@ -64,9 +65,8 @@ def load_run(folder: Path) -> Run:
     written them.
     """
     manifest = read_manifest(folder)
-    names = ("cells", "measurements", "heads", "signals", "replies", "texts", "timings", "layer_times")
     with RunStore(folder) as store:
-        tables = {name: store.table(name) for name in names}
+        tables = {name: store.table(name) for name in TABLES}
     if not (tables["cells"]["status"] == "done").any():
         raise StoreError(
             f"{folder} holds no finished cell yet, so there is nothing to report. Run the comparison first."

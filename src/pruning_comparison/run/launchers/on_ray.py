@@ -20,8 +20,9 @@ from typing import Any
 
 from pruning_comparison.environment import PASSIVE, WAIT_POLICY, let_threads_sleep
 from pruning_comparison.errors import ClusterError, InputError
+from pruning_comparison.formatting import reason_of
 from pruning_comparison.models import preview_model
-from pruning_comparison.run.attempts import Failure, attempt, attempt_rebuild, attempt_timing, failure_of, reason_of
+from pruning_comparison.run.attempts import Failure, attempt, attempt_rebuild, attempt_timing, failure_of
 from pruning_comparison.run.inputs import Inputs
 from pruning_comparison.run.launchers.work import (
     LAYER_TIMES,

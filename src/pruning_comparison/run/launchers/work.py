@@ -13,7 +13,7 @@ from pruning_comparison.run.layer_times import needs_layer_times
 from pruning_comparison.run.measure_cell import LevelTimings
 from pruning_comparison.run.pruned_model import KeptHeads
 from pruning_comparison.spec import Cell, ComparisonSpec
-from pruning_comparison.store.records import CellResult, Measurement, TimingEffort
+from pruning_comparison.store.records import CellResult, EngineTiming, Measurement, TimingEffort
 
 LAYER_TIMES = "layer times, by the heads of a layer"
 """What is under way while they are measured."""
@@ -81,6 +81,7 @@ class Timed:
     reason: str | None = None
     traceback: str = ""
     effort: TimingEffort | None = None
+    engines: Sequence[tuple[str, EngineTiming]] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +96,8 @@ class Trouble:
 def timed_event(level: TimingKey, timings: LevelTimings, failure: Failure | None, *, all_there: bool) -> Timed:
     """The timings of a level as an event; they are complete if nothing failed and all variants were ``all_there``."""
     reasons = {} if failure is None else {"reason": failure.reason, "traceback": failure.traceback}
-    return Timed(level, timings.rows, failure is None and all_there, effort=timings.effort, **reasons)
+    complete = failure is None and all_there
+    return Timed(level, timings.rows, complete, effort=timings.effort, engines=timings.engines, **reasons)
 
 
 Event = Begun | CellResult | LayersTimed | Timed | Trouble
