@@ -56,7 +56,7 @@ ENGINES: dict[str, Engine] = {
         "compiled",
         build="pruning_comparison.measure.engines:compiled_runner",
         summary="torch.compile of the model's forward, with a static cache, one token at a time",
-        title="the compiled model",
+        title="torch.compile",
     ),
 }
 """By the names that ``--engine`` takes."""

@@ -43,8 +43,15 @@ def test_sentences_tell_what_pruning_and_what_engines_bring():
         "With 50 % of the heads gone, ranked by entropy, agency is 1.2 times [1.15 to 1.25] as fast in the native loop and "
         "1.12 times [1.08 to 1.16] as fast in transformers, each against the dense model in the same engine.",
         "Against the native loop, the dense model is 0.8 times [0.78 to 0.82] as fast in transformers and 1.3 times [1.2 to "
-        "1.4] as fast in the compiled model.",
-        "Agency could not be timed in the compiled model at 50 %: Unsupported: <i>no graph</i>.",
+        "1.4] as fast in torch.compile.",
+        "Agency could not be timed in torch.compile at 50 %: Unsupported: <i>no graph</i>.",
+    ]
+
+
+def test_one_pair_has_a_ratio_and_no_interval():
+    rows = [row("dense", "native", 0, ITSELF, ITSELF), row("dense", "compiled", 0, ITSELF, (1.3, NAN, NAN))]
+    assert engine_sentences(pd.DataFrame(rows, columns=ENGINE_COLUMNS)) == [
+        "Against the native loop, the dense model is 1.3 times as fast in torch.compile."
     ]
 
 
@@ -52,8 +59,8 @@ def test_the_table_has_a_row_for_every_model_in_every_engine():
     table = engines_table(ENGINES)
     assert table is not None
     shown = [[row.heading.text, *(cell.text for cell in row.cells)] for row in table.rows]
-    assert shown[2] == ["dense", "50 %", "compiled", "30 token/s", "×1", "×1.3", "20 ms", "4 s", "2.5 %"]
-    assert shown[5] == ["agency", "50 %", "compiled", "missing", "", "", "", "", ""]
+    assert shown[2] == ["dense", "50 %", "compiled", "30 token/s", "×1", "×1.3", "20 ms", "4 s", "2.5 %", "6"]
+    assert shown[5] == ["agency", "50 %", "compiled", "missing", "", "", "", "", "", ""]
     assert table.rows[5].cells[2].small == "Unsupported: <i>no graph</i>"
     assert {len(row.cells) for row in table.rows} == {len(table.columns) - 1}
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import pandas as pd
 
-from pruning_comparison.engines import ENGINES
+from pruning_comparison.engines import ENGINES, NATIVE
 from pruning_comparison.formatting import capitalised, listed, per_cent, plain_number, with_unit
 from pruning_comparison.report.rows import rows_of
 from pruning_comparison.report.tables import Table, TableCell, TableRow
@@ -34,7 +34,7 @@ def engine_sentences(engines: pd.DataFrame) -> list[str]:
                     f"With {per_cent(level)} of the heads gone, ranked by {method}, {_title(str(variant))} is "
                     f"{listed(gains)}, each against the dense model in the same engine."
                 )
-        dense = here[(here["variant"] == DENSE) & here["speed_vs_native_low"].notna()]
+        dense = here[(here["variant"] == DENSE) & (here["engine"] != NATIVE)]
         if gains := _in_each(dense, "speed_vs_native"):
             sentences.append(f"Against the native loop, the dense model is {listed(gains)}.")
     absent = engines[engines["reason"].notna()]
@@ -78,7 +78,7 @@ def engines_table(engines: pd.DataFrame | None) -> Table | None:
             TableCell(str(row["engine"])),
         )
         if pd.isna(row["tokens_per_second"]):
-            rest = (TableCell("missing", str(row["reason"] or ""), tone="muted"), *[TableCell("")] * 5)
+            rest = (TableCell("missing", str(row["reason"] or ""), tone="muted"), *[TableCell("")] * 6)
         else:
             rest = (
                 _figure(row, "tokens_per_second", "token/s"),
@@ -87,11 +87,12 @@ def engines_table(engines: pd.DataFrame | None) -> Table | None:
                 _figure(row, "first_token_latency_s", "s"),
                 _figure(row, "warm_up_s", "s"),
                 TableCell(_share(row["differing_share"]), sort=_sort_key(row["differing_share"])),
+                TableCell(f"{int(row['n'])}"),
             )
         rows.append(TableRow(heading, (*place, *rest)))
     columns = (
         "Variant", *(["Method"] if several else []), "Level", "Engine", "Tokens per second", "Speed, times dense",
-        "Speed, times native", "First token after", "Ready after", "Tokens unlike native's",
+        "Speed, times native", "First token after", "Ready after", "Tokens unlike native's", "n",
     )  # fmt: skip
     return Table("Speed in each engine", columns, tuple(rows))
 
