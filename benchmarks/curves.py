@@ -1,13 +1,17 @@
 """Draws perplexity, times the dense model's, against the share of heads pruned: python benchmarks/curves.py RUN... --to=PNG
 
 One panel for each run, from its ``summary.csv``: estimates of ``perplexity_ratio`` with their 95 % intervals, by variant, on
-a logarithmic axis.
+a logarithmic axis. A file of what ``agency_ablation.py`` printed has a panel for each method: as ``agency``, and, where
+nothing adapts (``steps=none``), as ``baseline``.
 """
 
 from __future__ import annotations
 
 import argparse
+import json
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import matplotlib
 
@@ -30,6 +34,7 @@ VARIANTS = (
     "agency",
 )
 TICKS, COARSE_TICKS = (1, 1.2, 1.5, 2, 3, 5), (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000)
+HUGE_TICKS = tuple(10**power for power in range(12))
 
 
 def main() -> None:
@@ -37,11 +42,10 @@ def main() -> None:
     parser.add_argument("runs", type=Path, nargs="+")
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
-    figure, panels = plt.subplots(
-        1, len(options.runs), figsize=(4.4 * len(options.runs), 3.6), squeeze=False, size="constrained"
-    )
-    for axes, run in zip(panels[0], options.runs, strict=True):
-        draw(axes, run)
+    found = [panel for run in options.runs for panel in (of_run(run) if run.is_dir() else of_ablation(run))]
+    figure, panels = plt.subplots(1, len(found), figsize=(4.4 * len(found), 3.6), squeeze=False, layout="constrained")
+    for axes, (title, rows) in zip(panels[0], found, strict=True):
+        draw(axes, title, rows)
     panels[0][0].set_ylabel("perplexity, times the dense model's")
     handles: dict[str, object] = {}
     for axes in panels[0]:
@@ -51,11 +55,32 @@ def main() -> None:
     figure.savefig(options.to, dpi=130)
 
 
-def draw(axes: Axes, run: Path) -> None:
-    """One run's curves."""
-    model = read_manifest(run).spec["model_name"]
+def of_run(run: Path) -> Iterator[tuple[str, pd.DataFrame]]:
+    """The title of a run's panel, and its estimates."""
     rows = pd.read_csv(run / "summary.csv")
-    rows = rows[(rows["metric"] == "perplexity_ratio")]
+    rows = rows[rows["metric"] == "perplexity_ratio"]
+    yield f"{read_manifest(run).spec['model_name']}, {', '.join(sorted(set(rows['method'])))}", rows
+
+
+def of_ablation(file: Path) -> Iterator[tuple[str, pd.DataFrame]]:
+    """A panel for each method of the configurations in a file."""
+    model = ""
+    panels: dict[str, list[dict[str, Any]]] = {}
+    for line in file.read_text("utf-8").splitlines():
+        told = json.loads(line) if line.startswith("{") else {}
+        model = told.get("model", model)
+        if "to_dense" not in told:
+            continue
+        settings = dict(part.partition("=")[::2] for part in told["configuration"].split(","))
+        variant = "baseline" if settings.get("steps") == "none" else "agency"
+        row = dict(zip(("estimate", "ci_low", "ci_high"), told["to_dense"], strict=True))
+        panels.setdefault(settings.get("method", "obs"), []).append({"variant": variant, "level": told["level"], **row})
+    for method, rows in panels.items():
+        yield f"{model}, {method}", pd.DataFrame(rows)
+
+
+def draw(axes: Axes, title: str, rows: pd.DataFrame) -> None:
+    """The curves of one panel."""
     shown = [variant for variant in VARIANTS if variant in set(rows["variant"])]
     for number, variant in enumerate(shown):
         look = RECORDS[variant].look
@@ -80,12 +105,13 @@ def draw(axes: Axes, run: Path) -> None:
     top = max(axes.get_ylim()[1], 1.5)
     axes.set_ylim(0.97, top)
     axes.yaxis.set_minor_locator(NullLocator())
-    axes.set_yticks([tick for tick in (COARSE_TICKS if top > TICKS[-1] else TICKS) if tick <= top])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+    ticks = HUGE_TICKS if top > COARSE_TICKS[-1] else COARSE_TICKS if top > TICKS[-1] else TICKS
+    axes.set_yticks([tick for tick in ticks if tick <= top])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
     axes.set_xticks(sorted({0.0, *rows["level"]}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("heads pruned, %")
-    axes.set_title(f"{model}, {', '.join(sorted(set(rows['method'])))}", fontsize=11)
+    axes.set_title(title, fontsize=11)
     axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
