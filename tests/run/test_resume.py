@@ -185,15 +185,19 @@ def test_nothing_is_taken_over_from_another_revision(folder, tmp_path, monkeypat
     assert sum(reused.counts["cells"] for reused in read_manifest(run).reused) == cells
 
 
+def _raised(what, revision):
+    return f"{what} has revision {revision + 1}, and had {revision}"
+
+
 @pytest.mark.parametrize(
     ("what", "said"),
     [
-        ("protocol", f"the protocol has revision {PROTOCOL_REVISION + 1}, and had {PROTOCOL_REVISION}"),
+        ("protocol", _raised("the protocol", PROTOCOL_REVISION)),
         ("metric", "metric perplexity has revision 2, and had 1"),
         ("method", "method magnitude has revision 2, and had 1"),
-        ("variant", "variant agency has revision 4, and had 3"),
+        ("variant", _raised("variant agency", VARIANTS["agency"].revision)),
         ("importance", "method fisher has revision 2, and had 1"),
-        ("prices", "method obs has revision 2, and had 1"),
+        ("prices", _raised("method obs", METHODS["obs"].revision)),
     ],
 )
 def test_a_run_of_another_revision_is_not_continued(folder, tmp_path, monkeypatch, caplog, what, said):

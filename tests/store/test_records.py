@@ -12,6 +12,7 @@ import pytest
 
 from pruning_comparison import __version__
 from pruning_comparison.errors import StoreError
+from pruning_comparison.methods import METHODS
 from pruning_comparison.spec import Cell, ComparisonSpec, Revisions, revisions_of
 from pruning_comparison.store import (
     CellResult,
@@ -28,6 +29,7 @@ from pruning_comparison.store import (
 )
 from pruning_comparison.store.journal import JOURNAL_SCHEMA, columns_of
 from pruning_comparison.store.records import MANIFEST_SCHEMA, TABLES
+from pruning_comparison.variants import VARIANTS
 
 SPEC = {"model_name": "tiny", "variants": ["baseline"], "seed": 3}
 FACTS = ModelFacts("tiny", "gpt2", layers=2, heads_per_layer=4, head_size=8, context_tokens=64, vocabulary=97)
@@ -240,7 +242,7 @@ def test_the_revisions_of_a_spec_are_those_of_what_it_uses():
     assert (plain.methods, plain.variants) == ({"random": 1}, {"baseline": 1})
     asked = revisions_of(ComparisonSpec(pruning_methods=("random",), variants=("baseline", "agency")))
     assert (asked.methods, asked.variants) == (
-        {"random": 1, "obs": 1, "fisher": 1},
-        {"baseline": 1, "agency": 3},
+        {name: METHODS[name].revision for name in ("random", "obs", "fisher")},
+        {"baseline": 1, "agency": VARIANTS["agency"].revision},
     )
     assert Revisions.from_dict(asked.as_dict()) == asked
