@@ -830,6 +830,8 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
     with Live(quiet=options.quiet, steps=steps) as live:
         goal = f"to {options.level:g} %" if options.max_loss is None else f"for a loss of {options.max_loss:g} %"
         live.say(f"pruning {spec.model_name} {goal} by {options.method}, {options.variant}")
+        for warning in spec.idle_settings():
+            live.say(f"warning: {warning}")
         from pruning_comparison.checkpoint.forms import save_pruned
         from pruning_comparison.report.terminal import before_and_after_text
         from pruning_comparison.run.one_model import build_one, measure_one

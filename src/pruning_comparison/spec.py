@@ -304,6 +304,21 @@ class ComparisonSpec:
                 for variant in self.variants:
                     yield Trajectory(variant, method, iteration)
 
+    def idle_settings(self) -> list[str]:
+        """Which settings differ from their defaults and change nothing here, a sentence each on what would need them."""
+        variants = [variant_named(name) for name in self.variants]
+        used_by = {
+            "no variant adapts": (("adaptation", "ridge", "mlp_ridge"), any(variant.adapts for variant in variants)),
+            "no variant asks heads": (("consent",), any(variant.negotiates for variant in variants)),
+        }
+        defaults = {field.name: field.default for field in fields(self)}
+        return [
+            f"--{name}={getattr(self, name)} changes nothing, because {why}: {', '.join(self.variants)}. Agency does"
+            for why, (names, used) in used_by.items()
+            for name in names
+            if not used and getattr(self, name) != defaults[name]
+        ]
+
     def as_dict(self) -> dict[str, Any]:
         """The settings as plain values, for the manifest. Own methods by name, with the hash of their source."""
         values = {**self.as_dict_of_tuples(), "own_methods": {one.name: one.identity() for one in self.own_methods}}

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 from builders import tiny_spec
@@ -60,6 +61,31 @@ def test_levels_that_look_like_shares_are_asked_about(folder):
         prepare(tiny_spec(folder, pruning_levels=(3,)), identify=False)
     prepare(tiny_spec(folder, pruning_levels=(0.2, 50)), identify=False)
     prepare(tiny_spec(folder, pruning_levels=(0,)), identify=False)
+
+
+def test_settings_that_change_nothing_are_named():
+    idle = tiny_spec(
+        Path("model"), variants=("baseline", "baseline-progressive"), adaptation="bias", ridge=0.2, consent="time"
+    )
+    assert idle.idle_settings() == [
+        "--adaptation=bias changes nothing, because no variant adapts: baseline, baseline-progressive. Agency does",
+        "--ridge=0.2 changes nothing, because no variant adapts: baseline, baseline-progressive. Agency does",
+        "--consent=time changes nothing, because no variant asks heads: baseline, baseline-progressive. Agency does",
+    ]
+    assert len(tiny_spec(Path("model"), variants=("agency-adaptation",), consent="time").idle_settings()) == 1
+    assert tiny_spec(Path("model"), variants=("agency",), adaptation="bias", consent="time").idle_settings() == []
+    assert tiny_spec(Path("model"), variants=("baseline",), adaptation="refit-mlp").idle_settings() == []
+
+
+def test_a_baseline_that_is_told_to_adapt_says_that_it_does_not(folder, tmp_path, caplog):
+    def stop(done, total, what):
+        raise KeyboardInterrupt
+
+    with pytest.raises(Interrupted):
+        run_comparison(
+            tiny_spec(folder, variants=("baseline",), adaptation="bias"), output_dir=tmp_path, on_progress=stop
+        )
+    assert any(message.startswith("--adaptation=bias changes nothing") for message in caplog.messages)
 
 
 def test_a_variant_alone_is_warned_of_before_anything_is_measured(folder, tmp_path, caplog):

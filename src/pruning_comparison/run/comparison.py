@@ -345,7 +345,7 @@ def _digests(spec: ComparisonSpec) -> dict[str, str]:
 
 
 def _warnings(spec: ComparisonSpec) -> tuple[str, ...]:
-    found = []
+    found = spec.idle_settings()
     if spec.device == "cpu" and spec.precision == "float16":
         found.append("float16 on a CPU is slow and its speed says nothing about a GPU")
     if len(spec.variants) == 1:
