@@ -6,7 +6,7 @@ Dimension letters: B batch, T time, S samples, E embedding, F features, H' live 
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 
 import torch
@@ -144,21 +144,9 @@ def ridge_towards(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> 
     ``gram`` X'X [F, F] and ``cross`` X'T [F, E] are float64 sums, centred if a bias takes up the means; ``weight`` W [F, E].
     Always finite: where the Cholesky factor does not exist or the solution overflows, the ridge grows tenfold.
     """
-    scale = float(gram.diagonal().mean())
-    if not scale > 0:
-        return weight.double()
-    right = cross - gram @ weight.double()
-    identity = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-    strength = ridge
-    while True:
-        factor, failed = torch.linalg.cholesky_ex(gram + strength * scale * identity)
-        if not bool(failed):
-            solution = weight.double() + torch.cholesky_solve(right, factor)
-            if bool(torch.isfinite(solution).all()):
-                return solution
-        if strength > 1e12:
-            return weight.double()
-        strength *= 10
+    prior = weight.double()
+    right = cross - gram @ prior
+    return _first_finite(gram.clone(), prior, ridge, lambda factor, _: prior + torch.cholesky_solve(right, factor))
 
 
 def ridge_towards_at_once(gram: Tensor, cross: Tensor, weight: Tensor, ridge: float) -> Tensor:
@@ -166,20 +154,31 @@ def ridge_towards_at_once(gram: Tensor, cross: Tensor, weight: Tensor, ridge: fl
 
     Without the product X'X W, which takes as long as the Cholesky factor, and without another matrix of that size.
     """
-    scale, prior = float(gram.diagonal().mean()), weight.double()
+    prior = weight.double()
+
+    def solved(factor: Tensor, strength: float) -> Tensor:
+        return torch.cholesky_solve(torch.add(cross, prior, alpha=strength), factor)
+
+    return _first_finite(gram, prior, ridge, solved)
+
+
+def _first_finite(gram: Tensor, prior: Tensor, ridge: float, solved: Callable[[Tensor, float], Tensor]) -> Tensor:
+    """What ``solved`` makes of the Cholesky factor of X'X + lambda I and lambda, with the least of tenfold ridges for which
+    there is a factor and all is finite; ``prior`` where there is none. Uses up ``gram``."""
+    scale, diagonal = float(gram.diagonal().mean()), gram.diagonal().clone()
     if not scale > 0:
         return prior
-    added, strength = 0.0, ridge
-    while strength <= 1e12:
-        gram.diagonal().add_((strength - added) * scale)
-        added = strength
+    strength = ridge
+    while True:
+        gram.diagonal().copy_(diagonal + strength * scale)
         factor, failed = torch.linalg.cholesky_ex(gram)
         if not bool(failed):
-            solution: Tensor = torch.cholesky_solve(torch.add(cross, prior, alpha=strength * scale), factor)
+            solution = solved(factor, strength * scale)
             if bool(solution.isfinite().all()):
                 return solution
+        if strength > 1e12:
+            return prior
         strength *= 10
-    return prior
 
 
 @dataclass

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 from transformers import GenerationConfig, LogitsProcessor, PreTrainedModel, StaticCache
 
-from pruning_comparison.measure.generation import generate, sampler, synchronize
+from pruning_comparison.measure.generation import generate, left_padded, sampler, synchronize
 from pruning_comparison.models.decoding import DecodeStep
 from pruning_comparison.models.heads import EmptiedAttention, EmptiedCacheLayer, attentions, query_slots
 
@@ -37,10 +37,8 @@ class PromptBatch:
 
     def padded(self) -> tuple[Tensor, Tensor]:
         """Token ids and what of them is visible, int64 [B, T] each, shorter prompts padded on the left."""
-        longest = max(map(len, self.prompts))
-        ids = torch.tensor([[0] * (longest - len(prompt)) + list(prompt) for prompt in self.prompts])
-        starts = torch.tensor([[longest - len(prompt)] for prompt in self.prompts])
-        return ids, (torch.arange(longest) >= starts).long()
+        ids, padding = left_padded(self.prompts)
+        return ids, (torch.arange(ids.shape[1]) >= torch.tensor(padding).unsqueeze(1)).long()
 
 
 @dataclass(frozen=True)

@@ -100,6 +100,13 @@ def sampler(temperatures: Tensor) -> Callable[[Tensor, Tensor], Tensor]:
     return draw
 
 
+def left_padded(prompts: Sequence[Sequence[int]]) -> tuple[Tensor, list[int]]:
+    """Token ids of B prompts, int64 [B, T], shorter ones padded on the left, and by how many tokens each is."""
+    longest = max(map(len, prompts))
+    padding = [longest - len(prompt) for prompt in prompts]
+    return torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)]), padding
+
+
 def generate(
     model: PreTrainedModel,
     prompts: Sequence[Sequence[int]],
@@ -142,10 +149,9 @@ class GenerationUnderWay:
         step: DecodeStep | None = None,
     ) -> None:
         device, rows = model.device, len(prompts)
-        longest = max(len(prompt) for prompt in prompts)
-        padding = [longest - len(prompt) for prompt in prompts]
+        self.ids, padding = left_padded(prompts)
+        longest = self.ids.shape[1]
         self.model, self.step, self.longest, self.left = model, step, longest, num_tokens
-        self.ids = torch.tensor([[0] * pad + list(prompt) for pad, prompt in zip(padding, prompts, strict=True)])
         draws = torch.zeros(rows, num_tokens, dtype=torch.float64) if uniforms is None else uniforms
         self.draws = draws.to(device)
         self.choose = sampler(torch.tensor(list(temperatures), dtype=torch.float64, device=device))

@@ -11,7 +11,7 @@ import pandas as pd
 from pruning_comparison.engines import ENGINES, NATIVE
 from pruning_comparison.formatting import capitalised, listed, per_cent, plain_number, with_unit
 from pruning_comparison.report.rows import rows_of
-from pruning_comparison.report.tables import Table, TableCell, TableRow
+from pruning_comparison.report.tables import Table, TableCell, TableRow, sort_key
 from pruning_comparison.variants import DENSE, reported_variant
 
 __all__ = ["engine_sentences", "engines_table"]
@@ -86,7 +86,7 @@ def engines_table(engines: pd.DataFrame | None) -> Table | None:
                 _ratio(row, "speed_vs_native"),
                 _figure(row, "first_token_latency_s", "s"),
                 _figure(row, "warm_up_s", "s"),
-                TableCell(_share(row["differing_share"]), sort=_sort_key(row["differing_share"])),
+                TableCell(_share(row["differing_share"]), sort=sort_key(row["differing_share"])),
                 TableCell(f"{int(row['n'])}"),
             )
         rows.append(TableRow(heading, (*place, *rest)))
@@ -99,7 +99,7 @@ def engines_table(engines: pd.DataFrame | None) -> Table | None:
 
 def _figure(row: Mapping[str, Any], name: str, unit: str) -> TableCell:
     value = float(row[name])
-    return TableCell("" if math.isnan(value) else with_unit(value, unit), sort=_sort_key(value))
+    return TableCell("" if math.isnan(value) else with_unit(value, unit), sort=sort_key(value))
 
 
 def _ratio(row: Mapping[str, Any], name: str) -> TableCell:
@@ -107,12 +107,8 @@ def _ratio(row: Mapping[str, Any], name: str) -> TableCell:
     if math.isnan(value):
         return TableCell("missing", tone="muted")
     interval = "" if math.isnan(low) or math.isnan(high) else f"{plain_number(low)} to {plain_number(high)}"
-    return TableCell(f"×{plain_number(value)}", interval, _sort_key(value))
+    return TableCell(f"×{plain_number(value)}", interval, sort_key(value))
 
 
 def _share(value: float) -> str:
     return "unknown" if math.isnan(value) else "none" if value == 0 else f"{100 * value:.2g} %"
-
-
-def _sort_key(value: float) -> str:
-    return "" if math.isnan(value) else f"{value:.10g}"

@@ -63,9 +63,9 @@ def agreement_table(agreed: pd.DataFrame | None) -> Table | None:
                 TableCell(pair),
                 (
                     TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
-                    TableCell(f"{100 * row['common']:.0f} %", sort=_sort_key(row["common"])),
-                    TableCell(f"{100 * row['chance']:.0f} %", sort=_sort_key(row["chance"])),
-                    TableCell("" if math.isnan(correlation) else f"{correlation:.2f}", sort=_sort_key(correlation)),
+                    TableCell(f"{100 * row['common']:.0f} %", sort=sort_key(row["common"])),
+                    TableCell(f"{100 * row['chance']:.0f} %", sort=sort_key(row["chance"])),
+                    TableCell("" if math.isnan(correlation) else f"{correlation:.2f}", sort=sort_key(correlation)),
                     TableCell(str(int(row["n"]))),
                 ),
             )
@@ -106,21 +106,21 @@ def _answer_row(row: Mapping[str, Any], varying: Sequence[str]) -> TableRow:
         TableCell(f"{title}: {metric}" if title else metric),
         (
             *(_place_cell(row, column) for column in varying),
-            TableCell(shown(row, "estimate"), interval_shown(row), _sort_key(row["estimate"]))
+            TableCell(shown(row, "estimate"), interval_shown(row), sort_key(row["estimate"]))
             if not pd.isna(row["estimate"])
             else TableCell("missing", tone="muted"),
             TableCell(str(row["estimand"]), tone="wide"),
-            TableCell("" if pd.isna(row["margin"]) else shown(row, "margin"), sort=_sort_key(row["margin"])),
+            TableCell("" if pd.isna(row["margin"]) else shown(row, "margin"), sort=sort_key(row["margin"])),
             TableCell(n, crossed, n),
             TableCell(
                 _format_p(row["p_holm"]),
                 f"of no difference, uncorrected: {_format_p(row['p'])}",
-                _sort_key(row["p_holm"]),
+                sort_key(row["p_holm"]),
             ),
             TableCell(
                 "" if math.isnan(effect) else plain_number(effect),
                 "" if math.isnan(low) or math.isnan(high) else interval_with_unit(low, high, "1"),
-                _sort_key(effect),
+                sort_key(effect),
             ),
             _verdict_cell(row),
         ),
@@ -167,8 +167,8 @@ def optimum_table(optimal: pd.DataFrame) -> Table | None:
                     TableCell("unknown", str(row["reason"] or ""), tone="muted")
                     if math.isnan(level)
                     else TableCell(per_cent(level), sort=f"{level:g}"),
-                    TableCell("" if math.isnan(share) else f"{100 * share:.0f} %", sort=_sort_key(share)),
-                    TableCell("none" if math.isnan(knee) else per_cent(knee), sort=_sort_key(knee)),
+                    TableCell("" if math.isnan(share) else f"{100 * share:.0f} %", sort=sort_key(share)),
+                    TableCell("none" if math.isnan(knee) else per_cent(knee), sort=sort_key(knee)),
                     TableCell(n),
                 ),
             )
@@ -204,13 +204,13 @@ def ranking_table(ranked: pd.DataFrame, compared: str) -> Table | None:
             against = TableCell(
                 f"{following}: {_times(row['next_estimate'])}, {word}",
                 _ratio_interval(row, "next"),
-                _sort_key(row["next_estimate"]),
+                sort_key(row["next_estimate"]),
                 "better" if decided else "",
             )
         cells = [
             TableCell(f"{int(row['rank'])}"),
             TableCell(str(row["name"])),
-            TableCell(_times(row["estimate"]), _ratio_interval(row, ""), _sort_key(row["estimate"])),
+            TableCell(_times(row["estimate"]), _ratio_interval(row, ""), sort_key(row["estimate"])),
             against,
         ]
         if control:
@@ -251,9 +251,9 @@ def strongest_table(strongest: pd.DataFrame | None) -> Table | None:
                 TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
                 (
                     TableCell(baseline, of_several if row["candidates"] > 1 else str(row["chosen"])),
-                    TableCell("" if math.isnan(held_out) else plain_number(held_out), sort=_sort_key(held_out)),
+                    TableCell("" if math.isnan(held_out) else plain_number(held_out), sort=sort_key(held_out)),
                     TableCell(compared or "nothing", tone="" if compared else "muted"),
-                    TableCell(_times(row["estimate"]), _ratio_interval(row, ""), _sort_key(row["estimate"]))
+                    TableCell(_times(row["estimate"]), _ratio_interval(row, ""), sort_key(row["estimate"]))
                     if compared
                     else TableCell(""),
                     TableCell(f"{int(row['n'])}" if row["n"] else ""),
@@ -290,17 +290,17 @@ def equal_table(equal: pd.DataFrame) -> Table | None:
         n = "" if pd.isna(row["n"]) else str(int(row["n"]))
         rows.append(
             TableRow(
-                TableCell(plain_number(float(row["perplexity"])), sort=_sort_key(row["perplexity"])),
+                TableCell(plain_number(float(row["perplexity"])), sort=sort_key(row["perplexity"])),
                 (
                     *([TableCell(str(row["method"]))] if several else []),
                     *(
-                        TableCell("" if pd.isna(row[name]) else f"{row[name]:.3g} %", sort=_sort_key(row[name]))
+                        TableCell("" if pd.isna(row[name]) else f"{row[name]:.3g} %", sort=sort_key(row[name]))
                         for name in ("baseline_level", "agency_level")
                     ),
                     TableCell(
                         plain_number(ratio) if math.isfinite(ratio) else str(row["reason"] or "missing"),
                         "" if math.isnan(low) or math.isnan(high) else interval_with_unit(low, high, "1"),
-                        _sort_key(ratio),
+                        sort_key(ratio),
                     ),
                     TableCell(n),
                 ),
@@ -324,7 +324,7 @@ def fronts_table(points: pd.DataFrame) -> Table | None:
 
     def ratio(row: Mapping[str, Any], value: str, stem: str) -> TableCell:
         ends = {"estimate": row[value], "ci_low": row[f"{stem}_low"], "ci_high": row[f"{stem}_high"]}
-        return TableCell(_times(row[value]), _ratio_interval(ends, ""), _sort_key(row[value]))
+        return TableCell(_times(row[value]), _ratio_interval(ends, ""), sort_key(row[value]))
 
     def figure(row: Mapping[str, Any], value: str, stem: str, unit: str) -> TableCell:
         if pd.isna(row[value]):
@@ -332,7 +332,7 @@ def fronts_table(points: pd.DataFrame) -> Table | None:
         ends = {"ci_low": row[f"{stem}_low"], "ci_high": row[f"{stem}_high"]}
         exact = ends["ci_low"] == ends["ci_high"]
         return TableCell(
-            with_unit(float(row[value]), unit), "" if exact else _format_interval(ends, unit), _sort_key(row[value])
+            with_unit(float(row[value]), unit), "" if exact else _format_interval(ends, unit), sort_key(row[value])
         )
 
     rows = []
@@ -476,13 +476,14 @@ def plain_table(table: pd.DataFrame, caption: str) -> Table | None:
     columns = [str(column) for column in table.columns]
     rows = []
     for record in rows_of(table.head(500)):
-        first, *rest = (TableCell(format_value(record[column]), sort=_sort_key(record[column])) for column in columns)
+        first, *rest = (TableCell(format_value(record[column]), sort=sort_key(record[column])) for column in columns)
         rows.append(TableRow(first, tuple(rest)))
     note = f" (the first 500 of {len(table)})" if len(table) > 500 else ""
     return Table(caption + note, tuple(column.replace("_", " ") for column in columns), tuple(rows))
 
 
-def _sort_key(value: Any) -> str:
+def sort_key(value: Any) -> str:
+    """What a cell with a figure is sorted by; nothing where there is none."""
     return f"{value:.10g}" if isinstance(value, (int, float)) and math.isfinite(value) else ""
 
 

@@ -241,18 +241,8 @@ class LayerTimeRow:
 
 
 @dataclass(frozen=True)
-class EngineTimingRow(_RowOfCell):
+class EngineTimingRow(EngineTiming, _RowOfCell):
     """One ``EngineTiming``; those of the dense model have the variant ``variants.DENSE``."""
-
-    engine: str
-    prompt: int | None
-    repeat: int | None
-    first_token_latency_s: float | None
-    end_to_end_s: float | None
-    tokens: int | None
-    warm_up_s: float | None
-    differing_share: float | None
-    reason: str | None
 
 
 Row = CellRow | MeasurementRow | HeadRow | SignalRow | ReplyRow | TextRow | TimingRow | LayerTimeRow | EngineTimingRow
