@@ -9,7 +9,7 @@ from builders import random_masks, tiny_gpt2, tiny_model, with_long_first_tokens
 from scipy.optimize import minimize
 
 from pruning_comparison.agency import adaptation, streams
-from pruning_comparison.agency.adaptation import adapt, ridge_towards
+from pruning_comparison.agency.adaptation import adapt, ridge_towards, ridge_towards_at_once
 from pruning_comparison.agency.before_norms import before_norm, pass_through, refit_gains
 from pruning_comparison.agency.streams import DenseStream
 from pruning_comparison.models.heads import (
@@ -505,6 +505,15 @@ def test_a_singular_matrix_gets_more_ridge_never_a_nan():
     assert torch.equal(
         ridge_towards(torch.zeros(4, 4).double(), torch.zeros(4, 3).double(), weight, 0.1), weight.double()
     )
+
+
+@pytest.mark.parametrize("solve", [ridge_towards, ridge_towards_at_once])
+def test_a_ridge_too_small_for_a_matrix_grows_until_there_is_a_fit(solve):
+    """Rounding has left an eigenvalue of -1e-9, so there is no factor before lambda is above it. X'T lies along the other
+    eigenvector, (1, 1), of 2: weights of 0 become 1/2 each."""
+    gram = torch.tensor([[1, 1 + 1e-9], [1 + 1e-9, 1]], dtype=torch.float64)
+    found = solve(gram, torch.ones(2, 3, dtype=torch.float64), torch.zeros(2, 3), 1e-12)
+    torch.testing.assert_close(found, torch.full((2, 3), 0.5, dtype=torch.float64), rtol=1e-6, atol=0)
 
 
 def test_infinite_ridge_returns_the_original_weights():
