@@ -307,14 +307,32 @@ class ComparisonSpec:
     def idle_settings(self) -> list[str]:
         """Which settings differ from their defaults and change nothing here, a sentence each on what would need them."""
         variants = [variant_named(name) for name in self.variants]
-        used_by = {
-            "no variant adapts": (("adaptation", "ridge", "mlp_ridge"), any(variant.adapts for variant in variants)),
-            "no variant asks heads": (("consent",), any(variant.negotiates for variant in variants)),
-        }
+        methods = [self.method(name) for name in self.pruning_methods]
+        named = f"{', '.join(self.variants)}. Agency does"
+        by_method = ", ".join(self.pruning_methods)
+        settings = (
+            (("adaptation", "ridge", "mlp_ridge"), any(v.adapts for v in variants), f"no variant adapts: {named}"),
+            (("consent",), any(v.negotiates for v in variants), f"no variant asks heads: {named}"),
+            (
+                ("recovery_rate", "recovery_parameters"),
+                self.recovery_steps > 0,
+                "nothing is trained: give --recovery_steps as well",
+            ),
+            (
+                ("entropy_direction",),
+                any(method.tries_directions for method in methods),
+                f"no method has a direction: {by_method}. Entropy does",
+            ),
+            (
+                ("score_tokens",),
+                any(method.reads_text for method in methods) or any(v.negotiates for v in variants),
+                f"no method reads text: {by_method}",
+            ),
+        )
         defaults = {field.name: field.default for field in fields(self)}
         return [
-            f"--{name}={getattr(self, name)} changes nothing, because {why}: {', '.join(self.variants)}. Agency does"
-            for why, (names, used) in used_by.items()
+            f"{option_of(name)}={getattr(self, name)} changes nothing, because {why}"
+            for names, used, why in settings
             for name in names
             if not used and getattr(self, name) != defaults[name]
         ]
