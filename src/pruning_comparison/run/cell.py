@@ -59,7 +59,8 @@ def choose(workspace: Workspace, cell: Cell) -> Round:
         scores = workspace.ranking(cell.method, cell.iteration)
         keep = select_heads(scores.scores, cell.level, workspace.spec.scope, group_size=workspace.group_size)
         return Round(cell.level, keep, scores)
-    return workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
+    with workspace.clock.phase("choice of heads"):
+        return workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
 
 
 def rebuild(workspace: Workspace, cell: Cell, kept: KeptHeads) -> PrunedModel:
@@ -81,7 +82,8 @@ def remove_and_adapt(workspace: Workspace, cell: Cell, keep: Tensor) -> PrunedMo
     check_count(keep, cell.level, spec, workspace.group_size)
     if bool(keep.all()):
         return PrunedModel(workspace.dense, keep, "dense")
-    compact = remove_heads(workspace.reference, keep)
+    with workspace.clock.phase("removing heads"):
+        compact = remove_heads(workspace.reference, keep)
     identity = [keep.numpy().tobytes()]
     cost = _adapt_survivors(workspace, cell, compact, identity)
     compact, recovery = _recover(workspace, cell, compact, identity)
@@ -105,15 +107,16 @@ def _adapt_survivors(
     identity.append(dense.windows.numpy().tobytes())
     if dense.first_tokens is not None:
         identity.append(dense.first_tokens.numpy().tobytes())
-    return adapt(
-        dense,
-        compact,
-        steps=spec.adaptation,
-        ridge=spec.ridge,
-        mlp_ridge=spec.mlp_ridge,
-        measure_peak=spec.memory_logging,
-        allow_new_bias=spec.new_bias,
-    )
+    with workspace.clock.phase("adaptation"):
+        return adapt(
+            dense,
+            compact,
+            steps=spec.adaptation,
+            ridge=spec.ridge,
+            mlp_ridge=spec.mlp_ridge,
+            measure_peak=spec.memory_logging,
+            allow_new_bias=spec.new_bias,
+        )
 
 
 def _recover(
@@ -125,20 +128,21 @@ def _recover(
         return compact, None
     identity.append(f"recovered {cell.iteration}".encode())
     name = f"{cell.variant}_{file_name_of(cell.method)}_{cell.iteration}_{cell.level:g}.safetensors"
-    return recover(
-        workspace.reference,
-        compact,
-        workspace.recovery_windows(cell.iteration),
-        steps=spec.recovery_steps,
-        batch_size=spec.quality_batch_size,
-        learning_rate=spec.recovery_rate,
-        parameters=spec.recovery_parameters,
-        held_out=workspace.held_out(cell.iteration),
-        generator=workspace.generator("recovery", cell.iteration),
-        checkpoint=None if workspace.folder is None else workspace.folder / RECOVERY / name,
-        identity=hashlib.sha256(b"|".join(identity)).hexdigest(),
-        what=f"recovery, {cell.describe()}",
-    )
+    with workspace.clock.phase("recovery"):
+        return recover(
+            workspace.reference,
+            compact,
+            workspace.recovery_windows(cell.iteration),
+            steps=spec.recovery_steps,
+            batch_size=spec.quality_batch_size,
+            learning_rate=spec.recovery_rate,
+            parameters=spec.recovery_parameters,
+            held_out=workspace.held_out(cell.iteration),
+            generator=workspace.generator("recovery", cell.iteration),
+            checkpoint=None if workspace.folder is None else workspace.folder / RECOVERY / name,
+            identity=hashlib.sha256(b"|".join(identity)).hexdigest(),
+            what=f"recovery, {cell.describe()}",
+        )
 
 
 def check_count(keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1) -> None:
