@@ -136,7 +136,7 @@ def test_a_choice_that_misses_the_number_or_the_shape_raises(grouped, monkeypatc
     check_count(keep, 60.0, spec, rectangle=SIZE)
     one_more = keep.clone()
     one_more[tuple(one_more.nonzero()[0].tolist())] = False
-    with pytest.raises(AssertionError, match="level 60.0 prunes 11 heads; the rule asks for 10"):
+    with pytest.raises(AssertionError, match=r"level 60.0 prunes 11 heads; the rule asks for 10"):
         check_count(one_more, 60.0, spec, rectangle=SIZE)
     ragged = torch.ones(LAYERS, HEADS, dtype=torch.bool)
     ragged[:, [0, 2, 3, 4, 5]] = False
