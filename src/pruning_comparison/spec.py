@@ -19,7 +19,7 @@ from pruning_comparison.variants import VARIANTS, variant_named
 Precision = Literal["float32", "float16", "bfloat16"]
 Execution = Literal["compact", "masked"]
 Scope = Literal["model", "layer"]
-PruneUnit = Literal["head", "kv_group"]
+PruneUnit = Literal["head", "kv_group", "rectangle"]
 EntropyDirection = Literal["auto", "high", "low"]
 BosRule = Literal["auto", "always", "never"]
 Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
@@ -86,6 +86,9 @@ class ComparisonSpec:
 
     ``consent`` says what a head that is asked to leave is held by: its price ("quality"), or its price over the decoding
     time, or the cache bytes, that its going saves.
+
+    ``prune_unit`` says what leaves: single heads, whole key-value groups, or heads so that every layer keeps a rectangle, as
+    many query heads of each key-value group that it keeps.
 
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
@@ -235,6 +238,13 @@ class ComparisonSpec:
             "recovery_steps",
             self.recovery_steps,
             "needs --execution=compact: a masked model has full-size weights, which recovery would train",
+            "Leave one of the two out.",
+        )
+        _require(
+            self.prune_unit != "rectangle" or self.consent == "quality",
+            "consent",
+            self.consent,
+            "needs heads that answer one by one; with --unit=rectangle those of a layer answer together, by their price",
             "Leave one of the two out.",
         )
         if self.score_tokens is not None:

@@ -16,11 +16,12 @@ from pruning_comparison.pruning import (
     mask_heads,
     masked_copy,
     remove_heads,
-    select_heads,
 )
+from pruning_comparison.pruning.rectangles import is_rectangle
 from pruning_comparison.run.measure_cell import measure_quality
 from pruning_comparison.run.pruned_model import KeptHeads, PrunedModel
 from pruning_comparison.run.workspace import Workspace, at_precision
+from pruning_comparison.scoring.choice import heads_to_keep
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store import CellResult
 from pruning_comparison.variants import variant_named
@@ -57,7 +58,13 @@ def choose(workspace: Workspace, cell: Cell) -> Round:
     variant = variant_named(cell.variant)
     if variant.selection == "once" or (variant.negotiates and cell.level == 0):
         scores = workspace.ranking(cell.method, cell.iteration)
-        keep = select_heads(scores.scores, cell.level, workspace.spec.scope, group_size=workspace.group_size)
+        keep = heads_to_keep(
+            scores,
+            cell.level,
+            workspace.spec.scope,
+            group_size=workspace.group_size,
+            rectangle=workspace.rectangle,
+        )
         return Round(cell.level, keep, scores)
     with workspace.clock.phase("choice of heads"):
         return workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
@@ -79,7 +86,7 @@ def rebuild(workspace: Workspace, cell: Cell, kept: KeptHeads) -> PrunedModel:
 def remove_and_adapt(workspace: Workspace, cell: Cell, keep: Tensor) -> PrunedModel:
     """The dense model with these heads, bool [L, H], alone and, for variants that do, the survivors adapted."""
     spec = workspace.spec
-    check_count(keep, cell.level, spec, workspace.group_size)
+    check_count(keep, cell.level, spec, workspace.group_size, workspace.rectangle)
     if bool(keep.all()):
         return PrunedModel(workspace.dense, keep, "dense")
     with workspace.clock.phase("removing heads"):
@@ -145,9 +152,13 @@ def _recover(
         )
 
 
-def check_count(keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1) -> None:
-    """AssertionError if the mask does not prune exactly as many heads as the rule asks for."""
+def check_count(
+    keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1, rectangle: int | None = None
+) -> None:
+    """AssertionError if the mask does not prune exactly as many heads as the rule asks for, or leaves other shapes."""
     layers, heads = keep.shape
-    expected = expected_heads_pruned(level, layers, heads, spec.scope, group_size)
+    expected = expected_heads_pruned(level, layers, heads, spec.scope, group_size, rectangle)
     if int((~keep).sum()) != expected:
         raise AssertionError(f"level {level} prunes {int((~keep).sum())} heads; the rule asks for {expected}")
+    if rectangle is not None and not is_rectangle(keep, rectangle):
+        raise AssertionError(f"level {level} leaves a layer unlike numbers of heads in its key-value groups")

@@ -23,7 +23,7 @@ from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
 from pruning_comparison.models.devices import asked_products, prepare_in
 from pruning_comparison.pruning.surgery import converted_copy, remove_heads
-from pruning_comparison.run.inputs import Inputs, heads_leaving_together
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together, rectangle_of
 from pruning_comparison.run.layer_times import PROMPT_TOKENS, measure_layer_times
 from pruning_comparison.run.phases import PhaseClock
 from pruning_comparison.scoring.prices import Prices
@@ -82,6 +82,11 @@ class Workspace:
     def group_size(self) -> int:
         """How many heads leave together."""
         return heads_leaving_together(self.grid, self.spec.prune_unit)
+
+    @property
+    def rectangle(self) -> int | None:
+        """The query heads per key-value group where every layer keeps as many of each; None where it need not."""
+        return rectangle_of(self.grid, self.spec.prune_unit)
 
     def generator(self, purpose: str, iteration: int) -> torch.Generator:
         """An independent stream of random numbers for each purpose and iteration."""
@@ -177,6 +182,7 @@ class Workspace:
                 all_heads=self.grid.all_heads(),
                 scope=self.spec.scope,
                 group_size=self.group_size,
+                rectangle=self.rectangle,
                 scores_pruned=self.spec.method(method).runs_on_pruned,
             )
         return self._progressive[key]
@@ -217,6 +223,7 @@ class Workspace:
                 scope=self.spec.scope,
                 everyone_consents=VARIANTS[rules].consent == "always",
                 group_size=self.group_size,
+                rectangle=self.rectangle,
                 savings=self._savings() if VARIANTS[rules].consent == "by cost" else None,
                 seconds=priced.seconds,
                 describes=self.describes,
@@ -271,6 +278,7 @@ class Workspace:
             smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
             scope=self.spec.scope,
             group_size=self.group_size,
+            rectangle=self.rectangle,
             prices=lambda: self._prices_of(model, iteration),
         )
         with self.clock.phase(f"scores by {method}"), asked_products(model):
