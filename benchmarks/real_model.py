@@ -33,15 +33,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from timing import emit, emit_machine
-from transformers import AutoModelForCausalLM
 
 from pruning_comparison.analysis.between_runs import RunTables, compare_runs
 from pruning_comparison.analysis.random_effects import ratio_of
 from pruning_comparison.environment import PASSIVE, WAIT_POLICY
-from pruning_comparison.measure.memory import parameter_bytes
 from pruning_comparison.models import preview_model
+from pruning_comparison.plan.memory import ModelSizes
 from pruning_comparison.run.phases import phases_in
 from pruning_comparison.run.provenance import commit_of
 from pruning_comparison.run.run_log import RUN_LOG
@@ -133,11 +131,9 @@ def memory_forecast(model_name: str, settings: Sequence[str]) -> dict[str, Any]:
     """The bytes that ``plan`` expects a run to take, and those that it is to stay below."""
     command = [sys.executable, "-m", "pruning_comparison", "plan", *settings, "--json"]
     answer = subprocess.run(command, env=_environment(HERE), capture_output=True, text=True, check=True).stdout
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(preview_model(model_name).config, dtype=torch.float32)
     return {
         "planned_memory_bytes": json.loads(answer)["expected"]["memory_bytes"],
-        "memory_limit_bytes": 3 * parameter_bytes(model) + 2**30,
+        "memory_limit_bytes": 3 * 4 * ModelSizes.of(preview_model(model_name)).parameters + 2**30,
     }
 
 

@@ -43,6 +43,7 @@ import torch
 from scipy import stats
 
 from pruning_comparison.measure.generation import common_uniforms
+from pruning_comparison.methods import METHODS
 from pruning_comparison.models import load_model
 from pruning_comparison.run import cell as cells
 from pruning_comparison.run import comparison
@@ -163,7 +164,9 @@ def case_of(spec: ComparisonSpec) -> tuple[dict[str, Any], Any]:
         "prompts": [list(ids) for ids in inputs.prompt_ids],
         "end_of_text": sorted(inputs.preview.end_of_text()),
         "windows": [(window.ids.tolist(), window.targets) for window in inputs.windows],
-        "calibration": [workspace.calibration(iteration).tolist() for iteration in iterations],
+        "calibration": [
+            workspace.score_windows(iteration, METHODS["entropy"].tokens).tolist() for iteration in iterations
+        ],
         "draws": [
             [
                 common_uniforms(spec.seed, iteration, prompt, spec.num_tokens).tolist()

@@ -448,7 +448,8 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add(
         "score_tokens",
         type=_whole_number,
-        help="number of these that heads are scored on; by default all (slow methods such as ablation need few)",
+        help="number of these that heads are scored on; by default 4096 for entropy and all for other methods (slow ones "
+        "such as ablation need few)",
     )
 
     group = parser.add_argument_group("where it is measured")
@@ -565,8 +566,11 @@ def _methods(text: str) -> tuple[str | Method, ...]:
     return tuple(Method(name, score=name) if ":" in name else name for name in names)
 
 
-def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
-    """The spec that the options ask for. The device is resolved last, since that needs torch."""
+def _spec_of(options: argparse.Namespace, *, here: bool = True) -> ComparisonSpec:
+    """The spec that the options ask for. The device is resolved last, since that needs torch.
+
+    Where the run is not to be made ``here``, a GPU is taken to be there and to compute in the precision asked for.
+    """
     values: dict[str, Any] = {
         field.name: getattr(options, field.name, field.default) for field in fields(ComparisonSpec)
     }
@@ -581,10 +585,10 @@ def _spec_of(options: argparse.Namespace) -> ComparisonSpec:
     values["engines"] = parts_of(getattr(options, "engine", NATIVE), ENGINES)
     values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
-    from pruning_comparison.models.devices import resolve_device, resolve_precision
+    from pruning_comparison.models.devices import planned_device, resolve_device, resolve_precision
 
-    device = resolve_device(options.device)
-    precision = resolve_precision(options.precision, device)
+    device = resolve_device(options.device) if here else planned_device(options.device)
+    precision = resolve_precision(options.precision, device) if here or not options.precision else options.precision
     return ComparisonSpec(**{**unresolved.as_dict_of_tuples(), "device": device, "precision": precision})
 
 
@@ -758,7 +762,7 @@ def _report(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    spec = _spec_of(options)
+    spec = _spec_of(options, here=False)
     margins = _margins_of(options)
     from pruning_comparison.analysis.margins import Margins
     from pruning_comparison.plan.plan import format_plan, plan_cost, plan_run

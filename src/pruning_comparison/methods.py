@@ -42,6 +42,9 @@ class Method:
     left. ``reads_text`` and ``draws`` say what makes its scores differ between iterations: the calibration text, and random
     numbers. ``tries_directions``: which end leaves first is tried out at the smallest level above 0, unless it is given.
 
+    ``tokens`` is how much calibration text its ranks need, and so all that it reads unless ``--score_tokens`` asks for more
+    or less; None for all that there is.
+
     ``passes`` is what it costs in forward passes over the text, ``trial_passes`` what trying directions adds, and
     ``passes_per_head`` what every head adds: for ``plan`` alone.
 
@@ -56,6 +59,7 @@ class Method:
     reads_text: bool = True
     draws: bool = False
     tries_directions: bool = False
+    tokens: int | None = None
     passes: float = 2.0
     trial_passes: float = 0.0
     passes_per_head: float = 0.0
@@ -96,9 +100,10 @@ METHODS: dict[str, Method] = {
         summary="spreads its attention (or concentrates it: `--entropy_direction`)",
         runs_on_pruned=True,
         tries_directions=True,
+        tokens=4096,
         passes=0.7,
         trial_passes=1.0,
-        revision=2,  # 1 divided entropies in sliding layers by the log of all positions
+        revision=3,  # 1 divided entropies in sliding layers by the log of all positions; 2 read all of the text
     ),
     "random": Method(
         "random",
@@ -188,6 +193,9 @@ METHODS: dict[str, Method] = {
 
 IMPORTANCE = "fisher"
 """The method whose scores agency records as how sensitive the loss is to a head; they change no answer."""
+
+IMPORTANCE_TOKENS = 2048
+"""Calibration text that these scores are made of where the method itself is not asked for."""
 
 PRICED = "obs"
 """The method by whose prices heads consent, whatever the method that they are asked by."""

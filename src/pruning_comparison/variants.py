@@ -81,7 +81,7 @@ VARIANTS: dict[str, Variant] = {
         adapts=True,
         summary="heads are asked at their prices, those that consent leave, and the survivors adapt",
         look=Look("#0072B2", "s", "-"),
-        revision=4,
+        revision=5,
     ),
     "baseline-progressive": Variant(
         "baseline-progressive",
@@ -111,7 +111,7 @@ VARIANTS: dict[str, Variant] = {
         lacks="Adapted weights",
         instead="the same heads leave and the weights stay as they were",
         plural=True,
-        revision=3,
+        revision=4,
     ),
     "agency-always-yes": Variant(
         "agency-always-yes",
@@ -122,7 +122,7 @@ VARIANTS: dict[str, Variant] = {
         look=Look("#CC79A7", "P", (0, (2, 1))),
         lacks="Consent",
         instead="nobody may refuse",
-        revision=4,
+        revision=5,
     ),
 }
 """Every variant by its name, in the order in which help, tables and charts list them."""

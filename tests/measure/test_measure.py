@@ -14,7 +14,7 @@ import torch
 from builders import Letters, tiny_gpt2, tiny_model
 
 from pruning_comparison.losses import bits_per_byte, mean_loss
-from pruning_comparison.measure import generation
+from pruning_comparison.measure import generation, perplexity
 from pruning_comparison.measure.generation import (
     common_uniforms,
     generate,
@@ -178,6 +178,23 @@ def test_perplexity_of_a_broken_model_is_missing_not_a_number(model):
     model.transformer.ln_f.weight.data.fill_(float("nan"))
     windows = [EvaluationWindow("d", 0, torch.arange(1, 20), 18, 18, 4)]
     assert math.isnan(perplexity_of(measure_perplexity(model, windows, batch_size=1)))
+
+
+def test_no_batch_has_more_logits_than_fit(model, monkeypatch):
+    windows = [torch.arange(1, 11) + number for number in range(5)]
+    nats, tokens = window_losses(model, windows, batch_size=4)
+    rows = []
+    handle = model.register_forward_hook(lambda module, inputs, output: rows.append(output.logits.shape[:2]))
+    # 9 scored tokens and the position that predicts the first of them: 10 positions, of 4 bytes per entry of the vocabulary.
+    monkeypatch.setattr(perplexity, "_MOST_LOGIT_BYTES", 2 * 10 * 4 * model.config.vocab_size)
+    of_two = window_losses(model, windows, batch_size=4)
+    monkeypatch.setattr(perplexity, "_MOST_LOGIT_BYTES", 1)
+    of_one = window_losses(model, windows, batch_size=4)
+    handle.remove()
+    assert rows == [(2, 10), (2, 10), (1, 10), *[(1, 10)] * 5]
+    for found in (of_two, of_one):
+        torch.testing.assert_close(found[0], nats)
+        assert torch.equal(found[1], tokens)
 
 
 def test_batches_of_unequal_lengths_do_not_mix(model):

@@ -6,11 +6,11 @@ import json
 import math
 from dataclasses import replace
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from builders import noise, run_of, save_tiny_model, write_short_texts
 
 from pruning_comparison import cli
@@ -21,8 +21,10 @@ from pruning_comparison.analysis.random_effects import fit_crossed
 from pruning_comparison.analysis.verdict_rules import decide
 from pruning_comparison.errors import ModelLoadError
 from pruning_comparison.models import loading, preview_model
+from pruning_comparison.plan import memory as memory_plan
 from pruning_comparison.plan import plan as planning
-from pruning_comparison.plan.forecast import Speeds, expected, parameter_count, passes
+from pruning_comparison.plan.forecast import Speeds, expected, passes
+from pruning_comparison.plan.memory import ModelSizes, forecast_memory
 from pruning_comparison.plan.plan import ASSUMED, assumed_components, plan_run
 from pruning_comparison.run.inputs import prepare
 from pruning_comparison.spec import ComparisonSpec
@@ -79,7 +81,7 @@ def test_models_of_the_hub_are_known_by_their_configs(model_name, tmp_path):
     preview = preview_model(str(saved_config(tmp_path, model_name, quantization_config=None)), weights=False)
     grid = preview.grid
     assert (grid.n_layers, grid.n_heads, grid.n_kv_heads, grid.head_size) == sizes
-    assert parameter_count(SimpleNamespace(preview=preview)) == parameters
+    assert ModelSizes.of(preview).parameters == parameters
     with pytest.raises(ModelLoadError, match=r"no \.safetensors weights"):
         preview_model(str(tmp_path))
 
@@ -326,7 +328,7 @@ def test_the_plan_says_time_memory_and_disk(folder, capsys, monkeypatch):
     assert cli.main(["plan", *options(folder)]) == 0
     told = capsys.readouterr().out
     assert "time         about" in told
-    assert "memory       about 0.5 GB" in told
+    assert "memory       about 0.6 GB" in told
     monkeypatch.setattr(planning, "available_bytes", lambda: 1000)
     assert cli.main(["plan", *options(folder)]) == 0
     assert "time         unknown: a model of this size does not fit" in capsys.readouterr().out
@@ -339,25 +341,115 @@ def test_seconds_follow_the_speeds(folder):
         calibration_text=str(folder / "calibration"), eval_window=50, eval_stride=50, calibration_tokens=100,
         calibration_window=64, prompt_file=str(folder / "prompts.txt"), pruning_methods=("random",), temperatures=(1.0,),
     )  # fmt: skip
-    found = expected(spec, prepare(spec, identify=False), Speeds(1.0, 100.0, 10_000.0), 1000)["seconds"]
+    inputs = prepare(spec, identify=False)
+    found = expected(spec, inputs, Speeds(1.0, 100.0, 10_000.0), ModelSizes.of(inputs.preview))["seconds"]
     assert found["perplexity"] == 4 * 161
     assert found["texts"] == 5 * 10_000 + (3 + 3 + 5 + 3 * 5)
     assert found["timing"] == 3 * 4 * (4 + 4 + 5) * 100  # 3 prompts, 4 times to make 10 pairs
     assert found["scores and negotiation"] == found["adaptation"] == 0
 
 
+def memory_of(folder, **settings):
+    """The forecast for a model of 2 layers of 4 heads of size 8, embedding 32, MLPs of 128, 257 tokens and 128 positions."""
+    spec = ComparisonSpec(
+        **{
+            "model_name": str(folder / "model"),
+            "device": "cpu",
+            "precision": "float32",
+            "iterations": 1,
+            "threads": 1,
+            "num_tokens": 5,
+            "eval_text": str(folder / "eval"),
+            "eval_tokens": 1000,
+            "eval_window": 64,
+            "eval_stride": 64,
+            "calibration_text": str(folder / "calibration"),
+            "calibration_tokens": 100,
+            "calibration_window": 64,
+            "prompt_file": str(folder / "prompts.txt"),
+            "pruning_levels": (0, 25, 50),
+            **settings,
+        }
+    )
+    inputs = prepare(spec, identify=False)
+    return forecast_memory(spec, inputs, ModelSizes.of(inputs.preview))
+
+
+ATTENTION = 2 * (32 * 96 + 96 + 32 * 32 + 32)
+MLP_OUTPUTS = 2 * (128 * 32 + 32)
+PARAMETERS = (257 + 128) * 32 + ATTENTION + MLP_OUTPUTS + 2 * (32 * 128 + 128 + 4 * 32) + 64
+
+
+def test_sizes_of_a_model_are_counted_from_its_config(folder):
+    sizes = ModelSizes.of(preview_model(str(folder / "model")))
+    assert (sizes.parameters, sizes.attention, sizes.mlp_outputs) == (PARAMETERS, ATTENTION, MLP_OUTPUTS)
+    assert (sizes.width, sizes.vocabulary, sizes.mlp_features) == (32, 257, 128)
+    # GPT-2 fuses queries, keys and values, and keeps matrices as [inputs, outputs]: of those, the MLP's output projection
+    # has its longer side apart, and so has the head, which is kept as [257, 32].
+    assert (sizes.mixed, sizes.reordered_outputs) == (0, MLP_OUTPUTS)
+    assert sizes.reordered == MLP_OUTPUTS + 257 * 32
+
+
+def test_queries_keys_and_values_that_stand_apart_are_copied_to_decode(tmp_path):
+    saved_config(tmp_path, "HuggingFaceTB/SmolLM2-135M")
+    sizes = ModelSizes.of(preview_model(str(tmp_path), weights=False))
+    # 30 layers of 9 query and 3 key-value heads of size 64, width 576; gate and up projections to 1,536, and a tied head.
+    assert sizes.mixed == 30 * 576 * (9 + 2 * 3) * 64
+    assert (sizes.reordered, sizes.reordered_outputs) == (30 * 2 * 576 * 1536 + 49152 * 576, 0)
+
+
+def test_memory_that_is_held_throughout(folder):
+    held = memory_of(folder).held
+    assert held["libraries"] == memory_plan.LIBRARIES_BYTES
+    assert held["weights"] == 4 * PARAMETERS
+    # At 25 per cent three quarters of attention are left, in both variants; agency's MLPs have weights of their own too.
+    assert held["pruned models"] == 4 * (2 * 0.75 * ATTENTION + MLP_OUTPUTS)
+    assert memory_of(folder, adaptation="refit").held["pruned models"] == 4 * 2 * 0.75 * ATTENTION
+    half = memory_of(folder, precision="bfloat16").held
+    assert half["weights"] == (4 + 2) * PARAMETERS
+    assert half["pruned models"] == held["pruned models"] / 2
+    assert memory_of(folder, device="cuda").held["libraries"] == memory_plan.CUDA_CONTEXT_BYTES
+
+
 def test_memory_counts_prices_and_moments(folder):
-    """By hand: 2 layers of 4 heads of size 8, embedding 32; 8 bytes a number."""
+    """In float64: of a layer two halves of 32 x 32 for moments, and 32 x 32 with 32 x 32 for prices."""
 
-    def memory(**settings):
-        spec = ComparisonSpec(
-            model_name=str(folder / "model"), device="cpu", precision="float32", iterations=1, threads=1, num_tokens=5,
-            eval_text=str(folder / "eval"), calibration_text=str(folder / "calibration"), eval_tokens=1000,
-            calibration_tokens=100, calibration_window=64, prompt_file=str(folder / "prompts.txt"), **settings,
-        )  # fmt: skip
-        return expected(spec, prepare(spec, identify=False), None, 0)["memory_bytes"]
+    def prices(*methods, variant):
+        return memory_of(folder, pruning_methods=methods, variants=("baseline", variant)).held["prices"]
 
-    moments, prices = 2 * 2 * 32 * 32 * 8, 2 * (32 * 32 + 32 * 32) * 8
-    without = memory(pruning_methods=("random",), variants=("baseline", "agency-adaptation"))
-    assert memory(pruning_methods=("random",), variants=("baseline", "agency")) - without == moments + 2 * prices
-    assert memory(pruning_methods=("obs",), variants=("baseline", "agency-adaptation")) - without == moments + prices
+    moments, of_prices = 2 * 2 * 32 * 32 * 8, 2 * (32 * 32 + 32 * 32) * 8
+    assert prices("random", variant="agency-adaptation") == 0
+    assert prices("random", variant="agency") == moments + 2 * of_prices
+    assert prices("obs", variant="agency-adaptation") == moments + of_prices
+
+
+def test_memory_of_what_passes(folder):
+    passing = memory_of(folder).passing
+    logits = 4 * 64 * 257
+    assert passing["evaluation"] == logits * (8 + 2) + 12 * 8 * 64 * 128
+    assert passing["decoding"] == 4 * (MLP_OUTPUTS + 257 * 32 + MLP_OUTPUTS)  # agency's own MLPs are reordered as well
+    sums, batch, streams = 8 * (2 * 128**2 + 4 * 128 * 32), 4 * 8 * 64 * (3 * 128 + 4 * 32), 2 * 4 * 100 * 32
+    assert passing["adaptation"] == sums + batch + streams
+    assert passing["prices"] == 4 * 2 * 32 * 32 + 5 * logits
+    assert passing["signals"] == 2 * 2 * 32 * 32 * 8
+    assert passing["importance"] == 4 * 64 * (4 * 257 + 2 * (6 * 32 + 4 * 32 + 4 * 128))
+    alone = memory_of(folder, variants=("baseline",))
+    assert set(alone.passing) == {"evaluation", "decoding"}
+    assert alone.peak_bytes == int(sum(alone.held.values()) + max(alone.passing.values()))
+
+
+def test_logits_of_a_large_vocabulary_take_no_more_than_the_batches_of_an_evaluation(folder, monkeypatch):
+    monkeypatch.setattr("pruning_comparison.measure.perplexity._MOST_LOGIT_BYTES", 3 * 4 * 64 * 257)
+    assert memory_of(folder).passing["evaluation"] == 4 * 64 * 257 * (3 + 2) + 12 * 3 * 64 * 128
+
+
+def test_a_run_is_planned_for_a_gpu_that_is_elsewhere(folder, capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    argv = [option for option in options(folder) if not option.startswith("--device")]
+    assert cli.main(["plan", *argv, "--device=cuda:1", "--json"]) == 0
+    cost = json.loads(capsys.readouterr().out)["expected"]
+    assert cost["seconds"] is None
+    assert cost["reason"] == "this machine has no such GPU to time it on"
+    assert 0.5e9 < cost["memory_bytes"] < 1e9
+    assert cli.main(["plan", *argv, "--device=cuda:x"]) == 2
+    assert "--device: 'cuda:x' is not a device" in capsys.readouterr().err

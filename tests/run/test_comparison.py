@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import pandas as pd
@@ -13,6 +14,7 @@ from builders import save_tiny_model, tiny_model, write_short_texts
 
 from pruning_comparison.analysis.estimates import SUMMARY_COLUMNS
 from pruning_comparison.errors import InputError, Interrupted
+from pruning_comparison.methods import METHODS
 from pruning_comparison.report.write import write_results
 from pruning_comparison.run import attempts as measuring
 from pruning_comparison.run import cell as cells
@@ -23,6 +25,7 @@ from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.inputs import prepare
 from pruning_comparison.run.workspace import Workspace, load_workspace
 from pruning_comparison.scoring.entropy import mean_attention_entropy
+from pruning_comparison.scoring.scores import HeadScores
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.run_folder import latest_run, read_manifest
@@ -90,6 +93,31 @@ def test_scores_may_see_a_part_of_the_calibration_text_and_adaptation_sees_all_o
     assert torch.equal(ranking.scores.abs(), scored)
     everything = small_spec(folder)
     assert torch.equal(*(load_workspace(s, prepare(s)).calibration(1) for s in (spec, everything)))
+
+
+def test_a_method_reads_as_much_text_as_its_ranks_need_unless_more_is_asked_for(folder, monkeypatch):
+    monkeypatch.setitem(METHODS, "entropy", replace(METHODS["entropy"], tokens=100))
+    monkeypatch.setattr(workspaces, "IMPORTANCE_TOKENS", 60)
+    read = []
+    monkeypatch.setattr(
+        workspaces,
+        "score_heads",
+        lambda method, model, windows, settings: (
+            read.append((method.name, len(windows))) or HeadScores(torch.ones(2, 4))
+        ),
+    )
+    for score_tokens, of_entropy, of_importance in ((None, 2, 1), (200, 4, 4)):
+        spec = small_spec(folder, score_tokens=score_tokens, pruning_methods=("entropy", "magnitude"))
+        workspace = load_workspace(spec, prepare(spec, identify=False))
+        for _ in range(2):
+            assert workspace.ranking("entropy", 0).scores.shape == workspace._importance(0).shape
+        # Windows have 64 tokens: two hold 100, one 60, four 200. Nothing is scored twice.
+        assert read == [("entropy", of_entropy), ("fisher", of_importance)]
+        read.clear()
+    spec = small_spec(folder, pruning_methods=("fisher",))
+    workspace = load_workspace(spec, prepare(spec, identify=False))
+    workspace.ranking("fisher", 0), workspace._importance(0)
+    assert read == [("fisher", 4)]  # what ranks heads anyway is not measured on less text
 
 
 @pytest.mark.usefixtures("no_charts")

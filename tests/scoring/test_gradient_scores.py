@@ -82,7 +82,7 @@ def separated():
 def eager_for_bfloat16(monkeypatch):
     """A machine and a model for which the automatic choice tries bfloat16 from two windows on."""
     monkeypatch.setattr(devices, "has_bfloat16_matrix_units", lambda device: True)
-    monkeypatch.setattr(devices, "_LEAST_PARAMETERS_FOR_BFLOAT16", 1)
+    monkeypatch.setattr(devices, "LEAST_PARAMETERS_FOR_BFLOAT16", 1)
     monkeypatch.setattr(scoring, "_LEAST_WINDOWS_FOR_BFLOAT16", 2)
 
 
@@ -310,7 +310,7 @@ def test_auto_tries_bfloat16_only_where_it_pays(separated, monkeypatch):
     assert chosen(separated, WINDOWS[:1]) == "float32"
     assert chosen(copy.deepcopy(separated).double()) == "float64"
     with monkeypatch.context() as patch:
-        patch.setattr(devices, "_LEAST_PARAMETERS_FOR_BFLOAT16", 10**6)
+        patch.setattr(devices, "LEAST_PARAMETERS_FOR_BFLOAT16", 10**6)
         assert chosen(separated) == "float32"
     monkeypatch.setattr(devices, "has_bfloat16_matrix_units", lambda device: False)
     assert chosen(separated) == "float32"

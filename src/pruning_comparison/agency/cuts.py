@@ -86,7 +86,7 @@ def divergences(
     a cut costs.
     """
     judged_by = reference or model
-    at_once = 1 if model.device.type == "cpu" else _WINDOWS_AT_ONCE
+    at_once = 1 if model.device.type == "cpu" else WINDOWS_AT_ONCE_ON_GPU
     uncut, of_trials = [], []
     for batch in windows.split(at_once):
         ids = batch.to(model.device)
@@ -118,7 +118,7 @@ def has_bias(projection: nn.Module | None, new_bias: bool) -> bool:
     return new_bias or getattr(projection, "bias", None) is not None
 
 
-_WINDOWS_AT_ONCE = 4
+WINDOWS_AT_ONCE_ON_GPU = 4
 """On a GPU. On a CPU one is as fast as several, and log probabilities of a large vocabulary are what takes up memory."""
 
 

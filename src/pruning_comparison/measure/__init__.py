@@ -18,6 +18,7 @@ from pruning_comparison.measure.perplexity import (
     evaluation_windows,
     kl_of,
     measure_perplexity,
+    most_windows_at_once,
     perplexity_of,
     window_losses,
 )
@@ -50,6 +51,7 @@ __all__ = [
     "generation_losses",
     "kl_of",
     "measure_perplexity",
+    "most_windows_at_once",
     "parameter_bytes",
     "perplexity_of",
     "prefill_flops",

@@ -21,6 +21,13 @@ from pruning_comparison.texts import Document, tokenize
 _DIVERGENCE_ROWS = 64
 """Tokens whose distributions are held at once where two models are compared: their rows stay in the processor's cache."""
 
+_MOST_LOGIT_BYTES = 2**28
+"""Of a batch, in float32: with a vocabulary of 49,152 eight windows of 512 tokens would have more than the model's weights.
+More windows at once are no faster on a CPU."""
+
+_MOST_LOGIT_BYTES_ON_GPU = 2**32
+"""The same on a GPU, which small batches leave idle."""
+
 Observer = Callable[[int, int, Tensor], None]
 """Is shown the position of a window, its row in the batch, and the logits [C, V] of its C scored tokens."""
 
@@ -202,16 +209,20 @@ def window_losses(
     """Summed negative log-likelihood in nats, float64 [N], and number of scored tokens, int64 [N], of each window.
 
     ``windows`` are N tensors of token ids; the last ``targets[n]`` of each are scored (default: all but the first). Windows
-    of one length share a batch, so that no padding enters. ``observe`` is shown the logits of every window as they are made.
+    of one length share a batch, at most ``batch_size`` and no more than have logits of ``_MOST_LOGIT_BYTES``, so that no
+    padding enters. ``observe`` is shown the logits of every window as they are made.
     """
     counts = [len(ids) - 1 for ids in windows] if targets is None else list(targets)
     nats = torch.zeros(len(windows), dtype=torch.float64)
+    vocabulary = int(model.config.get_text_config().vocab_size)
     by_length: defaultdict[int, list[int]] = defaultdict(list)
     for position, ids in enumerate(windows):
         by_length[len(ids)].append(position)
     for positions in by_length.values():
-        for start in range(0, len(positions), batch_size):
-            batch = positions[start : start + batch_size]
+        longest = max(counts[position] for position in positions)
+        at_once = most_windows_at_once(longest + 1, vocabulary, batch_size, on_gpu=model.device.type == "cuda")
+        for start in range(0, len(positions), at_once):
+            batch = positions[start : start + at_once]
             ids = torch.stack([windows[position] for position in batch]).to(model.device)
             longest = max(counts[position] for position in batch)
             logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest + 1).logits
@@ -224,6 +235,12 @@ def window_losses(
                 if observe is not None:
                     observe(position, row, scored)
     return nats, torch.tensor(counts)
+
+
+def most_windows_at_once(tokens: int, vocabulary: int, batch_size: int, *, on_gpu: bool) -> int:
+    """How many windows with logits at so many tokens share a batch: at most ``batch_size``, at least one."""
+    most = _MOST_LOGIT_BYTES_ON_GPU if on_gpu else _MOST_LOGIT_BYTES
+    return max(1, min(batch_size, most // (4 * vocabulary * tokens)))
 
 
 def measure_perplexity(

@@ -12,7 +12,10 @@ from torch import Tensor, nn
 
 from pruning_comparison.errors import InputError
 
-_LEAST_PARAMETERS_FOR_BFLOAT16 = 10_000_000
+LEAST_PARAMETERS_FOR_BFLOAT16 = 10_000_000
+
+
+_NO_DEVICE = "--device: {!r} is not a device. Choose cpu, cuda or cuda:N."
 
 
 def resolve_device(asked: str | None) -> str:
@@ -22,7 +25,7 @@ def resolve_device(asked: str | None) -> str:
     try:
         device = torch.device(asked)
     except RuntimeError:
-        raise InputError(f"--device: {asked!r} is not a device. Choose cpu, cuda or cuda:N.") from None
+        raise InputError(_NO_DEVICE.format(asked)) from None
     if device.type not in ("cpu", "cuda"):
         raise InputError(f"--device: {asked!r} is not supported. Choose cpu, cuda or cuda:N.")
     if device.type == "cuda":
@@ -35,6 +38,17 @@ def resolve_device(asked: str | None) -> str:
         if device.index is not None and device.index >= count:
             raise InputError(f"--device: {asked!r} does not exist; there are {count} GPUs, counted from 0.")
     return asked
+
+
+def planned_device(asked: str | None) -> str:
+    """The device asked for; a GPU even where this machine has none, since runs are planned for others. InputError for what
+    is no device."""
+    if asked is None or not asked.startswith("cuda"):
+        return resolve_device(asked)
+    try:
+        return str(torch.device(asked))
+    except RuntimeError:
+        raise InputError(_NO_DEVICE.format(asked)) from None
 
 
 def resolve_precision(asked: str | None, device: str) -> str:
@@ -70,7 +84,7 @@ def gains_from_bfloat16(model: nn.Module) -> bool:
     Half of the time from 14 million parameters on, three quarters at 4 million (measured on an AMD EPYC).
     """
     parameters = list(model.parameters())
-    large = sum(parameter.numel() for parameter in parameters) >= _LEAST_PARAMETERS_FOR_BFLOAT16
+    large = sum(parameter.numel() for parameter in parameters) >= LEAST_PARAMETERS_FOR_BFLOAT16
     return large and parameters[0].dtype == torch.float32 and has_bfloat16_matrix_units(parameters[0].device)
 
 

@@ -17,15 +17,16 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pruning_comparison.agency.recovery import recovery_grid
 from pruning_comparison.engines import NATIVE
 from pruning_comparison.formatting import format_duration
-from pruning_comparison.measure import FIRST_TOKENS, generate, parameter_bytes, warm_up_tokens
-from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED
+from pruning_comparison.measure import FIRST_TOKENS, generate, warm_up_tokens
+from pruning_comparison.methods import IMPORTANCE, IMPORTANCE_TOKENS, METHODS, PRICED, Method
 from pruning_comparison.metrics import RAW, of_kind
 from pruning_comparison.models import attention_implementation, decode_step
+from pruning_comparison.plan.memory import ModelSizes, forecast_memory
 from pruning_comparison.run import LEAST_REPEATS, TEXT_BATCHES, Inputs, timing_rounds
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
 
-__all__ = ["Speeds", "available_bytes", "expected", "format_forecast", "measure_speeds", "parameter_count", "passes"]
+__all__ = ["Speeds", "available_bytes", "expected", "format_forecast", "measure_speeds", "passes"]
 
 ROUND_LEVEL = 10.0
 _PROBE_TOKENS = 256
@@ -55,7 +56,7 @@ class Speeds:
         self.text_step_s = text_step_s
 
 
-def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, parameters: int) -> dict[str, Any]:
+def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, sizes: ModelSizes) -> dict[str, Any]:
     """Seconds by phase, peak bytes in memory and bytes on the disk. Seconds are None where ``speeds`` are."""
     counts = passes(spec, inputs)
     size = 1 - _SAVED_BY_PRUNING * sum(spec.pruning_levels) / len(spec.pruning_levels) / 100
@@ -73,7 +74,7 @@ def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, parame
         }
     return {
         "seconds": seconds,
-        "memory_bytes": _memory_bytes(spec, inputs, parameters),
+        "memory_bytes": forecast_memory(spec, inputs, sizes).peak_bytes,
         "disk_bytes": _disk_bytes(spec, inputs),
     }
 
@@ -88,17 +89,24 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     pruned = [level for level in spec.pruning_levels if level > 0]
     models = len(spec.variants) * methods * iterations * len(pruned)
     windows = spec.calibration_tokens
-    scored = windows if spec.score_tokens is None else min(windows, spec.score_tokens)
+
+    def read_by(method: Method, enough: int | None = None) -> int:
+        tokens = spec.score_tokens or enough or method.tokens
+        return windows if tokens is None else min(windows, tokens)
+
     rounds = _rounds(pruned)
     variants = [variant_named(name) for name in spec.variants]
-    asked = (PRICED, IMPORTANCE) if any(variant.negotiates for variant in variants) else ()
-    score = sum((METHODS[name].passes for name in asked if name not in spec.pruning_methods), 0.0)
+    asked = {PRICED: None, IMPORTANCE: IMPORTANCE_TOKENS} if any(variant.negotiates for variant in variants) else {}
+    scored = 0.0
+    for name, enough in asked.items():
+        if name not in spec.pruning_methods:
+            scored += METHODS[name].passes * read_by(METHODS[name], enough)
     for name in spec.pruning_methods:
         method = spec.method(name)
         once = method.passes + method.passes_per_head * inputs.preview.grid.total
-        score += once + (method.trial_passes if method.tries_directions and spec.entropy_direction == "auto" else 0.0)
-        if any(variant.selection == "progressive" for variant in variants):
-            score += rounds * once
+        trials = method.trial_passes if method.tries_directions and spec.entropy_direction == "auto" else 0.0
+        again = rounds * once if any(variant.selection == "progressive" for variant in variants) else 0.0
+        scored += (once + trials + again) * read_by(method)
     adapted = sum(variant.adapts for variant in variants) if spec.adaptation != "none" else 0
     prompts = [len(prompt) for prompt in inputs.prompt_ids]
     jobs = len(spec.temperatures) * len(prompts)
@@ -117,7 +125,7 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     trials = len(recovery_grid(spec.recovery_rate, spec.recovery_parameters))
     recovery = 4.0 * trials * spec.recovery_steps * spec.quality_batch_size * inputs.calibration.shape[1] * models
     return {
-        "score_tokens": score * iterations * scored,
+        "score_tokens": iterations * scored,
         "adaptation_tokens": _ADAPT_PASSES * windows * adapted * methods * iterations * len(pruned) + recovery,
         "evaluation_tokens": (models + 1) * float(sum(len(window.ids) for window in inputs.windows)),
         "compared_tokens": models * float(sum(window.targets for window in inputs.windows)),
@@ -185,13 +193,6 @@ def _fastest(what: Callable[[], None], device: str) -> float:
     return min(times[1:])
 
 
-def parameter_count(inputs: Inputs) -> int:
-    """Parameters of the model, counted without making any."""
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(inputs.preview.config, dtype=torch.float32)
-    return parameter_bytes(model) // 4
-
-
 def available_bytes() -> int | None:
     """Memory that a new program could have, on Linux; None elsewhere."""
     try:
@@ -199,33 +200,6 @@ def available_bytes() -> int | None:
     except OSError:
         return None
     return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-
-
-def _memory_bytes(spec: ComparisonSpec, inputs: Inputs, parameters: int) -> int:
-    """The reference in float32, a full-size working copy, a model per variant in its precision, the largest logits, and
-    prices with what they are made of."""
-    width = 4 if spec.precision == "float32" else 2
-    measured = len(spec.variants) + (0 if spec.precision == "float32" else 1)
-    window = min(max(spec.eval_window, spec.calibration_window), inputs.preview.context)
-    logits = spec.quality_batch_size * window * int(inputs.preview.config.vocab_size) * 4 * 2
-    libraries = 500_000_000
-    return int(libraries + parameters * (8 + measured * width) + logits + _prices_bytes(spec, inputs))
-
-
-def _prices_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:
-    """Of moments and prices, where any heads are priced: in float64, per layer with F features and embedding size E.
-
-    Moments are products of two halves of the text, F x F each. Prices are an inverse, F x F, and a weight, F x E; a path on
-    which heads are asked has its own beside those of the dense model.
-    """
-    asked = any(variant_named(name).negotiates for name in spec.variants)
-    if not asked and PRICED not in spec.pruning_methods:
-        return 0
-    grid = inputs.preview.grid
-    features = grid.n_heads * grid.head_size
-    width = int(inputs.preview.config.get_text_config().hidden_size)
-    prices = features * (features + width)
-    return 8 * grid.n_layers * (2 * features**2 + prices * (2 if asked else 1))
 
 
 def _disk_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:

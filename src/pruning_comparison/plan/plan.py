@@ -10,6 +10,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
+import torch
+
 from pruning_comparison.analysis import (
     PLANNING,
     QUALITY_LEVEL,
@@ -25,7 +27,8 @@ from pruning_comparison.analysis import (
 from pruning_comparison.formatting import counted, listed, per_cent, plain_number
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.models import HeadGrid
-from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds, parameter_count
+from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds
+from pruning_comparison.plan.memory import ModelSizes
 from pruning_comparison.pruning import expected_heads_pruned
 from pruning_comparison.run import Inputs, heads_leaving_together, rectangle_of
 from pruning_comparison.spec import ComparisonSpec
@@ -88,12 +91,17 @@ def plan_run(spec: ComparisonSpec, margins: Margins, inputs: Inputs) -> dict[str
 
 
 def plan_cost(spec: ComparisonSpec, inputs: Inputs) -> dict[str, Any]:
-    """Expected time by phase, memory and disk. Times a random model of the same shape, unless memory is short for it."""
-    parameters = parameter_count(inputs)
+    """Expected time by phase, memory and disk. Times a random model of the same shape, unless memory is short for it, or the
+    GPU that is planned for is not here."""
+    sizes = ModelSizes.of(inputs.preview)
     room = available_bytes()
-    fits = room is None or 8 * parameters < room
-    cost = expected(spec, inputs, measure_speeds(spec, inputs) if fits else None, parameters)
-    return cost if fits else {**cost, "reason": "a model of this size does not fit into this machine's free memory"}
+    reason = None
+    if spec.device.startswith("cuda") and not torch.cuda.is_available():
+        reason = "this machine has no such GPU to time it on"
+    elif room is not None and 8 * sizes.parameters >= room:
+        reason = "a model of this size does not fit into this machine's free memory"
+    cost = expected(spec, inputs, None if reason else measure_speeds(spec, inputs), sizes)
+    return {**cost, "reason": reason} if reason else cost
 
 
 def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]:

@@ -19,7 +19,7 @@ from pruning_comparison.agency.prices_across_layers import measure_prices, obser
 from pruning_comparison.agency.savings import Savings, cache_savings, time_savings
 from pruning_comparison.agency.streams import drawn_first_tokens
 from pruning_comparison.measure.perplexity import DensePredictions, WindowLoss
-from pruning_comparison.methods import IMPORTANCE
+from pruning_comparison.methods import IMPORTANCE, IMPORTANCE_TOKENS
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
 from pruning_comparison.models.devices import asked_products, prepare_in
 from pruning_comparison.pruning.surgery import converted_copy, remove_heads
@@ -64,6 +64,7 @@ class Workspace:
     describes: bool = True
     clock: PhaseClock = field(default_factory=PhaseClock)
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
+    _importances: dict[int, Tensor] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
     _priced: dict[int, PricedHeads] = field(default_factory=dict)
@@ -129,10 +130,11 @@ class Workspace:
     def _held_out_count(self, unread: int) -> int:
         return min(-(-unread // 4), -(-HELD_OUT_TOKENS // self.inputs.calibration.shape[1]))
 
-    def score_windows(self, iteration: int) -> Tensor:
-        """The part of this iteration's calibration windows that heads are scored on, [N, T]."""
+    def score_windows(self, iteration: int, enough: int | None = None) -> Tensor:
+        """The part of this iteration's calibration windows that heads are scored on, [N, T]: what the spec asks for, else so
+        many tokens as are ``enough``, else all."""
         windows = self.calibration(iteration)
-        tokens = self.spec.score_tokens
+        tokens = enough if self.spec.score_tokens is None else self.spec.score_tokens
         return windows if tokens is None else windows[: -(-tokens // windows.shape[1])]
 
     def dense_stream(self, iteration: int) -> DenseStream:
@@ -219,7 +221,7 @@ class Workspace:
                 self.ranking(method, iteration),
                 priced.prices,
                 moments=priced.moments,
-                importance=self.ranking(IMPORTANCE, iteration).scores if self.describes else None,
+                importance=self._importance(iteration) if self.describes else None,
                 scope=self.spec.scope,
                 everyone_consents=VARIANTS[rules].consent == "always",
                 group_size=self.group_size,
@@ -229,6 +231,15 @@ class Workspace:
                 describes=self.describes,
             )
         return self._negotiated[key]
+
+    def _importance(self, iteration: int) -> Tensor:
+        """How sensitive the loss is to each head, [L, H], to be recorded: from little text unless heads are ranked by it."""
+        if IMPORTANCE in self.spec.pruning_methods:
+            return self.ranking(IMPORTANCE, iteration).scores
+        if iteration not in self._importances:
+            scores = self._score(self.reference, IMPORTANCE, iteration, enough=IMPORTANCE_TOKENS).scores
+            self._importances[iteration] = scores
+        return self._importances[iteration]
 
     def layer_times_s(self) -> Mapping[int, float]:
         """Seconds that a decoding step spends on a layer by its live heads: those of the run, or measured now."""
@@ -269,8 +280,16 @@ class Workspace:
         return self._score(model, method, iteration, dense.details)
 
     def _score(
-        self, model: PreTrainedModel, method: str, iteration: int, decided: Mapping[str, Any] | None = None
+        self,
+        model: PreTrainedModel,
+        method: str,
+        iteration: int,
+        decided: Mapping[str, Any] | None = None,
+        *,
+        enough: int | None = None,
     ) -> HeadScores:
+        of_method = self.spec.method(method)
+        windows = self.score_windows(iteration, enough or of_method.tokens)
         settings = ScoreSettings(
             batch_size=self.spec.quality_batch_size,
             generator=self.generator("random ranking", iteration),
@@ -282,9 +301,7 @@ class Workspace:
             prices=lambda: self._prices_of(model, iteration),
         )
         with self.clock.phase(f"scores by {method}"), asked_products(model):
-            return score_heads(
-                self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
-            )
+            return score_heads(of_method, model, windows, settings.as_decided(decided or {}))
 
     def _prices_of(self, model: PreTrainedModel, iteration: int) -> Prices:
         """The prices of the dense model's heads, or of those that one which has lost heads physically still has."""
