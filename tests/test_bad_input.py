@@ -116,7 +116,7 @@ PRUNING = {
     "method": st.sampled_from(["random", "magnitude", "entropy"]),
     "variant": st.sampled_from(["baseline", "agency"]),
     "scope": st.sampled_from(["model", "layer"]),
-    "unit": st.sampled_from(["head", "kv_group"]),
+    "unit": st.sampled_from(["head", "kv_group", "rectangle"]),
     "bos": st.sampled_from(["auto", "always", "never"]),
     "adaptation": st.sampled_from(["none", "bias", "refit-mlp"]),
     "also": st.sampled_from(["plain", "padded", "plain,padded"]),

@@ -12,6 +12,7 @@ from pruning_comparison import cli
 from pruning_comparison.checkpoint import forms
 from pruning_comparison.checkpoint.forms import forms_ruled_out, forms_that_hold
 from pruning_comparison.pruning import expected_heads_pruned, remove_heads
+from pruning_comparison.pruning.rectangles import is_rectangle
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.store.journal import RunStore
 
@@ -35,13 +36,14 @@ def test_the_documented_command_is_refused_before_any_work(tmp_path, capsys, mon
 
 @pytest.mark.parametrize("level", [17, 34, 50])
 @pytest.mark.parametrize(
-    ("family", "group_size"),
+    ("family", "group_size", "rectangle"),
     [
-        *(("gpt2", 1), ("llama", 1), ("llama with biases, not grouped", 1), ("qwen2", 1), ("opt", 1), ("gpt_neox", 1)),
-        *(("llama", 3), ("qwen2", 2)),
+        *(("gpt2", 1, None), ("llama", 1, None), ("llama with biases, not grouped", 1, None), ("qwen2", 1, None)),
+        *(("opt", 1, None), ("gpt_neox", 1, None), ("llama", 3, None), ("qwen2", 2, None)),
+        *(("llama", 1, 3), ("qwen2", 1, 2)),
     ],
 )
-def test_what_is_ruled_out_before_is_what_fails_after(family, group_size, level):
+def test_what_is_ruled_out_before_is_what_fails_after(family, group_size, rectangle, level):
     """By brute force: a form that is ruled out holds for no choice of heads in a layer; another holds for one at least.
 
     Layers that lose other heads than one another hold no form that layers alike do not.
@@ -50,13 +52,17 @@ def test_what_is_ruled_out_before_is_what_fails_after(family, group_size, level)
     heads = 6
     if group_size > 1:
         assert heads // dense.config.num_key_value_heads == group_size
-    ruled = forms_ruled_out(dense.config, level, scope="layer", group_size=group_size)
+    if rectangle is not None:
+        assert heads // dense.config.num_key_value_heads == rectangle
+    ruled = forms_ruled_out(dense.config, level, scope="layer", group_size=group_size, rectangle=rectangle)
     holds = {"plain": False, "padded": False}
-    gone = expected_heads_pruned(level, 1, heads, "layer", group_size)
+    gone = expected_heads_pruned(level, 1, heads, "layer", group_size, rectangle)
     for leaving in itertools.combinations(range(heads // group_size), gone // group_size):
         keep = torch.ones(2, heads // group_size, dtype=torch.bool)
         keep[:, list(leaving)] = False
         keep = keep.repeat_interleave(group_size, 1)
+        if rectangle is not None and not is_rectangle(keep, rectangle):
+            continue
         found = forms_that_hold(remove_heads(dense, keep))
         holds = {form: holds[form] or found[form] is None for form in holds}
     assert {form: reason is None for form, reason in ruled.items() if form != "compact"} == holds

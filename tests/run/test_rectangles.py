@@ -7,6 +7,7 @@ from typing import Any
 import pytest
 import torch
 from builders import cut_off_after, save_tiny_model, tiny_model, tiny_spec, unmeasured, write_short_texts
+from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pruning_comparison import cli
 from pruning_comparison.analysis.margins import Margins
@@ -95,7 +96,7 @@ def test_what_was_answered_is_recorded_and_reported(run, no_charts):
     left = replies[replies["left_cost"].notna()].groupby(["variant", "method", "level"]).size()
     assert left.xs(30.0, level="level").tolist() == [5] * 4
     assert left.xs(60.0, level="level").tolist() == [10] * 4
-    write_results(run)
+    write_results(run, save_outputs=False)
     assert (run / "report.html").is_file()
 
 
@@ -197,3 +198,20 @@ def test_the_level_for_a_loss_is_looked_for_among_the_numbers_that_can_leave(gro
     nats = [known.nats(place) for place in range(len(numbers))]
     place = known.most_within(nats[5])
     assert nats[place] <= nats[5]
+
+
+def test_one_model_to_keep_is_a_plain_smaller_one(tmp_path):
+    """25 % of each layer's 8 heads: 6 stay, which only 3 groups of 2 can be; Llama's config takes them at a width of 48."""
+    shape = {"num_attention_heads": HEADS, "num_key_value_heads": HEADS // SIZE, "max_position_embeddings": 128}
+    folder = save_tiny_model(
+        tmp_path / "dense", model=tiny_model("llama", layers=LAYERS, width=48, vocab_size=257, **shape)
+    )
+    texts = write_short_texts(tmp_path / "texts")
+    argv = ["prune", f"--model_name={folder}", "--level=25", "--variant=agency", "--method=obs", "--scope=layer"]
+    argv += ["--unit=rectangle", "--also=plain", "--no_new_bias", "--no_measure", "--quiet", "--device=cpu"]
+    argv += ["--calibration_tokens=256", "--calibration_window=64", f"--output_dir={tmp_path / 'made'}"]
+    assert cli.main([*argv, *(f"--{option}={path}" for option, path in texts.items())]) == 0
+    plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "made" / "plain", dtype=torch.float32)
+    assert type(plain) is LlamaForCausalLM
+    assert (plain.config.num_attention_heads, plain.config.num_key_value_heads) == (6, 3)
+    assert "| unit | rectangle |" in (tmp_path / "made" / "README.md").read_text()

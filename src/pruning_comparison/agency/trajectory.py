@@ -209,13 +209,13 @@ class NegotiatedTrajectory:
         reached, prices = self._start
         if level == 0:
             return reached
+        layers, heads = reached.keep.shape
         described = self._described(reached, prices) if self._describes else None
         started = time.perf_counter()
-        n_layers, n_heads = reached.keep.shape
         keep, replies = negotiate_rectangles(
             heads_to_keep(self._scores, level, self._scope, rectangle=rectangle),
             prices,
-            leaving_of_level(level, n_layers, n_heads, self._scope, rectangle=rectangle),
+            leaving_of_level(level, layers, heads, self._scope, rectangle=rectangle),
             rectangle,
             states=None if described is None else described[1],
             everyone_consents=self._everyone_consents,
