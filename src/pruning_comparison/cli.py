@@ -22,7 +22,7 @@ from pruning_comparison import __version__
 from pruning_comparison.engines import ENGINES, NATIVE
 from pruning_comparison.environment import let_threads_sleep
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
-from pruning_comparison.formatting import file_name_of
+from pruning_comparison.formatting import file_name_of, unknown_name
 from pruning_comparison.methods import METHODS, Method
 from pruning_comparison.options import parts_of, with_presets_and_files, with_underscores
 from pruning_comparison.presets import PRESETS
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 LAUNCHERS = ("serial", "ray")
+_ALSO = ("plain", "padded", "gguf")
 _METHOD_NAMES = f"{', '.join(METHODS)}, or package.module:function for one of your own"
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
@@ -238,11 +239,34 @@ def make_parser() -> _Parser:
     model.add_argument(
         "--also",
         default="",
-        help="comma-separated, plain or padded: also save it in these forms, which need no custom code, in subfolders",
+        help=f"comma-separated, from {', '.join(_ALSO)}: also save it in these forms, which need no custom code, in "
+        "subfolders; gguf is a file for llama.cpp",
     )
     model.add_argument("--no_measure", action="store_true", help="do not measure perplexity and speed for the card")
     _add_run_options(prune, without=_NOT_FOR_ONE_MODEL)
     _add_common_options(prune)
+    export = command(
+        "export",
+        _export,
+        "FOLDER [OPTION ...]",
+        in_short="write a pruned model as a file for llama.cpp",
+        says="Writes a pruned model that prune has saved into a GGUF file, which llama.cpp runs as it is: one of the types "
+        "llama, mistral (without a sliding window) and qwen2, with as many query heads for each of a layer's key-value "
+        "heads.",
+        shows="""\
+  pruning-comparison export pruned_models/llama_agency_fisher_30
+  pruning-comparison export FOLDER --to=gguf --dtype=q8_0 --output=small.gguf""",
+    )
+    export.add_argument("folder", metavar="FOLDER", help="what prune or run --save_models has saved: the compact form")
+    file = export.add_argument_group("the file")
+    file.add_argument("--to", default="gguf", help="the format; there is one")
+    file.add_argument(
+        "--dtype",
+        default="f16",
+        help="f32, f16 or q8_0: what matrices are stored as; only f32 keeps the model's own numbers",
+    )
+    file.add_argument("--output", default=None, help="the new file; by default FOLDER/model-<dtype>.gguf")
+    _add_common_options(export)
     return parser
 
 
@@ -791,9 +815,9 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
         )
     also = parts_of(options.also)
     for form in also:
-        if form not in ("plain", "padded"):
+        if form not in _ALSO:
             raise InputError(
-                f"{form!r} is unknown. Choose from plain, padded; compact is always saved.", option="--also"
+                f"{form!r} is unknown. Choose from {', '.join(_ALSO)}; compact is always saved.", option="--also"
             )
     for name, values in (("method", parts_of(options.method)), ("variant", parts_of(options.variant))):
         if len(values) != 1:
@@ -820,8 +844,7 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
 
     spec, _ = _with_threads(spec, options, None)
     inputs = prepare_pruning(spec) if options.no_measure else prepare(spec, identify=False)
-    if options.max_loss is None:
-        check_forms(spec, also, inputs.preview)
+    check_forms(spec, also, inputs.preview, level_known=options.max_loss is None)
     check_writable(folder.absolute().parent)
     steps = steps_of_one(
         spec, measures=not options.no_measure, forms=1 + len(also), finds_level=options.max_loss is not None
@@ -871,6 +894,18 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
     for form, error in failed.items():
         print(f"error: {form}: {error}", file=sys.stderr)
     return max((error.exit_code if isinstance(error, InputError) else 1 for error in failed.values()), default=0)
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.to != "gguf":
+        raise InputError(unknown_name("", options.to, ("gguf",)), option="--to")
+    with Live(quiet=options.quiet) as live:
+        live.say(f"writing {options.folder} for llama.cpp, {options.dtype}")
+        from pruning_comparison.checkpoint.forms import export_gguf
+
+        path = export_gguf(options.folder, options.output, dtype=options.dtype)
+    print(f"gguf: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
