@@ -957,6 +957,7 @@ def _prune_from_run(options: argparse.Namespace, also: tuple[str, ...]) -> int:
     spec = spec_of_cell(run.manifest, chosen.cell, files, trust_methods=options.trust_methods)
     options.variant, options.method = chosen.cell.variant, chosen.cell.method
     folder = _folder_of_one(options, spec, f"{chosen.cell.level:g}")
+    _check_device(spec)
     inputs = prepare(spec)
     check_inputs(run.manifest, inputs)
     check_forms(spec, also, inputs.preview)
@@ -969,6 +970,19 @@ def _prune_from_run(options: argparse.Namespace, also: tuple[str, ...]) -> int:
 
     said = f"making {chosen.cell.describe()} of {run_folder} again"
     return _make_and_save(options, also, spec, inputs, folder, steps, said, make)
+
+
+def _check_device(spec: ComparisonSpec) -> None:
+    """InputError where the device of a run is not there: on another one the model would not be the very same."""
+    from pruning_comparison.models.devices import resolve_device
+
+    try:
+        resolve_device(spec.device)
+    except InputError as error:
+        raise InputError(
+            f"the run was measured on {spec.device}, which this machine has not. Give a run of its own, or the machine.",
+            option="--from",
+        ) from error
 
 
 def _folder_of_one(options: argparse.Namespace, spec: ComparisonSpec, how_far: str) -> Path:
