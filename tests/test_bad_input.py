@@ -119,7 +119,7 @@ PRUNING = {
     "unit": st.sampled_from(["head", "kv_group", "rectangle"]),
     "bos": st.sampled_from(["auto", "always", "never"]),
     "adaptation": st.sampled_from(["none", "bias", "refit-mlp"]),
-    "also": st.sampled_from(["plain", "padded", "plain,padded"]),
+    "also": st.sampled_from(["plain", "padded", "plain,padded", "gguf"]),
     "no_new_bias": st.just(None),
 }
 """Options of ``prune`` and sensible values of them: what may then go wrong is the model's doing."""

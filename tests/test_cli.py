@@ -226,7 +226,7 @@ def test_what_is_trusted_or_measured_again_is_not_for_a_file_to_say(tmp_path, ca
         assert f"says '{name}', which only the command line can" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["run", "plan", "prune", "report"])
+@pytest.mark.parametrize("command", ["run", "plan", "prune", "export", "report"])
 def test_help_groups_every_option_shows_examples_and_fits_80_columns(command, capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "80")
     assert cli.main([command, "--help"]) == 0

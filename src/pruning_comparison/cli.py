@@ -22,7 +22,7 @@ from pruning_comparison import __version__
 from pruning_comparison.engines import ENGINES, NATIVE
 from pruning_comparison.environment import let_threads_sleep
 from pruning_comparison.errors import InputError, Interrupted, PruningComparisonError
-from pruning_comparison.formatting import file_name_of
+from pruning_comparison.formatting import file_name_of, unknown_name
 from pruning_comparison.methods import METHODS, Method
 from pruning_comparison.options import parts_of, with_presets_and_files, with_underscores
 from pruning_comparison.presets import PRESETS
@@ -46,10 +46,14 @@ from pruning_comparison.spec import (
 from pruning_comparison.variants import VARIANTS
 
 if TYPE_CHECKING:
+    from pruning_comparison.run.inputs import Inputs
     from pruning_comparison.run.launchers import Launcher
+    from pruning_comparison.run.pruned_model import PrunedModel
+    from pruning_comparison.run.workspace import Workspace
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 LAUNCHERS = ("serial", "ray")
+_ALSO = ("plain", "padded", "gguf")
 _METHOD_NAMES = f"{', '.join(METHODS)}, or package.module:function for one of your own"
 CHECKOUT = Path(__file__).resolve().parents[2]
 MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
@@ -206,15 +210,16 @@ def make_parser() -> _Parser:
     prune = command(
         "prune",
         _prune,
-        "(--level=N | --max_loss=N) [OPTION ...]",
+        "(--level=N | --max_loss=N | --target_speedup=N | --best) [OPTION ...]",
         in_short="prune one model and save it, with a card that says what it costs",
-        says="Prunes a model to one level, or as far as a loss allows, by one method, as a comparison would, and saves it "
-        "with a model card: what was "
-        "cut, perplexity, speed and bytes before and after, how it was made, and how it loads again.",
+        says="Prunes a model to one level, as far as a loss allows, or until it is fast enough, by one method, as a "
+        "comparison would, or makes a model of a run again. Saves it with a model card: what was cut, perplexity, speed "
+        "and bytes before and after, how it was made, and how it loads again.",
         shows="""\
   pruning-comparison prune --model_name=gpt2 --level=30
   pruning-comparison prune --model_name=gpt2 --max_loss=5
-  pruning-comparison prune --model_name=gpt2 --level=50 --also=plain""",
+  pruning-comparison prune --model_name=gpt2 --level=50 --also=plain
+  pruning-comparison prune --from=validation_results/pruning_agency --best""",
     )
     model = prune.add_argument_group("the pruned model")
     how_far = model.add_mutually_exclusive_group(required=True)
@@ -227,22 +232,74 @@ def make_parser() -> _Parser:
         help="in place of a level: per cent by which perplexity may rise. As many heads go as prices predict to be "
         "possible, and fewer where that is measured to cost more, on calibration text that nothing else has read",
     )
-    model.add_argument("--method", "--pruning_method", default="fisher", help=f"one of {_METHOD_NAMES}")
-    model.add_argument("--variant", default="agency", help=f"one of {', '.join(VARIANTS)}")
+    how_far.add_argument(
+        "--target_speedup",
+        type=_number,
+        help="in place of a level: how many times as fast as the dense model it is to be, such as 1.2. The fewest heads go "
+        "that measured times of layers predict to be enough, and more where a measurement finds less; with --from, the "
+        "run's lowest level that was so fast",
+    )
+    how_far.add_argument(
+        "--best",
+        action="store_true",
+        help="with --from: the highest safe level of the run, as its report has it",
+    )
+    model.add_argument(
+        "--from",
+        dest="from_run",
+        metavar="RUN",
+        default=None,
+        help="make the very model again that a run has measured, of the heads in its journal, by the run's own settings: a "
+        "run folder, or one that holds runs (then its latest)",
+    )
+    model.add_argument(
+        "--method",
+        "--pruning_method",
+        default=None,
+        help=f"one of {_METHOD_NAMES} (default: fisher; with --from: any of the run's)",
+    )
+    model.add_argument(
+        "--variant",
+        default=None,
+        help=f"one of {', '.join(VARIANTS)} (default: agency; with --from and --best or --target_speedup: any of the run's)",
+    )
     model.add_argument(
         "--output_dir",
         default=None,
         help="the new folder of the model; by default pruned_models/<model>_<variant>_<method>_<level>, or "
-        "_max_loss_<loss>",
+        "_max_loss_<loss>, or _speedup_<times>",
     )
     model.add_argument(
         "--also",
         default="",
-        help="comma-separated, plain or padded: also save it in these forms, which need no custom code, in subfolders",
+        help=f"comma-separated, from {', '.join(_ALSO)}: also save it in these forms, which need no custom code, in "
+        "subfolders; gguf is a file for llama.cpp",
     )
     model.add_argument("--no_measure", action="store_true", help="do not measure perplexity and speed for the card")
     _add_run_options(prune, without=_NOT_FOR_ONE_MODEL)
     _add_common_options(prune)
+    export = command(
+        "export",
+        _export,
+        "FOLDER [OPTION ...]",
+        in_short="write a pruned model as a file for llama.cpp",
+        says="Writes a pruned model that prune has saved into a GGUF file, which llama.cpp runs as it is: one of the types "
+        "llama, mistral (without a sliding window) and qwen2, with as many query heads for each of a layer's key-value "
+        "heads.",
+        shows="""\
+  pruning-comparison export pruned_models/llama_agency_fisher_30
+  pruning-comparison export FOLDER --to=gguf --dtype=q8_0 --output=small.gguf""",
+    )
+    export.add_argument("folder", metavar="FOLDER", help="what prune or run --save_models has saved: the compact form")
+    file = export.add_argument_group("the file")
+    file.add_argument("--to", default="gguf", help="the format; there is one")
+    file.add_argument(
+        "--dtype",
+        default="f16",
+        help="f32, f16 or q8_0: what matrices are stored as; only f32 keeps the model's own numbers",
+    )
+    file.add_argument("--output", default=None, help="the new file; by default FOLDER/model-<dtype>.gguf")
+    _add_common_options(export)
     return parser
 
 
@@ -251,7 +308,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     parser, words = make_parser(), with_underscores(argv)
     if words and words[0] in parser.commands:
         words = with_presets_and_files(words, parser.commands[words[0]].options())
-    return parser.parse_args(words)
+    options = parser.parse_args(words)
+    known = parser.commands[words[0]].options() if words and words[0] in parser.commands else {}
+    names = [word.partition("=")[0].removeprefix("--") for word in words if word.startswith("--")]
+    options.given = {known[name].dest: f"--{name}" for name in names if name in known}
+    return options
 
 
 def would_resume(argv: Sequence[str]) -> bool:
@@ -789,56 +850,176 @@ def _prune(options: argparse.Namespace) -> int:
 
 
 def _prune_to_one_level(options: argparse.Namespace) -> int:
+    also = _check_prune_options(options)
+    if options.from_run is not None:
+        return _prune_from_run(options, also)
+    from pruning_comparison.run.max_loss import UNKNOWN_LEVELS, build_within, check_max_loss
+    from pruning_comparison.run.target_speedup import build_fast_enough, check_target_speedup
+
+    levels = UNKNOWN_LEVELS if options.level is None else (options.level,)
+    options.method, options.variant = options.method or "fisher", options.variant or "agency"
+    options.pruning_levels, options.pruning_method = ",".join(map(str, levels)), options.method
+    options.variants, options.temperatures, options.iterations = options.variant, "1", 1
+    spec = _spec_of(options)
+    how_far = "" if options.level is None else f"{options.level:g}"
+    goal = f"to {how_far} %"
+    if options.max_loss is not None:
+        check_max_loss(spec, options.max_loss)
+        goal, how_far = f"for a loss of {options.max_loss:g} %", f"max_loss_{options.max_loss:g}"
+    if options.target_speedup is not None:
+        check_target_speedup(options.target_speedup)
+        goal, how_far = f"to {options.target_speedup:g} times the speed", f"speedup_{options.target_speedup:g}"
+    folder = _folder_of_one(options, spec, how_far)
+    from pruning_comparison.run.inputs import prepare, prepare_pruning
+    from pruning_comparison.run.one_model import build_one, check_forms, steps_of_one
+    from pruning_comparison.store.run_folder import check_writable
+
+    spec, _ = _with_threads(spec, options, None)
+    inputs = prepare_pruning(spec) if options.no_measure else prepare(spec, identify=False)
+    check_forms(spec, also, inputs.preview, level_known=options.level is not None)
+    check_writable(folder.absolute().parent)
+    steps = steps_of_one(spec, measures=not options.no_measure, forms=1 + len(also), finds_level=options.level is None)
+
+    def make(workspace: Workspace, step: Callable[[str], None]) -> tuple[PrunedModel, str]:
+        if options.max_loss is not None:
+            within = build_within(workspace, options.max_loss, on_step=step)
+            return within.pruned, within.in_words(options.max_loss)
+        if options.target_speedup is not None:
+            fast = build_fast_enough(workspace, options.target_speedup, on_step=step)
+            return fast.pruned, fast.in_words(options.target_speedup)
+        return build_one(workspace, on_step=step), ""
+
+    said = f"pruning {spec.model_name} {goal} by {options.method}, {options.variant}"
+    return _make_and_save(options, also, spec, inputs, folder, steps, said, make)
+
+
+def _check_prune_options(options: argparse.Namespace) -> tuple[str, ...]:
+    """The forms that are asked for beside the compact one. InputError for options that cannot work."""
     if options.level is not None and not (math.isfinite(options.level) and 0 < options.level < 100):
         raise InputError(
             f"{options.level} must be above 0 and below 100 per cent. Give a level such as 30.", option="--level"
         )
     also = parts_of(options.also)
     for form in also:
-        if form not in ("plain", "padded"):
+        if form not in _ALSO:
             raise InputError(
-                f"{form!r} is unknown. Choose from plain, padded; compact is always saved.", option="--also"
+                f"{form!r} is unknown. Choose from {', '.join(_ALSO)}; compact is always saved.", option="--also"
             )
-    for name, values in (("method", parts_of(options.method)), ("variant", parts_of(options.variant))):
-        if len(values) != 1:
-            raise InputError(
-                f"{getattr(options, name)!r} must name exactly one. Run the command once for each.", option=f"--{name}"
-            )
-    from pruning_comparison.run.max_loss import UNKNOWN_LEVELS, build_within, check_max_loss
+    for name in ("method", "variant"):
+        value = getattr(options, name)
+        if value is not None and len(parts_of(value)) != 1:
+            raise InputError(f"{value!r} must name exactly one. Run the command once for each.", option=f"--{name}")
+    if options.best and options.from_run is None:
+        raise InputError("the best of what? Give --from=RUN as well, or --level.", option="--best")
+    return also
 
-    levels = UNKNOWN_LEVELS if options.level is None else (options.level,)
-    options.pruning_levels, options.pruning_method = ",".join(map(str, levels)), options.method
-    options.variants, options.temperatures, options.iterations = options.variant, "1", 1
-    spec = _spec_of(options)
-    method = file_name_of(options.method)
+
+_GIVEN_WITH_A_RUN = frozenset(
+    {
+        "from_run", "variant", "method", "level", "best", "target_speedup", "output_dir", "also", "no_measure", "quiet",
+        "debug_traceback", "trust_methods", "model_name", "calibration_text", "eval_text", "prompt_file", "max_loss",
+    }
+)  # fmt: skip
+"""Options that may stand beside ``--from``: the run's own settings hold for all else. Files may lie elsewhere now."""
+
+
+def _prune_from_run(options: argparse.Namespace, also: tuple[str, ...]) -> int:
+    """Makes a model of a run again and saves it."""
     if options.max_loss is not None:
-        check_max_loss(spec, options.max_loss)
-    how_far = f"{options.level:g}" if options.max_loss is None else f"max_loss_{options.max_loss:g}"
-    stem = "_".join([Path(spec.model_name).name or "model", options.variant, method, how_far])
+        raise InputError(
+            "a run has measured levels, and no loss is looked for in it. Give --level, --best or --target_speedup, or leave "
+            "--from out.",
+            option="--max_loss",
+        )
+    for name, word in options.given.items():
+        if name not in _GIVEN_WITH_A_RUN:
+            raise InputError(
+                "with --from the run's own settings hold, or it would be another model. Leave it out.", option=word
+            )
+    run_folder = _run_in(Path(options.from_run))
+    from pruning_comparison.report.write import margins_of
+    from pruning_comparison.run.from_run import check_inputs, choose_cell, make_again, spec_of_cell
+    from pruning_comparison.run.inputs import prepare
+    from pruning_comparison.run.one_model import check_forms, steps_of_one
+    from pruning_comparison.run.target_speedup import check_target_speedup
+    from pruning_comparison.store.run_folder import check_writable
+    from pruning_comparison.store.tables import load_run
+
+    if options.target_speedup is not None:
+        check_target_speedup(options.target_speedup)
+    run = load_run(run_folder)
+    chosen = choose_cell(
+        run,
+        variant=options.variant,
+        method=options.method,
+        level=options.level,
+        target_speedup=options.target_speedup,
+        margins=margins_of(run.manifest, None),
+    )
+    names = ("model_name", "calibration_text", "eval_text", "prompt_file")
+    files = {name: getattr(options, name) for name in names if name in options.given}
+    spec = spec_of_cell(run.manifest, chosen.cell, files, trust_methods=options.trust_methods)
+    options.variant, options.method = chosen.cell.variant, chosen.cell.method
+    folder = _folder_of_one(options, spec, f"{chosen.cell.level:g}")
+    _check_device(spec)
+    inputs = prepare(spec)
+    check_inputs(run.manifest, inputs)
+    check_forms(spec, also, inputs.preview)
+    check_writable(folder.absolute().parent)
+    steps = {**steps_of_one(spec, measures=not options.no_measure, forms=1 + len(also)), "pruning": 1}
+
+    def make(workspace: Workspace, step: Callable[[str], None]) -> tuple[PrunedModel, str]:
+        step(f"pruning to {chosen.cell.level:g} % again")
+        return make_again(workspace, run_folder, chosen), chosen.why
+
+    said = f"making {chosen.cell.describe()} of {run_folder} again"
+    return _make_and_save(options, also, spec, inputs, folder, steps, said, make)
+
+
+def _check_device(spec: ComparisonSpec) -> None:
+    """InputError where the device of a run is not there: on another one the model would not be the very same."""
+    from pruning_comparison.models.devices import resolve_device
+
+    try:
+        resolve_device(spec.device)
+    except InputError as error:
+        raise InputError(
+            f"the run was measured on {spec.device}, which this machine has not. Give a run of its own, or the machine.",
+            option="--from",
+        ) from error
+
+
+def _folder_of_one(options: argparse.Namespace, spec: ComparisonSpec, how_far: str) -> Path:
+    """The new folder of one pruned model. InputError where there is something in it."""
+    stem = "_".join([Path(spec.model_name).name or "model", options.variant, file_name_of(options.method), how_far])
     folder = Path(options.output_dir) if options.output_dir else Path("pruned_models") / stem
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not an empty folder. Give another.", option="--output_dir")
-    from pruning_comparison.run.inputs import prepare, prepare_pruning
-    from pruning_comparison.run.one_model import check_forms, steps_of_one
-    from pruning_comparison.store.run_folder import check_writable
+    return folder
 
-    spec, _ = _with_threads(spec, options, None)
-    inputs = prepare_pruning(spec) if options.no_measure else prepare(spec, identify=False)
-    if options.max_loss is None:
-        check_forms(spec, also, inputs.preview)
-    check_writable(folder.absolute().parent)
-    steps = steps_of_one(
-        spec, measures=not options.no_measure, forms=1 + len(also), finds_level=options.max_loss is not None
-    )
+
+def _make_and_save(
+    options: argparse.Namespace,
+    also: Sequence[str],
+    spec: ComparisonSpec,
+    inputs: Inputs,
+    folder: Path,
+    steps: Mapping[str, int],
+    said: str,
+    make: Callable[[Workspace, Callable[[str], None]], tuple[PrunedModel, str]],
+) -> int:
+    """Makes one model, measures it, saves it in all forms, and says what came of it; the exit code.
+
+    ``make`` is given the loaded model and what to tell of its steps, and gives back the pruned model and what to say of it.
+    """
     total = sum(steps.values())
-    with Live(quiet=options.quiet, steps=steps) as live:
-        goal = f"to {options.level:g} %" if options.max_loss is None else f"for a loss of {options.max_loss:g} %"
-        live.say(f"pruning {spec.model_name} {goal} by {options.method}, {options.variant}")
+    with Live(quiet=options.quiet, steps=dict(steps)) as live:
+        live.say(said)
         for warning in spec.idle_settings():
             live.say(f"warning: {warning}")
         from pruning_comparison.checkpoint.forms import save_pruned
         from pruning_comparison.report.terminal import before_and_after_text
-        from pruning_comparison.run.one_model import build_one, measure_one
+        from pruning_comparison.run.one_model import measure_one
         from pruning_comparison.run.workspace import load_workspace
 
         begun = itertools.count()
@@ -848,8 +1029,7 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
 
         step("loading the model")
         workspace = load_workspace(spec, inputs, describes=False)
-        found = None if options.max_loss is None else build_within(workspace, options.max_loss, on_step=step)
-        pruned = build_one(workspace, on_step=step) if found is None else found.pruned
+        pruned, found = make(workspace, step)
         measured = () if options.no_measure else measure_one(workspace, pruned, on_step=step)
         tokenizer = workspace.inputs.preview.tokenizer
         saved: list[tuple[str, Path]] = []
@@ -866,8 +1046,8 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
                     traceback.print_exc()
                 failed[form] = failure
         live.progress(total, total, "done")
-    if found is not None and not options.quiet:
-        print(found.in_words(options.max_loss))
+    if found and not options.quiet:
+        print(found)
     if measured and not options.quiet:
         _print_any(before_and_after_text(measured))
     for name, place in saved:
@@ -875,6 +1055,18 @@ def _prune_to_one_level(options: argparse.Namespace) -> int:
     for form, error in failed.items():
         print(f"error: {form}: {error}", file=sys.stderr)
     return max((error.exit_code if isinstance(error, InputError) else 1 for error in failed.values()), default=0)
+
+
+def _export(options: argparse.Namespace) -> int:
+    if options.to != "gguf":
+        raise InputError(unknown_name("", options.to, ("gguf",)), option="--to")
+    with Live(quiet=options.quiet) as live:
+        live.say(f"writing {options.folder} for llama.cpp, {options.dtype}")
+        from pruning_comparison.checkpoint.forms import export_gguf
+
+        path = export_gguf(options.folder, options.output, dtype=options.dtype)
+    print(f"gguf: {path} ({path.stat().st_size / 1e6:.1f} MB)")
+    return 0
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:

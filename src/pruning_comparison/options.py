@@ -15,6 +15,9 @@ _MOST_CONFIG_BYTES = 2**20
 _ONLY_ON_THE_COMMAND_LINE = ("config", "trust_methods", "fresh")
 """Options that a file cannot set: whoever wrote it is not to say what is trusted, or thrown away."""
 
+_HOW_FAR = frozenset({"level", "pruning_level", "max_loss", "target_speedup", "best"})
+"""Options of ``prune`` that exclude one another: one on the command line takes the place of another in a file."""
+
 
 def with_underscores(argv: Sequence[str]) -> list[str]:
     """``--model-name=x`` as ``--model_name=x``: values are left alone."""
@@ -45,10 +48,14 @@ def with_presets_and_files(argv: Sequence[str], known: Mapping[str, argparse.Act
         from_file = [word for word in from_file if not word.startswith("--iterations=")]
     if "--until_decided" in (*from_file, *given):
         from_preset = [word for word in from_preset if not word.startswith("--iterations=")]
-    for mine, other in (("level", "max_loss"), ("pruning_level", "max_loss"), ("max_loss", "level")):
-        if _last_value(given, mine) is not None and _last_value(given, other) is None:
-            from_file = [word for word in from_file if not word.startswith(f"--{other}=")]
+    if any(_name_in(word) in _HOW_FAR for word in given):
+        from_file = [word for word in from_file if _name_in(word) not in _HOW_FAR]
     return [*command, *from_preset, *from_file, *given]
+
+
+def _name_in(word: str) -> str:
+    """The name of the option that a word of a command line is."""
+    return word.partition("=")[0].removeprefix("--")
 
 
 def parts_of(text: str, known: Collection[str] = ()) -> tuple[str, ...]:

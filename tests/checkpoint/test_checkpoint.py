@@ -10,12 +10,14 @@ import pickle
 import shutil
 import subprocess
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
 import torch
 from builders import FAMILIES, save_tiny_model, tiny_gpt2, tiny_model
 from safetensors.torch import load_file, save_file
+from transformers import AutoConfig
 
 from pruning_comparison.checkpoint.forms import forms_that_hold, load_pruned, save_pruned, stock_form
 from pruning_comparison.errors import InputError, ModelLoadError
@@ -143,6 +145,55 @@ def test_the_code_in_the_folder_is_ours_and_needs_torch_and_transformers_alone(t
             assert node.level == 0
             imported.add(node.module.split(".")[0])
     assert imported - set(sys.stdlib_module_names) == {"torch", "transformers"}
+
+
+OLD_TRANSFORMERS = """
+import sys, types
+old = types.ModuleType("transformers")
+old.__version__ = "4.57.1"
+sys.modules["transformers"] = old
+exec(compile(open(sys.argv[1]).read(), sys.argv[1], "exec"), {"__name__": "modeling_pruned_heads"})
+"""
+
+
+def test_with_a_transformers_that_is_too_old_the_code_says_which_version_it_needs(tmp_path):
+    """In a process in which transformers 4.57.1 stands in, with nothing else of it."""
+    folder = save_pruned(remove_heads(tiny_model("gpt2"), HARD), None, tmp_path / "model")
+    code = str(folder / "modeling_pruned_heads.py")
+    run = subprocess.run(
+        [sys.executable, "-c", OLD_TRANSFORMERS, code], capture_output=True, text=True, timeout=600, check=False
+    )
+    last = run.stderr.strip().splitlines()[-1]
+    assert last.startswith("ImportError: this pruned model needs transformers 5.15 or later, and 4.57.1 is installed.")
+
+
+def test_the_version_that_saved_code_needs_is_the_lowest_that_the_project_allows():
+    declared = tomllib.loads((Path(__file__).parents[2] / "pyproject.toml").read_text("utf-8"))["project"][
+        "dependencies"
+    ]
+    lowest = next(one for one in declared if one.startswith("transformers")).partition(">=")[2].partition(",")[0]
+    source = Path(heads.__file__).read_text("utf-8")
+    assert f"transformers {lowest} or later" in source
+    assert f"< ({lowest.replace('.', ', ')}):" in source
+
+
+@pytest.mark.parametrize("form", ["compact", "padded"])
+def test_older_loaders_find_the_base_of_rotary_positions_by_its_older_name(form, tmp_path):
+    scaled = {"rope_type": "linear", "rope_theta": 7000.0, "factor": 2.0}
+    for rope, scaling in (
+        ({"rope_type": "default", "rope_theta": 7000.0}, None),
+        (scaled, {"rope_type": "linear", "factor": 2.0}),
+    ):
+        folder = tmp_path / str(rope["rope_type"])
+        save_pruned(remove_heads(tiny_model("llama", rope_parameters=rope), HARD), None, folder, form=form)
+        fields = json.loads((folder / "config.json").read_text())
+        assert (fields["rope_theta"], fields.get("rope_scaling")) == (7000.0, scaling)
+        again = (
+            AutoConfig.from_pretrained(folder, trust_remote_code=True)
+            if form == "padded"
+            else load_pruned(folder)[0].config
+        )
+        assert again.rope_parameters == rope
 
 
 def test_nothing_is_pickled(tmp_path, monkeypatch):

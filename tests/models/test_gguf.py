@@ -87,7 +87,7 @@ def test_one_reader_serves_header_and_weights_and_is_then_let_go(preview, monkey
 def test_rotary_features_are_put_half_a_head_apart():
     """Two heads of four features: a pair (2i, 2i + 1) becomes (i, i + 2)."""
     weight = torch.arange(8).float().unsqueeze(1).numpy()
-    assert gguf._halves(weight, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
+    assert gguf.split_halves(weight, 2).ravel().tolist() == [0, 2, 1, 3, 4, 6, 5, 7]
 
 
 @pytest.mark.extras
@@ -343,8 +343,8 @@ def test_a_list_in_a_header_is_read_at_once_as_it_is_one_by_one():
     from gguf import GGUFReader
 
     path = gguf.smollm2_file()
-    ours, theirs = gguf._open(path), GGUFReader(path)
+    ours, theirs = gguf.open_file(path), GGUFReader(path)
     assert list(ours.fields) == list(theirs.fields)
     for key, field in theirs.fields.items():
-        assert gguf._value(ours.fields, key, path) == field.contents()
+        assert gguf.field_value(ours.fields, key, path) == field.contents()
     assert [tensor.name for tensor in ours.tensors] == [tensor.name for tensor in theirs.tensors]

@@ -183,7 +183,7 @@ def test_the_command_says_what_was_predicted_and_what_was_measured(tmp_path, cap
         (["--max_loss=nan"], "--max_loss: nan must be above 0"),
         (["--max_loss=much"], "'much' is not a number"),
         (["--max_loss=5", "--level=30"], "not allowed with argument"),
-        ([], "one of the arguments --level/--pruning_level --max_loss is required"),
+        ([], "one of the arguments --level/--pruning_level --max_loss --target_speedup --best is required"),
         (["--max_loss=5", "--variant=baseline"], "--max_loss: prices predict what heads cost once the others have adapted, "
          "and baseline does not adapt. Choose --variant from agency, agency-adaptation, agency-always-yes, or give --level"),
         (["--max_loss=5", "--adaptation=bias"], "which --adaptation=bias does not do"),

@@ -93,7 +93,7 @@ def test_without_new_biases_a_plain_checkpoint_can_hold_what_adapted(tmp_path):
     assert "--no_new_bias" in forms_that_hold(with_bias)["plain"]
     assert "--no_new_bias" in forms_that_hold(with_bias)["padded"]
     without = prune(loaded.model, loaded.tokenizer, new_bias=False, **options)
-    assert forms_that_hold(without) == {"compact": None, "plain": None, "padded": None}
+    assert forms_that_hold(without) == {"compact": None, "plain": None, "padded": None, "gguf": None}
     assert not any(name.endswith("bias") for name, _ in without.named_parameters())
     untouched = remove_heads(loaded.model, kept_heads(without.config))
     assert (without(IDS).logits - untouched(IDS).logits).abs().max() > 1e-3

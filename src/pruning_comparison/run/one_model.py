@@ -14,7 +14,9 @@ import torch
 from transformers import PreTrainedModel
 
 from pruning_comparison.agency.trajectory import ROUND_LEVEL
-from pruning_comparison.checkpoint.forms import forms_ruled_out
+from pruning_comparison.checkpoint.forms import forms_ruled_out, gguf_ruled_out
+from pruning_comparison.checkpoint.gguf_file import check_gguf_package
+from pruning_comparison.checkpoint.gguf_tokenizer import tokenizer_fields
 from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.memory import decode_bytes, parameter_bytes
@@ -146,9 +148,21 @@ def spec_of_one(level: float | None, method: str, variant: str, **settings: Any)
     return spec
 
 
-def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPreview) -> None:
-    """InputError, before any weight is read, where no pruned model of this spec can be saved in one of ``forms``."""
-    if not forms:
+def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPreview, *, level_known: bool = True) -> None:
+    """InputError, before any weight is read, where no pruned model of this spec can be saved in one of ``forms``.
+
+    Without ``level_known`` only what holds at every level is looked at.
+    """
+    if "gguf" in forms:
+        reason = gguf_ruled_out(preview.config, group_size=heads_leaving_together(preview.grid, spec.prune_unit))
+        if reason is not None:
+            raise InputError(f"--also: {reason} Nothing has been pruned yet.")
+        try:
+            check_gguf_package()
+            tokenizer_fields(preview.tokenizer, preview.config.vocab_size)
+        except InputError as error:
+            raise InputError(f"--also: {error} Nothing has been pruned yet.") from error
+    if not forms or not level_known:
         return
     adapts = variant_named(spec.variants[0]).adapts and spec.adaptation != "none" and spec.new_bias
     # An MLP whose output passes through a norm is not refitted, only the norm's gains are.
