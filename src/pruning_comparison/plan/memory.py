@@ -1,4 +1,4 @@
-"""The peak of a run's memory, reckoned from the model's config alone: what is held throughout, and the largest of the rest.
+"""The peak of a run's memory, estimated from the model's config alone: what is held throughout, and the largest of the rest.
 
 On a CPU that is the process's resident memory. On a GPU it is the device's, without the dense streams, which take of what is
 left over (``room_for_streams_bytes``) and go to a file where that is too little.
