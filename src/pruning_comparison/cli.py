@@ -418,8 +418,8 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add(
         "unit",
         default=default["prune_unit"],
-        help=f"{' or '.join(PRUNE_UNITS)}: heads are pruned one by one, or with all others that read the same keys and "
-        "values",
+        help=f"{', '.join(PRUNE_UNITS)}: heads are pruned one by one; with all others that read the same keys and values; "
+        "or so that each layer keeps as many of each such group, and stays an ordinary grouped-query layer",
     )
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads are pruned first under entropy")
     add(

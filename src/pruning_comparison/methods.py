@@ -24,7 +24,7 @@ ScoreFunction = Callable[..., Any]
 
 OFFERED = (
     "model", "windows", "generator", "batch_size", "entropy_direction", "gradient_precision", "smallest_level", "scope",
-    "group_size", "prices",
+    "group_size", "rectangle", "prices",
 )  # fmt: skip
 """What a score function may name as parameters: ``model``, ``windows``, and the fields of ``scoring.ScoreSettings``."""
 

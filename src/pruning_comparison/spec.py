@@ -19,7 +19,7 @@ from pruning_comparison.variants import VARIANTS, variant_named
 Precision = Literal["float32", "float16", "bfloat16"]
 Execution = Literal["compact", "masked"]
 Scope = Literal["model", "layer"]
-PruneUnit = Literal["head", "kv_group"]
+PruneUnit = Literal["head", "kv_group", "rectangle"]
 EntropyDirection = Literal["auto", "high", "low"]
 BosRule = Literal["auto", "always", "never"]
 Adaptation = Literal["none", "bias", "gate", "refit", "refit-mlp"]
@@ -86,6 +86,9 @@ class ComparisonSpec:
 
     ``consent`` says what a head that is asked to leave is held by: its price ("quality"), or its price over the decoding
     time, or the cache bytes, that its going saves.
+
+    ``prune_unit`` says what leaves: single heads, whole key-value groups, or heads so that every layer keeps a rectangle, as
+    many query heads of each key-value group that it keeps.
 
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
@@ -237,6 +240,13 @@ class ComparisonSpec:
             "needs --execution=compact: a masked model has full-size weights, which recovery would train",
             "Leave one of the two out.",
         )
+        _require(
+            self.prune_unit != "rectangle" or self.consent == "quality",
+            "consent",
+            self.consent,
+            "needs heads that answer one by one; with --unit=rectangle those of a layer answer together, by their price",
+            "Leave one of the two out.",
+        )
         if self.score_tokens is not None:
             _require(
                 2 <= self.score_tokens <= self.calibration_tokens,
@@ -307,14 +317,32 @@ class ComparisonSpec:
     def idle_settings(self) -> list[str]:
         """Which settings differ from their defaults and change nothing here, a sentence each on what would need them."""
         variants = [variant_named(name) for name in self.variants]
-        used_by = {
-            "no variant adapts": (("adaptation", "ridge", "mlp_ridge"), any(variant.adapts for variant in variants)),
-            "no variant asks heads": (("consent",), any(variant.negotiates for variant in variants)),
-        }
+        methods = [self.method(name) for name in self.pruning_methods]
+        named = f"{', '.join(self.variants)}. Agency does"
+        by_method = ", ".join(self.pruning_methods)
+        settings = (
+            (("adaptation", "ridge", "mlp_ridge"), any(v.adapts for v in variants), f"no variant adapts: {named}"),
+            (("consent",), any(v.negotiates for v in variants), f"no variant asks heads: {named}"),
+            (
+                ("recovery_rate", "recovery_parameters"),
+                self.recovery_steps > 0,
+                "nothing is trained: give --recovery_steps as well",
+            ),
+            (
+                ("entropy_direction",),
+                any(method.tries_directions for method in methods),
+                f"no method has a direction: {by_method}. Entropy does",
+            ),
+            (
+                ("score_tokens",),
+                any(method.reads_text for method in methods) or any(v.negotiates for v in variants),
+                f"no method reads text: {by_method}",
+            ),
+        )
         defaults = {field.name: field.default for field in fields(self)}
         return [
-            f"--{name}={getattr(self, name)} changes nothing, because {why}: {', '.join(self.variants)}. Agency does"
-            for why, (names, used) in used_by.items()
+            f"{option_of(name)}={getattr(self, name)} changes nothing, because {why}"
+            for names, used, why in settings
             for name in names
             if not used and getattr(self, name) != defaults[name]
         ]

@@ -77,6 +77,26 @@ def test_settings_that_change_nothing_are_named():
     assert tiny_spec(Path("model"), variants=("baseline",), adaptation="refit-mlp").idle_settings() == []
 
 
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [
+        ({"recovery_rate": 1e-3}, "--recovery_learning_rate=0.001 changes nothing, because nothing is trained"),
+        ({"recovery_parameters": "auto"}, "--recovery_parameters=auto changes nothing, because nothing is trained"),
+        ({"recovery_rate": 1e-3, "recovery_steps": 2}, None),
+        ({"entropy_direction": "low"}, "--entropy_direction=low changes nothing, because no method has a direction"),
+        ({"entropy_direction": "low", "pruning_methods": ("magnitude", "entropy")}, None),
+        ({"score_tokens": 64}, "--score_tokens=64 changes nothing, because no method reads text: magnitude"),
+        ({"score_tokens": 64, "variants": ("agency",)}, None),
+        ({"score_tokens": 64, "pruning_methods": ("fisher",)}, None),
+    ],
+)
+def test_siblings_of_an_idle_setting_are_named_too(changes, warned):
+    others = {"pruning_methods": ("magnitude",), "variants": ("baseline",), "adaptation": "refit-mlp"}
+    found = tiny_spec(Path("model"), **{**others, **changes}).idle_settings()
+    assert len(found) == (warned is not None)
+    assert warned is None or found[0].startswith(warned)
+
+
 def test_a_baseline_that_is_told_to_adapt_says_that_it_does_not(folder, tmp_path, caplog):
     def stop(done, total, what):
         raise KeyboardInterrupt

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pruning_comparison.pruning.rectangles import Rectangle, rectangles_by_score
 from pruning_comparison.scoring.prices import (
     Curve,
     LayerPrices,
@@ -233,3 +236,69 @@ def test_weights_that_weigh_nothing_are_refused():
     for weights in ([1.0, -1.0], [1.0, float("nan")], [1.0]):
         with pytest.raises(ValueError, match="weights must be 2 finite numbers"):
             Prices.of([layer, layer], weights, 2)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_rectangles_of_heads_apart_are_the_best_of_their_shape(seed):
+    """Costs that add up: the least that stays out is the sum over the heads that are not among the best of the shape."""
+    costs = torch.rand(9, generator=torch.Generator().manual_seed(seed)).double() + 0.1
+    found = apart(*costs.tolist()).rectangles(3)
+    by_sum = rectangles_by_score(costs[None], 3)[0]
+    assert {(one.groups, one.kept) for one in found} == {(one.groups, one.kept) for one in by_sum}
+    for one in found:
+        left = float(sum(costs[head] for head in range(9) if head not in one.kept))
+        assert one.cost == pytest.approx(left, rel=1e-6)
+
+
+def test_rectangles_by_backward_greedy_are_near_the_best_of_all_sets():
+    """Of 3 groups of 3 heads that depend on one another, against all 134 sets of every layer."""
+    heads, size, gaps = 9, 3, []
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        x = torch.tensor(rng.normal(size=(80, heads * 2)) @ rng.normal(size=(heads * 2, heads * 2)))
+        layer = LayerPrices.of(gram_of(x, centred=False), torch.tensor(rng.normal(size=(heads * 2, 5))), range(heads))
+        found = layer.rectangles(size)
+        shapes = [(g, r) for g in range(1, 4) for r in range(1, 4)]
+        assert sorted((one.groups, len(one.kept)) for one in found) == sorted(
+            [(0, 0), *((g, g * r) for g, r in shapes)]
+        )
+        for g, r in shapes:
+            (one,) = (one for one in found if (one.groups, len(one.kept)) == (g, g * r))
+            gone = [head for head in range(heads) if head not in one.kept]
+            assert one.cost == pytest.approx(layer.joint_cost(gone), rel=1e-6, abs=1e-12)
+            best = min(
+                layer.joint_cost([head for head in range(heads) if head not in kept])
+                for groups in itertools.combinations(range(3), g)
+                for kept in map(
+                    set,
+                    (
+                        itertools.chain.from_iterable(rows)
+                        for rows in itertools.product(
+                            *(itertools.combinations(range(size * group, size * group + size), r) for group in groups)
+                        )
+                    ),
+                )
+            )
+            if best:
+                gaps.append(one.cost / best - 1)
+    assert min(gaps) > -1e-6
+    assert np.mean(gaps) < 0.02, np.mean(gaps)
+    assert max(gaps) < 0.2, max(gaps)
+
+
+def test_rectangles_of_a_layer_that_has_lost_some_are_within_what_is_left():
+    layer = apart(*(float(cost) for cost in range(1, 10)))
+    left = layer.withdraw(0).withdraw(3).withdraw(8).withdraw(6).withdraw(7)  # heads 1, 2, 4, 5: two groups of two
+    found = {(one.groups, one.kept): one.cost for one in left.rectangles(3)}
+    assert found == {
+        (2, (1, 2, 4, 5)): 0.0,
+        (2, (2, 5)): pytest.approx(2 + 5),
+        (1, (4, 5)): pytest.approx(2 + 3),
+        (1, (5,)): pytest.approx(2 + 3 + 5),
+        (0, ()): pytest.approx(2 + 3 + 5 + 6),
+    }
+    with pytest.raises(ValueError, match="not as many of each key-value group of 3"):
+        layer.withdraw(0).rectangles(3)
+    assert Prices.of([None, left], [1.0, 2.0], 9).rectangles(3)[0] == [Rectangle((), 0, 0.0)]
+    doubled = Prices.of([None, left], [1.0, 2.0], 9).rectangles(3)[1]
+    assert [one.cost for one in doubled] == pytest.approx([2 * one.cost for one in left.rectangles(3)])

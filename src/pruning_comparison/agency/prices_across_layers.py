@@ -60,17 +60,20 @@ def score_obs(
     batch_size: int,
     group_size: int = 1,
     prices: Callable[[], Prices] | None = None,
+    rectangle: int | None = None,
 ) -> HeadScores:
     """The step at which each head leaves when the one with the least price always goes first, [L, H].
 
     ``prices`` gives the prices of the model's heads when it is called; they are measured on ``windows`` [N, T] if None. The
     backward greedy selection of Hassibi and Stork's (1993) optimal brain surgeon on whole heads, with layers weighed by what
-    an error in them was measured to cost.
+    an error in them was measured to cost. With a ``rectangle``, the query heads per key-value group, also what every layer
+    can keep at what price: heads are chosen by that then.
     """
     measured = prices or (lambda: measure_prices(model, windows, batch_size=batch_size, group_size=group_size))
     found = measured()
     order, paid = elimination(found, group_size)
-    return HeadScores(order, {"layer_weights": list(found.weights), "prices_nats": paid.tolist()})
+    details = {"layer_weights": list(found.weights), "prices_nats": paid.tolist()}
+    return HeadScores(order, details, None if rectangle is None else found.rectangles(rectangle))
 
 
 def observe_for_prices(

@@ -66,6 +66,7 @@ from pruning_comparison.models.loading import (
     safetensors_header,
 )
 from pruning_comparison.pruning import expected_heads_pruned
+from pruning_comparison.pruning.rectangles import rectangles_by_score
 from pruning_comparison.spec import Scope
 
 FORMS = ("compact", "plain", "padded", "gguf")
@@ -299,40 +300,51 @@ def forms_that_hold(model: PreTrainedModel) -> dict[str, str | None]:
 
 
 def forms_ruled_out(
-    dense_config: Any, level: float, *, scope: Scope = "model", group_size: int = 1, biases: Sequence[str] = ()
+    dense_config: Any,
+    level: float,
+    *,
+    scope: Scope = "model",
+    group_size: int = 1,
+    rectangle: int | None = None,
+    biases: Sequence[str] = (),
 ) -> dict[str, str | None]:
     """For each of ``FORMS``, before anything is pruned: the reason why no choice of heads allows it, or None.
 
-    ``biases`` says which output projections adaptation gives a bias: "attention", "mlp". The real constructors are asked,
-    on a model without memory that has lost as many heads from every layer, in whole key-value groups or from all in turn.
-    Where heads are chosen over the whole model (``scope`` "model") layers may still come out unlike.
+    ``biases`` says which output projections adaptation gives a bias: "attention", "mlp". The real constructors are
+    asked, on a model without memory that has lost as many heads from every layer, in whole key-value groups or from all
+    in turn, or, with a ``rectangle`` of so many query heads per group, in every shape of that many heads. Where heads
+    are chosen over the whole model (``scope`` "model") layers may still come out unlike.
     """
     grid = head_grid(dense_config)
-    count = expected_heads_pruned(level, 1, grid.n_heads, "layer", group_size)
+    count = expected_heads_pruned(level, 1, grid.n_heads, "layer", group_size, rectangle)
     config = pruned_classes(str(family_of(dense_config)))[0].from_dict(_plain_fields(dense_config))
     every = list(range(grid.n_layers))
     config.attention_output_biases = every if "attention" in biases else []
     config.mlp_output_biases = every if "mlp" in biases else []
     in_turn = sorted(range(grid.n_heads), key=lambda head: (head % grid.group_size, head))
+    sets = [list(range(count, grid.n_heads)), *([] if group_size > 1 else [sorted(in_turn[count:])])]
+    if rectangle is not None:
+        zeros = torch.zeros(1, grid.n_heads)
+        sets = [
+            list(one.kept) for one in rectangles_by_score(zeros, rectangle)[0] if len(one.kept) == grid.n_heads - count
+        ]
     reasons: dict[str, str | None] = {}
-    for kept in (list(range(count, grid.n_heads)), *([] if group_size > 1 else [sorted(in_turn[count:])])):
+    for kept in sets:
         config.kept_heads = [kept] * grid.n_layers
         found = forms_that_hold(_without_memory(pruned_classes(str(family_of(dense_config)))[1], config))
         reasons = {form: None if reasons.get(form, "") is None else reason for form, reason in found.items()}
     if scope == "model" and count in (0, grid.n_heads):
         reasons["plain"] = None
-    reasons["gguf"] = gguf_ruled_out(dense_config, group_size=group_size)
+    reasons["gguf"] = gguf_ruled_out(dense_config, freely=group_size == 1 and rectangle is None)
     return reasons
 
 
-def gguf_ruled_out(dense_config: Any, *, group_size: int) -> str | None:
+def gguf_ruled_out(dense_config: Any, *, freely: bool) -> str | None:
     """Why no model of this config that has lost heads can be a GGUF file, whatever its level, or None.
 
-    ``group_size`` is the number of heads that leave together: with one, any choice of heads is possible.
+    ``freely`` says that heads leave one by one, whatever becomes of the groups that read one key-value head.
     """
-    grid = head_grid(dense_config)
-    free = group_size == 1 and grid.group_size > 1
-    return reason_against_gguf(dense_config) or (reason_against_free_choice(dense_config) if free else None)
+    return reason_against_gguf(dense_config) or (reason_against_free_choice(dense_config) if freely else None)
 
 
 def pruned_form(model: PreTrainedModel) -> PreTrainedModel:

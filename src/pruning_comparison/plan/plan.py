@@ -27,7 +27,7 @@ from pruning_comparison.metrics import METRICS
 from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds, parameter_count
 from pruning_comparison.pruning import expected_heads_pruned
-from pruning_comparison.run import Inputs, heads_leaving_together
+from pruning_comparison.run import Inputs, heads_leaving_together, rectangle_of
 from pruning_comparison.spec import ComparisonSpec
 
 __all__ = ["ASSUMED", "format_plan", "plan_cost", "plan_run"]
@@ -97,8 +97,8 @@ def plan_cost(spec: ComparisonSpec, inputs: Inputs) -> dict[str, Any]:
 
 
 def _level(spec: ComparisonSpec, level: float, grid: HeadGrid) -> dict[str, Any]:
-    together = heads_leaving_together(grid, spec.prune_unit)
-    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, spec.scope, together)
+    together, rectangle = heads_leaving_together(grid, spec.prune_unit), rectangle_of(grid, spec.prune_unit)
+    gone = expected_heads_pruned(level, grid.n_layers, grid.n_heads, spec.scope, together, rectangle)
     return {"level": level, "heads_pruned": gone, "achieved_level": 100 * gone / grid.total}
 
 

@@ -2,7 +2,7 @@
 
 from pruning_comparison.run.comparison import run_comparison, would_resume
 from pruning_comparison.run.engine_timings import LEAST_REPEATS
-from pruning_comparison.run.inputs import Inputs, heads_leaving_together, prepare
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together, prepare, rectangle_of
 from pruning_comparison.run.launchers import Launcher, RayLauncher, launch_serially
 from pruning_comparison.run.measure_cell import TEXT_BATCHES, timing_rounds
 from pruning_comparison.run.one_model import build_one, measure_one, prune
@@ -25,6 +25,7 @@ __all__ = [
     "negotiation_rules",
     "prepare",
     "prune",
+    "rectangle_of",
     "run_comparison",
     "timing_rounds",
     "would_resume",

@@ -16,11 +16,12 @@ from pruning_comparison.pruning import (
     mask_heads,
     masked_copy,
     remove_heads,
-    select_heads,
 )
+from pruning_comparison.pruning.rectangles import is_rectangle
 from pruning_comparison.run.measure_cell import measure_quality
 from pruning_comparison.run.pruned_model import KeptHeads, PrunedModel
 from pruning_comparison.run.workspace import Workspace, at_precision
+from pruning_comparison.scoring.choice import heads_to_keep
 from pruning_comparison.spec import Cell, ComparisonSpec
 from pruning_comparison.store import CellResult
 from pruning_comparison.variants import variant_named
@@ -57,9 +58,16 @@ def choose(workspace: Workspace, cell: Cell) -> Round:
     variant = variant_named(cell.variant)
     if variant.selection == "once" or (variant.negotiates and cell.level == 0):
         scores = workspace.ranking(cell.method, cell.iteration)
-        keep = select_heads(scores.scores, cell.level, workspace.spec.scope, group_size=workspace.group_size)
+        keep = heads_to_keep(
+            scores,
+            cell.level,
+            workspace.spec.scope,
+            group_size=workspace.group_size,
+            rectangle=workspace.rectangle,
+        )
         return Round(cell.level, keep, scores)
-    return workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
+    with workspace.clock.phase("choice of heads"):
+        return workspace.trajectory(variant, cell.method, cell.iteration).at(cell.level)
 
 
 def rebuild(workspace: Workspace, cell: Cell, kept: KeptHeads) -> PrunedModel:
@@ -78,10 +86,11 @@ def rebuild(workspace: Workspace, cell: Cell, kept: KeptHeads) -> PrunedModel:
 def remove_and_adapt(workspace: Workspace, cell: Cell, keep: Tensor) -> PrunedModel:
     """The dense model with these heads, bool [L, H], alone and, for variants that do, the survivors adapted."""
     spec = workspace.spec
-    check_count(keep, cell.level, spec, workspace.group_size)
+    check_count(keep, cell.level, spec, workspace.group_size, workspace.rectangle)
     if bool(keep.all()):
         return PrunedModel(workspace.dense, keep, "dense")
-    compact = remove_heads(workspace.reference, keep)
+    with workspace.clock.phase("removing heads"):
+        compact = remove_heads(workspace.reference, keep)
     identity = [keep.numpy().tobytes()]
     cost = _adapt_survivors(workspace, cell, compact, identity)
     compact, recovery = _recover(workspace, cell, compact, identity)
@@ -105,15 +114,16 @@ def _adapt_survivors(
     identity.append(dense.windows.numpy().tobytes())
     if dense.first_tokens is not None:
         identity.append(dense.first_tokens.numpy().tobytes())
-    return adapt(
-        dense,
-        compact,
-        steps=spec.adaptation,
-        ridge=spec.ridge,
-        mlp_ridge=spec.mlp_ridge,
-        measure_peak=spec.memory_logging,
-        allow_new_bias=spec.new_bias,
-    )
+    with workspace.clock.phase("adaptation"):
+        return adapt(
+            dense,
+            compact,
+            steps=spec.adaptation,
+            ridge=spec.ridge,
+            mlp_ridge=spec.mlp_ridge,
+            measure_peak=spec.memory_logging,
+            allow_new_bias=spec.new_bias,
+        )
 
 
 def _recover(
@@ -125,25 +135,30 @@ def _recover(
         return compact, None
     identity.append(f"recovered {cell.iteration}".encode())
     name = f"{cell.variant}_{file_name_of(cell.method)}_{cell.iteration}_{cell.level:g}.safetensors"
-    return recover(
-        workspace.reference,
-        compact,
-        workspace.recovery_windows(cell.iteration),
-        steps=spec.recovery_steps,
-        batch_size=spec.quality_batch_size,
-        learning_rate=spec.recovery_rate,
-        parameters=spec.recovery_parameters,
-        held_out=workspace.held_out(cell.iteration),
-        generator=workspace.generator("recovery", cell.iteration),
-        checkpoint=None if workspace.folder is None else workspace.folder / RECOVERY / name,
-        identity=hashlib.sha256(b"|".join(identity)).hexdigest(),
-        what=f"recovery, {cell.describe()}",
-    )
+    with workspace.clock.phase("recovery"):
+        return recover(
+            workspace.reference,
+            compact,
+            workspace.recovery_windows(cell.iteration),
+            steps=spec.recovery_steps,
+            batch_size=spec.quality_batch_size,
+            learning_rate=spec.recovery_rate,
+            parameters=spec.recovery_parameters,
+            held_out=workspace.held_out(cell.iteration),
+            generator=workspace.generator("recovery", cell.iteration),
+            checkpoint=None if workspace.folder is None else workspace.folder / RECOVERY / name,
+            identity=hashlib.sha256(b"|".join(identity)).hexdigest(),
+            what=f"recovery, {cell.describe()}",
+        )
 
 
-def check_count(keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1) -> None:
-    """AssertionError if the mask does not prune exactly as many heads as the rule asks for."""
+def check_count(
+    keep: Tensor, level: float, spec: ComparisonSpec, group_size: int = 1, rectangle: int | None = None
+) -> None:
+    """AssertionError if the mask does not prune exactly as many heads as the rule asks for, or leaves other shapes."""
     layers, heads = keep.shape
-    expected = expected_heads_pruned(level, layers, heads, spec.scope, group_size)
+    expected = expected_heads_pruned(level, layers, heads, spec.scope, group_size, rectangle)
     if int((~keep).sum()) != expected:
         raise AssertionError(f"level {level} prunes {int((~keep).sum())} heads; the rule asks for {expected}")
+    if rectangle is not None and not is_rectangle(keep, rectangle):
+        raise AssertionError(f"level {level} leaves a layer unlike numbers of heads in its key-value groups")

@@ -122,11 +122,20 @@ def heads_leaving_together(grid: HeadGrid, unit: PruneUnit) -> int:
     return grid.group_size if unit == "kv_group" else 1
 
 
+def rectangle_of(grid: HeadGrid, unit: PruneUnit) -> int | None:
+    """The query heads per key-value group where every layer keeps as many of each, which ``unit`` "rectangle" asks for.
+
+    None for other units, and where any number of heads is such a rectangle: where every head has its own keys and values, or
+    all of a layer share theirs. Heads are then chosen freely, as with the unit "head".
+    """
+    return grid.group_size if unit == "rectangle" and 1 < grid.group_size < grid.n_heads else None
+
+
 def _check_levels(spec: ComparisonSpec, grid: HeadGrid) -> None:
     """InputError where levels above 0 were asked for and none of them takes a head."""
-    group = heads_leaving_together(grid, spec.prune_unit)
+    group, rectangle = heads_leaving_together(grid, spec.prune_unit), rectangle_of(grid, spec.prune_unit)
     counts = [
-        expected_heads_pruned(level, grid.n_layers, grid.n_heads, spec.scope, group)
+        expected_heads_pruned(level, grid.n_layers, grid.n_heads, spec.scope, group, rectangle)
         for level in spec.pruning_levels
         if level > 0
     ]
@@ -147,13 +156,19 @@ def _check_adaptation(spec: ComparisonSpec, preview: ModelPreview) -> None:
 
 def nothing_pruned(spec: ComparisonSpec, grid: HeadGrid) -> str:
     """What to say where no level takes a single head, with the least level that does."""
-    group = heads_leaving_together(grid, spec.prune_unit)
+    group, rectangle = heads_leaving_together(grid, spec.prune_unit), rectangle_of(grid, spec.prune_unit)
     counted = (grid.n_heads if spec.scope == "layer" else grid.total) // group
     what = {("model", 1): "heads", ("layer", 1): "heads of a layer"}.get(
         (spec.scope, group), f"groups of {group} heads"
     )
+    if rectangle is not None:
+        what += f", when each layer keeps as many heads of each key-value group of {rectangle},"
     # Half a head is rounded to none, so that a little more is needed.
-    least = next(level / 10 for level in range(1, 1000) if round(level / 1000 * counted) > 0)
+    least = next(
+        level / 10
+        for level in range(1, 1000)
+        if expected_heads_pruned(level / 10, grid.n_layers, grid.n_heads, spec.scope, group, rectangle)
+    )
     asked = [level for level in spec.pruning_levels if level > 0]
     shares = all(level < 1 for level in asked)
     meant = f" Levels are per cent: was {','.join(f'{100 * level:g}' for level in asked)} meant?" if shares else ""

@@ -46,8 +46,9 @@ def measure_quality(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> Ce
     """One cell's quality: perplexity, generated texts, memory, and what adaptation cost."""
     if pruned.scores is None:
         raise ValueError("a model that was made again from known heads has been measured before")
-    perplexity = perplexity_measurements(workspace, pruned)
-    perplexity += _held_out_measurements(workspace, cell, pruned)
+    with workspace.clock.phase("perplexity"):
+        perplexity = perplexity_measurements(workspace, pruned)
+        perplexity += _held_out_measurements(workspace, cell, pruned)
     if pruned.predicted_nats is not None:
         perplexity.append(_measurement("predicted_perplexity_ratio", math.exp(pruned.predicted_nats)))
     rest = measure_texts_and_size(workspace, cell, pruned)
@@ -91,7 +92,8 @@ def _details_of_recovery(pruned: PrunedModel) -> dict[str, Any]:
 
 def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResult:
     """What depends on prompts, temperatures and lengths of texts, beside what each making of a model tells anew."""
-    text_measurements, texts = _text_measurements(workspace, pruned, cell.iteration)
+    with workspace.clock.phase("texts"):
+        text_measurements, texts = _text_measurements(workspace, pruned, cell.iteration)
     prompts = workspace.inputs.prompt_ids
     size = [
         _measurement("parameter_bytes", parameter_bytes(pruned.model)),

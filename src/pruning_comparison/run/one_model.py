@@ -26,7 +26,7 @@ from pruning_comparison.models.devices import prepare_in
 from pruning_comparison.models.heads import UnsupportedModelError, kept_heads, mlp_output_is_normed
 from pruning_comparison.pruning.surgery import converted_copy, sharing_copy
 from pruning_comparison.run.cell import build
-from pruning_comparison.run.inputs import Inputs, heads_leaving_together, nothing_pruned
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together, nothing_pruned, rectangle_of
 from pruning_comparison.run.max_loss import UNKNOWN_LEVELS, build_within, check_max_loss
 from pruning_comparison.run.measure_cell import time_level
 from pruning_comparison.run.provenance import hardware
@@ -154,7 +154,7 @@ def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPrevie
     Without ``level_known`` only what holds at every level is looked at.
     """
     if "gguf" in forms:
-        reason = gguf_ruled_out(preview.config, group_size=heads_leaving_together(preview.grid, spec.prune_unit))
+        reason = gguf_ruled_out(preview.config, freely=spec.prune_unit == "head")
         if reason is not None:
             raise InputError(f"--also: {reason} Nothing has been pruned yet.")
         try:
@@ -173,6 +173,7 @@ def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPrevie
         spec.pruning_levels[-1],
         scope=spec.scope,
         group_size=heads_leaving_together(preview.grid, spec.prune_unit),
+        rectangle=rectangle_of(preview.grid, spec.prune_unit),
         biases=biases,
     )
     for form in forms:
@@ -192,7 +193,8 @@ def steps_of_one(spec: ComparisonSpec, *, measures: bool, forms: int, finds_leve
 
 def _rounds(spec: ComparisonSpec) -> list[float]:
     """Levels of the rounds in which the heads leave, below the level that is asked for; none where they leave at once."""
-    if variant_named(spec.variants[0]).selection == "once":
+    variant = variant_named(spec.variants[0])
+    if variant.selection == "once" or (variant.negotiates and spec.prune_unit == "rectangle"):
         return []
     return [ROUND_LEVEL * number for number in range(1, math.ceil(spec.pruning_levels[-1] / ROUND_LEVEL))]
 

@@ -31,6 +31,7 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
         "variant": cell.variant,
         "iteration": cell.iteration,
         "scope": spec.scope,
+        "unit": spec.prune_unit if spec.prune_unit != "head" else None,
         "calibration_text": Path(spec.calibration_text).name,
         "calibration_tokens": spec.calibration_tokens,
         "score_tokens": spec.score_tokens,

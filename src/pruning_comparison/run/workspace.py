@@ -23,8 +23,9 @@ from pruning_comparison.methods import IMPORTANCE
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
 from pruning_comparison.models.devices import asked_products, prepare_in
 from pruning_comparison.pruning.surgery import converted_copy, remove_heads
-from pruning_comparison.run.inputs import Inputs, heads_leaving_together
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together, rectangle_of
 from pruning_comparison.run.layer_times import PROMPT_TOKENS, measure_layer_times
+from pruning_comparison.run.phases import PhaseClock
 from pruning_comparison.scoring.prices import Prices
 from pruning_comparison.scoring.scores import HeadScores, ScoreSettings, score_heads
 from pruning_comparison.spec import ComparisonSpec
@@ -52,6 +53,7 @@ class Workspace:
 
     ``folder`` is the run's, where training is kept from time to time; None where there is none, or none within reach.
     Without ``describes`` nothing is measured that only describes heads and changes no model: one model to keep records none.
+    ``clock`` counts the processor time of what is computed.
     """
 
     spec: ComparisonSpec
@@ -60,6 +62,7 @@ class Workspace:
     dense: PreTrainedModel
     folder: Path | None = None
     describes: bool = True
+    clock: PhaseClock = field(default_factory=PhaseClock)
     _rankings: dict[tuple[str, int], HeadScores] = field(default_factory=dict)
     _calibration: dict[int, Tensor] = field(default_factory=dict)
     _progressive: dict[tuple[str, int], ProgressiveTrajectory] = field(default_factory=dict)
@@ -79,6 +82,11 @@ class Workspace:
     def group_size(self) -> int:
         """How many heads leave together."""
         return heads_leaving_together(self.grid, self.spec.prune_unit)
+
+    @property
+    def rectangle(self) -> int | None:
+        """The query heads per key-value group where every layer keeps as many of each; None where it need not."""
+        return rectangle_of(self.grid, self.spec.prune_unit)
 
     def generator(self, purpose: str, iteration: int) -> torch.Generator:
         """An independent stream of random numbers for each purpose and iteration."""
@@ -133,12 +141,13 @@ class Workspace:
             for stream in self._dense_streams.values():
                 stream.close()
             self._dense_streams.clear()
-            self._dense_streams[iteration] = DenseStream(
-                self.reference,
-                self.calibration(iteration),
-                batch_size=self.spec.quality_batch_size,
-                first_tokens=self._first_tokens(iteration),
-            )
+            with self.clock.phase("dense stream"):
+                self._dense_streams[iteration] = DenseStream(
+                    self.reference,
+                    self.calibration(iteration),
+                    batch_size=self.spec.quality_batch_size,
+                    first_tokens=self._first_tokens(iteration),
+                )
         return self._dense_streams[iteration]
 
     def _first_tokens(self, iteration: int) -> Tensor | None:
@@ -173,6 +182,7 @@ class Workspace:
                 all_heads=self.grid.all_heads(),
                 scope=self.spec.scope,
                 group_size=self.group_size,
+                rectangle=self.rectangle,
                 scores_pruned=self.spec.method(method).runs_on_pruned,
             )
         return self._progressive[key]
@@ -184,10 +194,12 @@ class Workspace:
             started = time.perf_counter()
             settings = self._price_settings
             windows, batch, bos = self.score_windows(iteration), settings["batch_size"], settings["exclude_first"]
-            moments = observe_for_prices(
-                self.reference, windows, batch_size=batch, exclude_first=bos, utilisation=self.describes
-            )
-            prices = measure_prices(self.reference, windows, moments=moments, **settings)
+            with self.clock.phase("moments"):
+                moments = observe_for_prices(
+                    self.reference, windows, batch_size=batch, exclude_first=bos, utilisation=self.describes
+                )
+            with self.clock.phase("prices"):
+                prices = measure_prices(self.reference, windows, moments=moments, **settings)
             self._priced[iteration] = PricedHeads(prices, moments, time.perf_counter() - started)
         return self._priced[iteration]
 
@@ -211,6 +223,7 @@ class Workspace:
                 scope=self.spec.scope,
                 everyone_consents=VARIANTS[rules].consent == "always",
                 group_size=self.group_size,
+                rectangle=self.rectangle,
                 savings=self._savings() if VARIANTS[rules].consent == "by cost" else None,
                 seconds=priced.seconds,
                 describes=self.describes,
@@ -227,6 +240,7 @@ class Workspace:
                 self.inputs.calibration[0, :PROMPT_TOKENS].tolist(),
                 batch_size=self.spec.batch_size,
                 group_size=self.group_size,
+                rectangle=self.rectangle,
             )
         return self._layer_times_s
 
@@ -265,9 +279,10 @@ class Workspace:
             smallest_level=next((level for level in self.spec.pruning_levels if level > 0), 10.0),
             scope=self.spec.scope,
             group_size=self.group_size,
+            rectangle=self.rectangle,
             prices=lambda: self._prices_of(model, iteration),
         )
-        with asked_products(model):
+        with self.clock.phase(f"scores by {method}"), asked_products(model):
             return score_heads(
                 self.spec.method(method), model, self.score_windows(iteration), settings.as_decided(decided or {})
             )
@@ -300,18 +315,21 @@ def load_workspace(
     *,
     layer_times_s: Mapping[int, float] | None = None,
     describes: bool = True,
+    clock: PhaseClock | None = None,
 ) -> Workspace:
     """Loads the weights. Scores, prices and adaptation start from float32 weights whatever precision is measured, and their
     matrix products are in the spec's ``prepare_precision``.
 
     ``layer_times_s`` are the layer times that the run has; without them they are measured where they are needed.
-    ``describes`` is that of ``Workspace``.
+    ``describes`` and ``clock`` are those of ``Workspace``.
     """
     torch.set_num_threads(spec.threads)
     loaded: LoadedModel = load_model(inputs.preview, device=spec.device, dtype=torch.float32)
     prepare_in(loaded.model, spec.prepare_precision)
     dense = at_precision(loaded.model, spec.precision)
-    return Workspace(spec, inputs, loaded.model, dense, folder, describes, _layer_times_s=layer_times_s)
+    return Workspace(
+        spec, inputs, loaded.model, dense, folder, describes, clock or PhaseClock(), _layer_times_s=layer_times_s
+    )
 
 
 def at_precision(model: PreTrainedModel, precision: str, workspace: Workspace | None = None) -> PreTrainedModel:

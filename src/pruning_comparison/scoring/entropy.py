@@ -78,6 +78,7 @@ def score_entropy(
     smallest_level: float,
     scope: Scope,
     group_size: int = 1,
+    rectangle: int | None = None,
 ) -> HeadScores:
     """Scores by attention entropy. ``entropy_direction`` says which heads leave first: "high", "low" or "auto".
 
@@ -91,7 +92,8 @@ def score_entropy(
         return HeadScores(by_direction[entropy_direction], {"entropy_direction": entropy_direction})
     losses = {}
     for name, scores in by_direction.items():
-        with mask_heads(model, select_heads(scores, smallest_level, scope, group_size=group_size)):
+        keep = select_heads(scores, smallest_level, scope, group_size=group_size, rectangle=rectangle)
+        with mask_heads(model, keep):
             nats, tokens = window_losses(model, list(windows[::2]), batch_size=batch_size)
         losses[name] = float(nats.sum() / tokens.sum())
     best = min(losses, key=lambda name: losses[name] if math.isfinite(losses[name]) else math.inf)

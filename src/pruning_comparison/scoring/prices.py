@@ -8,11 +8,13 @@ Dimension letters: L layers, H heads, D head size, E embedding, F features (live
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
+
+from pruning_comparison.pruning.rectangles import Rectangle
 
 RIDGE = 0.03
 """Of the Gram matrix that prices come from, in units of its mean diagonal."""
@@ -43,6 +45,7 @@ class LayerPrices:
     weight: Tensor
     costs: Tensor
     _curves: dict[int, Curve] = field(default_factory=dict, init=False, repr=False, compare=False)
+    _rectangles: dict[int, tuple[Rectangle, ...]] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @classmethod
     def of(cls, gram: Tensor, weight: Tensor, heads: Sequence[int], *, ridge: float = RIDGE) -> LayerPrices:
@@ -81,6 +84,10 @@ class LayerPrices:
                 layer = layer.withdraw(head)
         return total
 
+    def group_costs(self, group_size: int) -> Tensor:
+        """What each group of ``group_size`` live heads that follow one another costs as a whole, [H' / group_size]."""
+        return _block_costs(self.inverse, self.weight, len(self.heads) // group_size)
+
     def cheapest_first(self, group_size: int = 1) -> Curve:
         """Backward greedy: all live heads in the order in which they leave when the next is always the one that costs least.
 
@@ -104,6 +111,20 @@ class LayerPrices:
                     break
         self._curves[group_size] = Curve(tuple(order), tuple(sums), group_size)
         return self._curves[group_size]
+
+    def rectangles(self, rectangle: int) -> tuple[Rectangle, ...]:
+        """A set of each shape that the layer can keep, g groups of r live heads, by backward greedy, with its unweighed
+        cost.
+
+        ``rectangle`` is R, the query heads per key-value group. From a shape with one group, or one head of each group,
+        more, there leaves the group with the least joint cost, or the cheapest head of every group, the cheapest of all
+        first, costs brought up to date after each. Of both ways to a shape the one that has cost less in all counts. So
+        G R sets are looked at where there are 2^H; a test holds them against the best of all. ValueError unless the
+        live heads are a rectangle.
+        """
+        if rectangle not in self._rectangles:
+            self._rectangles[rectangle] = tuple(_layer_rectangles(self, rectangle))
+        return self._rectangles[rectangle]
 
     def _place(self, head: int) -> int:
         if head not in self.heads:
@@ -163,6 +184,19 @@ class Prices:
         if of_layer is None:
             raise KeyError(f"head {leaving[0]} of layer {layer} has left")
         return self.weights[layer] * of_layer.joint_cost(leaving)
+
+    def rectangles(self, rectangle: int) -> list[list[Rectangle]]:
+        """For every layer what it can keep, a set of each shape, with the price of the others: see
+        ``LayerPrices.rectangles``.
+
+        A layer that has no heads can keep none.
+        """
+        return [
+            [Rectangle((), 0, 0.0)]
+            if layer is None
+            else [Rectangle(one.kept, one.groups, weight * one.cost) for one in layer.rectangles(rectangle)]
+            for layer, weight in zip(self.layers, self.weights, strict=True)
+        ]
 
     def table(self) -> Tensor:
         """Prices of single heads, float64 [L, H] on the CPU; NaN for heads that have left."""
@@ -229,6 +263,53 @@ def merged(curves: Sequence[Curve | None], n_heads: int) -> tuple[Tensor, Tensor
         paid[layer, list(leaving)] = offers[layer] / len(leaving)
         taken[layer] += 1
         position += 1
+
+
+def _layer_rectangles(layer: LayerPrices, rectangle: int) -> Iterator[Rectangle]:
+    groups = sorted({head // rectangle for head in layer.heads})
+    per_group = len(layer.heads) // len(groups)
+    if any(sum(head // rectangle == group for head in layer.heads) != per_group for group in groups):
+        raise ValueError(f"heads {list(layer.heads)} are not as many of each key-value group of {rectangle}")
+    above: list[tuple[float, LayerPrices]] = []
+    for r in range(per_group, 0, -1):
+        row: list[tuple[float, LayerPrices]] = []
+        for g in range(len(groups), 0, -1):
+            ways = []
+            if above:
+                ways.append(_without_a_head_of_each(*above[len(row)], rectangle))
+            if row:
+                ways.append(_without_a_group(*row[-1], r))
+            row.append(min(ways, key=lambda way: way[0]) if ways else (0.0, layer))
+            yield Rectangle(row[-1][1].heads, g, row[-1][0])
+        above = row
+    paid, last = above[-1]
+    yield Rectangle((), 0, paid + float(last.costs[0]))
+
+
+def _without_a_group(paid: float, layer: LayerPrices, r: int) -> tuple[float, LayerPrices]:
+    """After the group with the least joint cost has left, one of at least two of ``r`` live heads each."""
+    costs = layer.group_costs(r)
+    first = r * int(costs.argmin())
+    leaving = layer.heads[first : first + r]
+    for head in leaving:
+        layer = layer.withdraw(head)
+    return paid + float(costs.min()), layer
+
+
+def _without_a_head_of_each(paid: float, layer: LayerPrices, rectangle: int) -> tuple[float, LayerPrices]:
+    """After one of at least two live heads has left every group, the cheapest of all first."""
+    open_groups = {head // rectangle for head in layer.heads}
+    while open_groups:
+        offers = {
+            head: float(cost)
+            for head, cost in zip(layer.heads, layer.costs, strict=True)
+            if head // rectangle in open_groups
+        }
+        head = min(offers, key=lambda one: offers[one])
+        paid += offers[head]
+        layer = layer.withdraw(head)
+        open_groups.remove(head // rectangle)
+    return paid, layer
 
 
 def ridged_inverse(gram: Tensor, ridge: float) -> Tensor:

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
@@ -18,25 +18,32 @@ from transformers import PreTrainedModel
 from pruning_comparison.errors import MethodError
 from pruning_comparison.methods import Method
 from pruning_comparison.models.heads import head_grid
+from pruning_comparison.pruning.rectangles import Rectangle
 from pruning_comparison.spec import EntropyDirection, Scope
 
 
 @dataclass(frozen=True)
 class HeadScores:
-    """Scores [L, H] with what a reader needs to know of how they came about."""
+    """Scores [L, H] with what a reader needs to know of how they came about.
+
+    Where layers keep rectangles, ``rectangles`` may hold, for every layer, what it can keep and what the going of the others
+    costs together. They are chosen by that then, and not by the sum of their heads' scores.
+    """
 
     scores: Tensor
     details: dict[str, Any] = field(default_factory=dict)
+    rectangles: Sequence[Sequence[Rectangle]] | None = None
 
 
 @dataclass(frozen=True)
 class ScoreSettings:
     """What a score function may ask for by naming it, beside ``model`` and ``windows``.
 
-    ``batch_size`` windows are passed at once. ``generator`` is the only source of random numbers, the same for every method
-    of an iteration. ``entropy_direction`` and ``gradient_precision`` are "auto" until a method has decided. Heads will be
-    chosen at ``smallest_level`` per cent and above, within ``scope``, ``group_size`` at a time. ``prices`` measures, when it
-    is called, the ``scoring.prices.Prices`` of the model's heads.
+    ``batch_size`` windows are passed at once. ``generator`` is the only source of random numbers, the same for every
+    method of an iteration. ``entropy_direction`` and ``gradient_precision`` are "auto" until a method has decided.
+    Heads will be chosen at ``smallest_level`` per cent and above, within ``scope``, ``group_size`` at a time.
+    ``rectangle`` is the number of query heads per key-value group where layers keep as many heads of each, else None.
+    ``prices`` measures, when it is called, the ``scoring.prices.Prices`` of the model's heads.
     """
 
     batch_size: int = 8
@@ -46,6 +53,7 @@ class ScoreSettings:
     smallest_level: float = 10.0
     scope: Scope = "model"
     group_size: int = 1
+    rectangle: int | None = None
     prices: Callable[[], Any] | None = None
 
     def as_decided(self, details: Mapping[str, Any]) -> ScoreSettings:

@@ -18,6 +18,7 @@ from pruning_comparison.run.launchers.work import (
     format_timing,
     timed_event,
 )
+from pruning_comparison.run.phases import PhaseClock
 from pruning_comparison.run.workspace import load_workspace
 from pruning_comparison.spec import Cell
 
@@ -30,7 +31,9 @@ def launch_serially(work: Work) -> Iterator[Event]:
     if not work:
         return
     LOGGER.info("loading %s", spec.model_name)
-    workspace = load_workspace(spec, work.inputs, work.folder, layer_times_s=work.layer_times_s)
+    clock = PhaseClock()
+    with clock.phase("loading"):
+        workspace = load_workspace(spec, work.inputs, work.folder, layer_times_s=work.layer_times_s, clock=clock)
     if work.lacks_layer_times:
         yield Begun(LAYER_TIMES)
         yield LayersTimed(workspace.layer_times_s())
@@ -62,3 +65,4 @@ def launch_serially(work: Work) -> Iterator[Event]:
             yield Begun(format_timing(place))
             timings, failure = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
             yield timed_event(place, timings, failure, all_there=len(models) == len(spec.variants))
+    LOGGER.info(clock.log_line())
