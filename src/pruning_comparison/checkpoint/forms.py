@@ -335,18 +335,16 @@ def forms_ruled_out(
         reasons = {form: None if reasons.get(form, "") is None else reason for form, reason in found.items()}
     if scope == "model" and count in (0, grid.n_heads):
         reasons["plain"] = None
-    reasons["gguf"] = gguf_ruled_out(dense_config, group_size=group_size)
+    reasons["gguf"] = gguf_ruled_out(dense_config, freely=group_size == 1 and rectangle is None)
     return reasons
 
 
-def gguf_ruled_out(dense_config: Any, *, group_size: int) -> str | None:
+def gguf_ruled_out(dense_config: Any, *, freely: bool) -> str | None:
     """Why no model of this config that has lost heads can be a GGUF file, whatever its level, or None.
 
-    ``group_size`` is the number of heads that leave together: with one, any choice of heads is possible.
+    ``freely`` says that heads leave one by one, whatever becomes of the groups that read one key-value head.
     """
-    grid = head_grid(dense_config)
-    free = group_size == 1 and grid.group_size > 1
-    return reason_against_gguf(dense_config) or (reason_against_free_choice(dense_config) if free else None)
+    return reason_against_gguf(dense_config) or (reason_against_free_choice(dense_config) if freely else None)
 
 
 def pruned_form(model: PreTrainedModel) -> PreTrainedModel:

@@ -143,14 +143,7 @@ class _Predicted:
     """What prices predict at every number of heads that can go; nothing is made or run."""
 
     def __init__(self, workspace: Workspace) -> None:
-        spec, grid, group = workspace.spec, workspace.grid, workspace.group_size
-        # Every number of heads that the rule of levels can ask for, above none and below all.
-        layers = 1 if spec.scope == "layer" else grid.n_layers
-        most = layers * grid.n_heads
-        counts: Sequence[int] = range(group, most, group)
-        if workspace.rectangle is not None:
-            counts = numbers_leaving(layers, grid.n_heads, workspace.rectangle)[1:-1]
-        self.levels = [100 * count / most for count in counts]
+        self.levels = possible_levels(workspace)
         self._workspace = workspace
         self._known: dict[int, float] = {}
 
@@ -195,6 +188,17 @@ class _Predicted:
             else:
                 high = middle
         return low
+
+
+def possible_levels(workspace: Workspace) -> list[float]:
+    """The level of every number of heads that the rule of levels can ask for, above none and below all, rising."""
+    spec, grid, group = workspace.spec, workspace.grid, workspace.group_size
+    layers = 1 if spec.scope == "layer" else grid.n_layers
+    most = layers * grid.n_heads
+    counts: Sequence[int] = range(group, most, group)
+    if workspace.rectangle is not None:
+        counts = numbers_leaving(layers, grid.n_heads, workspace.rectangle)[1:-1]
+    return [100 * count / most for count in counts]
 
 
 def _mean_nats(workspace: Workspace, model: PreTrainedModel, windows: Tensor) -> float:

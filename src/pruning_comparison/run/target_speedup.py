@@ -12,6 +12,7 @@ from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import counted
 from pruning_comparison.run.cell import build, choose
 from pruning_comparison.run.layer_times import PROMPT_TOKENS, measured_ratio
+from pruning_comparison.run.max_loss import possible_levels
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.saved_models import note_pruning
 from pruning_comparison.run.workspace import Workspace
@@ -77,8 +78,7 @@ def build_fast_enough(
     spec, grid = workspace.spec, workspace.grid
     on_step("predicting speed from how long a step spends on layers")
     times_s = workspace.layer_times_s()
-    units = (grid.n_heads if spec.scope == "layer" else grid.total) // workspace.group_size
-    levels = [100 * count / units for count in range(1, units)]
+    levels = possible_levels(workspace)
 
     def cell_at(place: int) -> Cell:
         return Cell(spec.variants[0], spec.pruning_methods[0], 0, levels[place])
