@@ -74,11 +74,10 @@ def build_fast_enough(
     InputError where even the last level is predicted, or found, to be too slow.
     """
     check_target_speedup(target)
-    spec, grid = workspace.spec, workspace.grid
+    spec = workspace.spec
     on_step("predicting speed from how long a step spends on layers")
     times_s = workspace.layer_times_s()
-    units = (grid.n_heads if spec.scope == "layer" else grid.total) // workspace.group_size
-    levels = [100 * count / units for count in range(1, units)]
+    levels = workspace.possible_levels
 
     def cell_at(place: int) -> Cell:
         return Cell(spec.variants[0], spec.pruning_methods[0], 0, levels[place])
@@ -109,7 +108,7 @@ def build_fast_enough(
                 "predicted_speedup": round(trials[-1].predicted, 4),
                 "measured_speedup": round(speed, 4),
             }
-            return FastEnough(pruned, cell_at(found), tuple(trials), grid.total)
+            return FastEnough(pruned, cell_at(found), tuple(trials), workspace.grid.total)
         place, wanted = found + 1, wanted * target / speed
     raise InputError(_too_fast(target, trials, levels, predicted), option="--target_speedup")
 
