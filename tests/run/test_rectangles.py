@@ -187,7 +187,10 @@ def test_forms_are_ruled_out_only_where_no_shape_of_the_number_allows_them():
     """4 of 8 heads: 2 groups of 2, or one head of each group; either is an ordinary smaller layer."""
     dense: Any = tiny_model("llama", layers=2, width=32, num_attention_heads=8, num_key_value_heads=4)
     ruled = forms_ruled_out(dense.config, 50, scope="layer", rectangle=2)
-    assert ruled == {"compact": None, "plain": None, "padded": None}
+    assert ruled == {"compact": None, "plain": None, "padded": None, "gguf": None}
+    assert "--unit=rectangle" in forms_ruled_out(dense.config, 50, scope="layer")["gguf"]
+    one_group: Any = tiny_model("llama", layers=2, width=32, num_attention_heads=8, num_key_value_heads=1)
+    assert forms_ruled_out(one_group.config, 50, scope="layer")["gguf"] is None
 
 
 def test_the_level_for_a_loss_is_looked_for_among_the_numbers_that_can_leave(grouped):

@@ -335,16 +335,20 @@ def forms_ruled_out(
         reasons = {form: None if reasons.get(form, "") is None else reason for form, reason in found.items()}
     if scope == "model" and count in (0, grid.n_heads):
         reasons["plain"] = None
-    reasons["gguf"] = gguf_ruled_out(dense_config, freely=group_size == 1 and rectangle is None)
+    reasons["gguf"] = gguf_ruled_out(dense_config, group_size=group_size, rectangle=rectangle)
     return reasons
 
 
-def gguf_ruled_out(dense_config: Any, *, freely: bool) -> str | None:
+def gguf_ruled_out(dense_config: Any, *, group_size: int, rectangle: int | None = None) -> str | None:
     """Why no model of this config that has lost heads can be a GGUF file, whatever its level, or None.
 
-    ``freely`` says that heads leave one by one, whatever becomes of the groups that read one key-value head.
+    ``group_size`` is the number of heads that leave together: with one, any choice of heads is possible, unless each layer
+    keeps as many heads of each key-value group, of which ``rectangle`` is the size. Groups of one head, and one group alone,
+    are always alike.
     """
-    return reason_against_gguf(dense_config) or (reason_against_free_choice(dense_config) if freely else None)
+    grid = head_grid(dense_config)
+    free = group_size == 1 and rectangle is None and 1 < grid.group_size < grid.n_heads
+    return reason_against_gguf(dense_config) or (reason_against_free_choice(dense_config) if free else None)
 
 
 def pruned_form(model: PreTrainedModel) -> PreTrainedModel:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -14,7 +14,6 @@ from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import counted, plain_number
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.pruning import expected_heads_pruned
-from pruning_comparison.pruning.rectangles import numbers_leaving
 from pruning_comparison.run.cell import build, choose
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.saved_models import note_pruning
@@ -143,7 +142,7 @@ class _Predicted:
     """What prices predict at every number of heads that can go; nothing is made or run."""
 
     def __init__(self, workspace: Workspace) -> None:
-        self.levels = possible_levels(workspace)
+        self.levels = workspace.possible_levels
         self._workspace = workspace
         self._known: dict[int, float] = {}
 
@@ -188,17 +187,6 @@ class _Predicted:
             else:
                 high = middle
         return low
-
-
-def possible_levels(workspace: Workspace) -> list[float]:
-    """The level of every number of heads that the rule of levels can ask for, above none and below all, rising."""
-    spec, grid, group = workspace.spec, workspace.grid, workspace.group_size
-    layers = 1 if spec.scope == "layer" else grid.n_layers
-    most = layers * grid.n_heads
-    counts: Sequence[int] = range(group, most, group)
-    if workspace.rectangle is not None:
-        counts = numbers_leaving(layers, grid.n_heads, workspace.rectangle)[1:-1]
-    return [100 * count / most for count in counts]
 
 
 def _mean_nats(workspace: Workspace, model: PreTrainedModel, windows: Tensor) -> float:

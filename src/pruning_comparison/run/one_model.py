@@ -154,7 +154,11 @@ def check_forms(spec: ComparisonSpec, forms: Sequence[str], preview: ModelPrevie
     Without ``level_known`` only what holds at every level is looked at.
     """
     if "gguf" in forms:
-        reason = gguf_ruled_out(preview.config, freely=spec.prune_unit == "head")
+        reason = gguf_ruled_out(
+            preview.config,
+            group_size=heads_leaving_together(preview.grid, spec.prune_unit),
+            rectangle=rectangle_of(preview.grid, spec.prune_unit),
+        )
         if reason is not None:
             raise InputError(f"--also: {reason} Nothing has been pruned yet.")
         try:

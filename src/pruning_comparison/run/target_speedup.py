@@ -12,7 +12,6 @@ from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import counted
 from pruning_comparison.run.cell import build, choose
 from pruning_comparison.run.layer_times import PROMPT_TOKENS, measured_ratio
-from pruning_comparison.run.max_loss import possible_levels
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.saved_models import note_pruning
 from pruning_comparison.run.workspace import Workspace
@@ -75,10 +74,10 @@ def build_fast_enough(
     InputError where even the last level is predicted, or found, to be too slow.
     """
     check_target_speedup(target)
-    spec, grid = workspace.spec, workspace.grid
+    spec = workspace.spec
     on_step("predicting speed from how long a step spends on layers")
     times_s = workspace.layer_times_s()
-    levels = possible_levels(workspace)
+    levels = workspace.possible_levels
 
     def cell_at(place: int) -> Cell:
         return Cell(spec.variants[0], spec.pruning_methods[0], 0, levels[place])
@@ -109,7 +108,7 @@ def build_fast_enough(
                 "predicted_speedup": round(trials[-1].predicted, 4),
                 "measured_speedup": round(speed, 4),
             }
-            return FastEnough(pruned, cell_at(found), tuple(trials), grid.total)
+            return FastEnough(pruned, cell_at(found), tuple(trials), workspace.grid.total)
         place, wanted = found + 1, wanted * target / speed
     raise InputError(_too_fast(target, trials, levels, predicted), option="--target_speedup")
 

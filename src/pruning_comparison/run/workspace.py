@@ -22,6 +22,7 @@ from pruning_comparison.measure.perplexity import DensePredictions, WindowLoss
 from pruning_comparison.methods import IMPORTANCE, IMPORTANCE_TOKENS
 from pruning_comparison.models import HeadGrid, LoadedModel, load_model
 from pruning_comparison.models.devices import asked_products, prepare_in
+from pruning_comparison.pruning.rectangles import numbers_leaving
 from pruning_comparison.pruning.surgery import converted_copy, remove_heads
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, rectangle_of
 from pruning_comparison.run.layer_times import PROMPT_TOKENS, measure_layer_times
@@ -88,6 +89,15 @@ class Workspace:
     def rectangle(self) -> int | None:
         """The query heads per key-value group where every layer keeps as many of each; None where it need not."""
         return rectangle_of(self.grid, self.spec.prune_unit)
+
+    @property
+    def possible_levels(self) -> list[float]:
+        """One level for every number of heads that the rule of levels can ask for, above none and below all, rising."""
+        layers = 1 if self.spec.scope == "layer" else self.grid.n_layers
+        most = layers * self.grid.n_heads
+        if self.rectangle is None:
+            return [100 * count / most for count in range(self.group_size, most, self.group_size)]
+        return [100 * count / most for count in numbers_leaving(layers, self.grid.n_heads, self.rectangle)[1:-1]]
 
     def generator(self, purpose: str, iteration: int) -> torch.Generator:
         """An independent stream of random numbers for each purpose and iteration."""
