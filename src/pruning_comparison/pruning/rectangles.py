@@ -1,8 +1,8 @@
 """Rectangles: layers that keep as many query heads in each key-value group that they keep. Pure functions.
 
 A layer that keeps g groups of r query heads each is an ordinary grouped-query layer with smaller numbers: its attention
-takes the fast path, its cache shrinks, and every engine knows it. How many heads can leave at all, which sets are best
-for a score, and which set of every layer costs least together.
+takes the fast path, its cache shrinks with every group that goes, and other engines know it. How many heads can leave at
+all, which sets are best for a score, and which set of every layer costs least together.
 
 Dimension letters: L layers, H heads of a layer, G key-value groups of R query heads each, H = G R.
 """
