@@ -210,7 +210,7 @@ def make_parser() -> _Parser:
     prune = command(
         "prune",
         _prune,
-        "(--level=N | --max_loss=N | --target_speedup=N | --best) [OPTION ...]",
+        "(--level=N | --max_loss=N | ...) [OPTION ...]",
         in_short="prune one model and save it, with a card that says what it costs",
         says="Prunes a model to one level, as far as a loss allows, or until it is fast enough, by one method, as a "
         "comparison would, or makes a model of a run again. Saves it with a model card: what was cut, perplexity, speed "

@@ -228,11 +228,13 @@ def test_ragged_groups_are_refused_and_the_unit_that_helps_is_named():
     dense = tiny_model("llama")
     reason = forms_that_hold(remove_heads(dense, ragged))["gguf"]
     assert "in layer 1, key-value heads are read by 1 and 2 query heads" in reason
-    assert "--unit=kv_group" in reason
-    assert "chosen one by one" in gguf_ruled_out(dense.config, group_size=1)
-    assert gguf_ruled_out(dense.config, group_size=3) is None
+    assert "--unit=rectangle or --unit=kv_group" in reason
+    assert "chosen one by one" in gguf_ruled_out(dense.config, freely=True)
+    assert gguf_ruled_out(dense.config, freely=False) is None
+    # Whatever goes, one key-value head is read by all that are left.
+    assert gguf_ruled_out(tiny_model("llama", num_key_value_heads=1).config, freely=True) is None
     ungrouped = tiny_model("llama with biases, not grouped")
-    assert gguf_ruled_out(ungrouped.config, group_size=1) is None
+    assert gguf_ruled_out(ungrouped.config, freely=True) is None
     assert forms_that_hold(remove_heads(ungrouped, ragged))["gguf"] is None
 
 
@@ -445,7 +447,7 @@ def test_prune_also_saves_the_file_or_refuses_before_it_begins(tmp_path, capsys)
     assert "it has no merges" in capsys.readouterr().err
     assert not target.exists()
     ascii_tokenizer().save_pretrained(source)
-    assert cli.main([*argv, "--unit=kv_group", f"--output_dir={target}"]) == 0
+    assert cli.main([*argv, "--unit=rectangle", f"--output_dir={target}"]) == 0
     assert sorted(path.name for path in (target / "gguf").iterdir()) == ["README.md", "model-f32.gguf"]
     card = Path(target / "gguf" / "README.md").read_text()
     assert "This folder is in gguf form. Weights are in the .gguf file." in card

@@ -398,12 +398,18 @@ def test_queries_keys_and_values_that_stand_apart_are_copied_to_decode(tmp_path)
     assert (sizes.reordered, sizes.reordered_outputs) == (30 * 2 * 576 * 1536 + 49152 * 576, 0)
 
 
-def test_memory_that_is_held_throughout(folder):
+def test_memory_that_is_held_throughout(folder, monkeypatch):
     held = memory_of(folder).held
     assert held["libraries"] == memory_plan.LIBRARIES_BYTES
     assert held["weights"] == 4 * PARAMETERS
     # At 25 per cent three quarters of attention are left, in both variants; agency's MLPs have weights of their own too.
     assert held["pruned models"] == 4 * (2 * 0.75 * ATTENTION + MLP_OUTPUTS)
+    # Two places in each of two layers, of 100 tokens; a GPU's streams take what is left over, and large ones are in a file.
+    assert held["dense stream"] == 2 * 2 * 100 * 32 * 4
+    assert memory_of(folder, device="cuda").held["dense stream"] == 0
+    assert memory_of(folder, adaptation="none").held["dense stream"] == 0
+    monkeypatch.setattr(memory_plan, "MOST_STREAM_BYTES", 2 * 2 * 100 * 32 * 4 - 1)
+    assert memory_of(folder).held["dense stream"] == 0
     assert memory_of(folder, adaptation="refit").held["pruned models"] == 4 * 2 * 0.75 * ATTENTION
     half = memory_of(folder, precision="bfloat16").held
     assert half["weights"] == (4 + 2) * PARAMETERS
@@ -428,7 +434,7 @@ def test_memory_of_what_passes(folder):
     logits = 4 * 64 * 257
     assert passing["evaluation"] == logits * (8 + 2) + 12 * 8 * 64 * 128
     assert passing["decoding"] == 4 * (MLP_OUTPUTS + 257 * 32 + MLP_OUTPUTS)  # agency's own MLPs are reordered as well
-    sums, batch, streams = 8 * (2 * 128**2 + 4 * 128 * 32), 4 * 8 * 64 * (3 * 128 + 4 * 32), 2 * 4 * 100 * 32
+    sums, batch, streams = 8 * (2 * 128**2 + 4 * 128 * 32), 4 * 8 * 64 * (3 * 128 + 4 * 32), 4 * 100 * (128 + 4 * 32)
     assert passing["adaptation"] == sums + batch + streams
     assert passing["prices"] == 4 * 2 * 32 * 32 + 5 * logits
     assert passing["signals"] == 2 * 2 * 32 * 32 * 8

@@ -56,6 +56,10 @@ def test_heads_are_spread_over_key_value_heads_and_groups_stay_whole():
     kept = {count: even_mask(grid, count)[0].nonzero().squeeze(1).tolist() for count in range(7)}
     assert kept == {0: [], 1: [0], 2: [0, 2], 3: [0, 2, 4], 4: [0, 1, 2, 4], 5: [0, 1, 2, 3, 4], 6: [*range(6)]}
     assert even_mask(grid, 4, 2).tolist() == [[True, True, True, True, False, False]] * 2
+    wide = HeadGrid(2, 9, 8, 3)
+    kept = {count: even_mask(wide, count, rectangle=3)[0].nonzero().squeeze(1).tolist() for count in (0, 2, 3, 4, 6)}
+    # One head of each group while that is enough; 4 as 2 groups of 2, 6 as 3 groups of 2.
+    assert kept == {0: [], 2: [0, 3], 3: [0, 3, 6], 4: [0, 1, 3, 4], 6: [0, 1, 3, 4, 6, 7]}
 
 
 def test_times_are_the_dense_models_times_the_median_ratio_of_turns(monkeypatch):

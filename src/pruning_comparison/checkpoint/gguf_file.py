@@ -99,7 +99,8 @@ def reason_against_gguf(config: Any) -> str | None:
 
 def reason_against_free_choice(config: Any) -> str | None:
     """Why a model of this config, pruned head by head, cannot be a GGUF file; None where any choice of heads can."""
-    if head_grid(config).group_size == 1:
+    grid = head_grid(config)
+    if grid.group_size == 1 or grid.n_kv_heads == 1:
         return None
     return _reason(
         "heads that are chosen one by one leave key-value heads that are read by different numbers of query heads, and "

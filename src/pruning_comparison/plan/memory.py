@@ -1,4 +1,4 @@
-"""The peak of a run's memory, reckoned from the model's config alone: what is held throughout, and the largest of the rest.
+"""The peak of a run's memory, estimated from the model's config alone: what is held throughout, and the largest of the rest.
 
 On a CPU that is the process's resident memory. On a GPU it is the device's, without the dense streams, which take of what is
 left over (``room_for_streams_bytes``) and go to a file where that is too little.
@@ -19,7 +19,11 @@ from pruning_comparison.measure import most_windows_at_once, parameter_bytes
 from pruning_comparison.methods import IMPORTANCE_TOKENS, PRICED
 from pruning_comparison.models import HeadGrid, ModelPreview
 from pruning_comparison.models.decoding import MOST_REORDERED_BYTES, STEP_LAYOUTS
-from pruning_comparison.models.devices import LEAST_PARAMETERS_FOR_BFLOAT16, has_bfloat16_matrix_units
+from pruning_comparison.models.devices import (
+    LEAST_PARAMETERS_FOR_BFLOAT16,
+    MOST_STREAM_BYTES,
+    has_bfloat16_matrix_units,
+)
 from pruning_comparison.models.heads import (
     LAYOUTS,
     attentions,
@@ -116,6 +120,7 @@ def forecast_memory(spec: ComparisonSpec, inputs: Inputs, sizes: ModelSizes) -> 
         "weights": sizes.parameters * (4 if number == 4 else 4 + number),
         "pruned models": number * sum(own),
         "prices": _prices_bytes(spec, sizes, asked),
+        "dense stream": _dense_stream_bytes(spec, sizes) if any(adapting) else 0,
     }
     window = min(spec.eval_window, inputs.preview.context)
     at_once = most_windows_at_once(window, sizes.vocabulary, spec.quality_batch_size, on_gpu=on_gpu)
@@ -150,6 +155,12 @@ def _prices_bytes(spec: ComparisonSpec, sizes: ModelSizes, asked: bool) -> int:
     return 8 * sizes.grid.n_layers * (2 * features**2 + prices * (2 if asked else 1))
 
 
+def _dense_stream_bytes(spec: ComparisonSpec, sizes: ModelSizes) -> int:
+    """Of what adaptation aims at, after attention and after the MLP of every block, where a host keeps it in memory."""
+    size = 2 * 4 * sizes.grid.n_layers * spec.calibration_tokens * sizes.width
+    return size if spec.device == "cpu" and size <= MOST_STREAM_BYTES else 0
+
+
 def _pricing_bytes(spec: ComparisonSpec, sizes: ModelSizes, window: int) -> float:
     """Of weighing layers: weights rounded to bfloat16 where that is faster, a cut for each layer, and predictions over a
     window: logits, log probabilities and probabilities of the dense model, and what a cut makes of them, twice."""
@@ -170,11 +181,12 @@ def _gradient_bytes(sizes: ModelSizes, window: int) -> float:
 
 def _adaptation_bytes(spec: ComparisonSpec, sizes: ModelSizes, window: int, own: float, refits_mlp: bool) -> float:
     """Of a refit: the sums of the widest projection in float64 and what solving makes of them, a batch of what it reads and
-    aims at, the stream of all calibration text, and, where another precision is measured, the model's ``own`` weights."""
+    aims at, what it reads and the stream, what attention adds and its targets of all calibration text, and, where another
+    precision is measured, the model's ``own`` weights."""
     features = max(sizes.mlp_features if refits_mlp else 0, sizes.grid.n_heads * sizes.grid.head_size)
     sums = 8 * (2 * features**2 + 4 * features * sizes.width)
     batch = 4 * spec.quality_batch_size * window * (3 * features + 4 * sizes.width)
-    return sums + batch + 2 * 4 * spec.calibration_tokens * sizes.width + 4 * own
+    return sums + batch + 4 * spec.calibration_tokens * (features + 4 * sizes.width) + 4 * own
 
 
 def _count(modules: list[nn.Module]) -> int:

@@ -14,6 +14,7 @@ from transformers import PreTrainedModel
 
 from pruning_comparison.measure.generation import time_generation
 from pruning_comparison.models import HeadGrid
+from pruning_comparison.pruning.rectangles import heads_kept
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
 
@@ -46,8 +47,11 @@ def measure_layer_times(
     *,
     batch_size: int = 1,
     group_size: int = 1,
+    rectangle: int | None = None,
 ) -> dict[int, float]:
     """Seconds of a decoding step per layer, by the layer's live heads, from none to all, in steps of ``group_size``.
+
+    Or, with a ``rectangle`` of so many query heads per key-value group, for the numbers that rectangles keep.
 
     For each count a model that has so many heads in every layer, which ``pruned`` makes of a keep mask, takes turns with the
     dense one; its time is the median ratio of the two times the dense model's median. A step is divided by the layers, so
@@ -56,8 +60,9 @@ def measure_layer_times(
     """
     ratios: dict[int, float] = {grid.n_heads: 1.0}
     dense_s: list[float] = []
-    for count in range(0, grid.n_heads, group_size):
-        smaller = pruned(even_mask(grid, count, group_size))
+    counts = range(0, grid.n_heads, group_size) if rectangle is None else heads_kept(grid.n_heads, rectangle)[:-1]
+    for count in counts:
+        smaller = pruned(even_mask(grid, count, group_size, rectangle))
         taken = _step_times_s({"dense": dense, "pruned": smaller}, prompt, batch_size)
         ratios[count] = median(mine / its for mine, its in zip(taken["pruned"], taken["dense"], strict=True))
         dense_s += taken["dense"]
@@ -88,12 +93,18 @@ def _step_times_s(models: dict[str, PreTrainedModel], prompt: list[int], batch_s
     }
 
 
-def even_mask(grid: HeadGrid, count: int, group_size: int = 1) -> Tensor:
+def even_mask(grid: HeadGrid, count: int, group_size: int = 1, rectangle: int | None = None) -> Tensor:
     """A keep mask, bool [L, H], with ``count`` heads in every layer.
 
     Heads that leave one by one are spread over the key-value heads, the last of which go last, as they are where nobody
-    chooses heads for their neighbours; those that leave in groups of ``group_size`` are whole groups.
+    chooses heads for their neighbours; those that leave in groups of ``group_size`` are whole groups. With a ``rectangle``
+    of so many query heads per group it is the one with the most key-value heads, which is the slowest of that many heads.
     """
+    if rectangle is not None:
+        each = next((r for r in range(1, rectangle + 1) if count % r == 0 and count // r <= grid.n_kv_heads), 1)
+        kept = torch.arange(grid.n_heads).view(grid.n_kv_heads, rectangle) % rectangle < each
+        kept[count // each :] = False
+        return kept.flatten().expand(grid.n_layers, -1).clone()
     order = torch.arange(grid.n_heads)
     if group_size == 1:
         order = order % grid.group_size * grid.n_kv_heads + order // grid.group_size

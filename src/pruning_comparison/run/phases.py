@@ -44,7 +44,7 @@ class PhaseClock:
 
 
 def phases_in(log: str) -> dict[str, float]:
-    """Processor seconds by phase from the text of a ``run.log``, added up over all of its sessions; empty if it has none."""
+    """Processor seconds by phase from the text of a ``run.log``, over all starts of the run; empty if it has none."""
     total: dict[str, float] = defaultdict(float)
     for line in re.findall(re.escape(_TITLE) + "(.*)$", log, re.MULTILINE):
         for name, seconds in re.findall(r"(.+?) ([\d.]+) s(?:, |$)", line):

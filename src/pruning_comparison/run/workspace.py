@@ -261,6 +261,7 @@ class Workspace:
                 self.inputs.calibration[0, :PROMPT_TOKENS].tolist(),
                 batch_size=self.spec.batch_size,
                 group_size=self.group_size,
+                rectangle=self.rectangle,
             )
         return self._layer_times_s
 
