@@ -9,6 +9,8 @@ from pathlib import Path
 import pytest
 from builders import save_tiny_model, write_short_texts
 
+pytestmark = pytest.mark.slow
+
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "real_model.py"
 
 

@@ -229,12 +229,13 @@ def test_ragged_groups_are_refused_and_the_unit_that_helps_is_named():
     reason = forms_that_hold(remove_heads(dense, ragged))["gguf"]
     assert "in layer 1, key-value heads are read by 1 and 2 query heads" in reason
     assert "--unit=rectangle or --unit=kv_group" in reason
-    assert "chosen one by one" in gguf_ruled_out(dense.config, freely=True)
-    assert gguf_ruled_out(dense.config, freely=False) is None
+    assert "chosen one by one" in gguf_ruled_out(dense.config, group_size=1)
+    assert gguf_ruled_out(dense.config, group_size=3) is None
+    assert gguf_ruled_out(dense.config, group_size=1, rectangle=3) is None
     # Whatever goes, one key-value head is read by all that are left.
-    assert gguf_ruled_out(tiny_model("llama", num_key_value_heads=1).config, freely=True) is None
+    assert gguf_ruled_out(tiny_model("llama", num_key_value_heads=1).config, group_size=1) is None
     ungrouped = tiny_model("llama with biases, not grouped")
-    assert gguf_ruled_out(ungrouped.config, freely=True) is None
+    assert gguf_ruled_out(ungrouped.config, group_size=1) is None
     assert forms_that_hold(remove_heads(ungrouped, ragged))["gguf"] is None
 
 

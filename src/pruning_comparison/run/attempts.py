@@ -67,8 +67,7 @@ def attempt_timing(
 ) -> tuple[LevelTimings, Failure | None]:
     """Timings of one level and None; where they fail, missing values that say why, and the failure."""
     try:
-        with workspace.clock.phase("timing"):
-            return time_level(workspace, models, iteration), None
+        return time_level(workspace, models, iteration), None
     except Exception as error:
         if raise_failures:
             raise
