@@ -129,11 +129,6 @@ def time_level(workspace: Workspace, models: Mapping[str, PreTrainedModel], iter
 
     Then come the spec's other engines, if it has any (``time_engines``).
     """
-    with workspace.clock.phase("timing"):
-        return _time_level(workspace, models, iteration)
-
-
-def _time_level(workspace: Workspace, models: Mapping[str, PreTrainedModel], iteration: int) -> LevelTimings:
     spec = workspace.spec
     distinct = {name: model for name, model in models.items() if model is not workspace.dense}
     timed = {**distinct, DENSE: workspace.dense}

@@ -63,6 +63,7 @@ def launch_serially(work: Work) -> Iterator[Event]:
                     yield Trouble(f"saving {cell.describe()}", failure.reason, failure.traceback)
         if to_time and models:
             yield Begun(format_timing(place))
-            timings, failure = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
+            with clock.phase("timing"):
+                timings, failure = attempt_timing(workspace, models, iteration, raise_failures=work.raise_failures)
             yield timed_event(place, timings, failure, all_there=len(models) == len(spec.variants))
     LOGGER.info(clock.log_line())
