@@ -15,7 +15,7 @@ from torch import Tensor
 
 from pruning_comparison.agency.savings import Savings
 from pruning_comparison.agency.signals import HeadSignals
-from pruning_comparison.pruning.selection import heads_to_prune
+from pruning_comparison.pruning.selection import leaving_of_level
 from pruning_comparison.scoring.prices import Prices
 from pruning_comparison.spec import Scope
 
@@ -253,11 +253,12 @@ def quota_of_level(level: float, keep: Tensor, scope: Scope = "model", group_siz
     For the whole model, or for each layer where ``scope`` is "layer"; rounded to whole groups of ``group_size``. ValueError
     where more are gone than the level says.
     """
-    if scope == "layer":
-        wanted = group_size * heads_to_prune(level, keep.shape[1] // group_size)
-        quota = [wanted - int(gone) for gone in (~keep).sum(1)]
+    n_layers, n_heads = keep.shape
+    leaving = leaving_of_level(level, n_layers, n_heads, scope, group_size)
+    if isinstance(leaving, int):
+        quota = [leaving - int((~keep).sum())]
     else:
-        quota = [group_size * heads_to_prune(level, keep.numel() // group_size) - int((~keep).sum())]
+        quota = [wanted - int(gone) for wanted, gone in zip(leaving, (~keep).sum(1), strict=True)]
     if min(quota) < 0:
         raise ValueError(f"{int((~keep).sum())} heads are gone already, more than level {level} takes out")
     return quota if scope == "layer" else quota[0]

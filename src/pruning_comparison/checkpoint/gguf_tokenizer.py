@@ -73,11 +73,12 @@ def tokenizer_fields(tokenizer: Any, vocabulary_size: int) -> dict[str, Any]:
     fields |= {"tokens": tokens, "token_type": types, "add_bos_token": begin, "add_eos_token": end}
     if tokenizer.eos_token_id is None:
         raise _refused("it has no token that ends texts, and llama.cpp would take another one for it")
-    named = {"bos": tokenizer.bos_token_id, "unknown": tokenizer.unk_token_id, "padding": tokenizer.pad_token_id}
-    # Without a token that begins texts llama.cpp takes number 11 for it; where it is not added, any will do.
-    named |= {
+    named = {
+        # Without a token that begins texts llama.cpp takes number 11 for it; where it is not added, any will do.
+        "bos": tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
-        "bos": named["bos"] if named["bos"] is not None else tokenizer.eos_token_id,
+        "unknown": tokenizer.unk_token_id,
+        "padding": tokenizer.pad_token_id,
     }
     fields |= {f"{name}_token_id": int(number) for name, number in named.items() if number is not None}
     written = {PREFIX + name: value for name, value in fields.items()}

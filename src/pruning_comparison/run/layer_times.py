@@ -63,23 +63,23 @@ def measure_layer_times(
     counts = range(0, grid.n_heads, group_size) if rectangle is None else heads_kept(grid.n_heads, rectangle)[:-1]
     for count in counts:
         smaller = pruned(even_mask(grid, count, group_size, rectangle))
-        taken = _step_times_s({"dense": dense, "pruned": smaller}, prompt, batch_size)
-        ratios[count] = median(mine / its for mine, its in zip(taken["pruned"], taken["dense"], strict=True))
-        dense_s += taken["dense"]
+        ratios[count], taken_s = _in_turns(dense, smaller, prompt, batch_size)
+        dense_s += taken_s
     layer_s = median(dense_s) / grid.n_layers
     return {count: ratio * layer_s for count, ratio in sorted(ratios.items())}
 
 
 def measured_ratio(dense: PreTrainedModel, pruned: PreTrainedModel, prompt: list[int], *, batch_size: int = 1) -> float:
     """A pruned model's time of a decoding step over the dense model's: the median over pairs of turns."""
-    taken = _step_times_s({"dense": dense, "pruned": pruned}, prompt, batch_size)
-    return median(mine / its for mine, its in zip(taken["pruned"], taken["dense"], strict=True))
+    return _in_turns(dense, pruned, prompt, batch_size)[0]
 
 
-def _step_times_s(models: dict[str, PreTrainedModel], prompt: list[int], batch_size: int) -> dict[str, list[float]]:
-    """Seconds of a decoding step of each model in each of ``TURNS`` turns."""
+def _in_turns(
+    dense: PreTrainedModel, pruned: PreTrainedModel, prompt: list[int], batch_size: int
+) -> tuple[float, list[float]]:
+    """The median ratio of a decoding step's time to the dense model's over ``TURNS`` turns, and the dense one's seconds."""
     timings = time_generation(
-        models,
+        {"dense": dense, "pruned": pruned},
         [prompt] * batch_size,
         STEPS + 1,
         temperature=0.0,
@@ -88,9 +88,11 @@ def _step_times_s(models: dict[str, PreTrainedModel], prompt: list[int], batch_s
         repeats=range(TURNS),
         first_tokens=1,
     )
-    return {
-        name: [timing.time_per_output_token_s or 0.0 for timing in timings if timing.variant == name] for name in models
-    }
+    dense_s, pruned_s = (
+        [timing.time_per_output_token_s or 0.0 for timing in timings if timing.variant == name]
+        for name in ("dense", "pruned")
+    )
+    return median(mine / its for mine, its in zip(pruned_s, dense_s, strict=True)), dense_s
 
 
 def even_mask(grid: HeadGrid, count: int, group_size: int = 1, rectangle: int | None = None) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import cache
 
 from torch import Tensor
 
@@ -82,6 +83,7 @@ def build_fast_enough(
     def cell_at(place: int) -> Cell:
         return Cell(spec.variants[0], spec.pruning_methods[0], 0, levels[place])
 
+    @cache
     def predicted(place: int) -> float:
         return predicted_speedup(choose(workspace, cell_at(place)).keep, times_s)
 
