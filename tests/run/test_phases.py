@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import pytest
+from builders import tiny_spec
 
 from pruning_comparison.run import phases
+from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.phases import PhaseClock, phases_in
 
 
@@ -40,3 +42,10 @@ def test_the_line_of_the_log_is_read_back_and_sessions_add_up(clock):
     log = f"2026-11-26 INFO loading\n2026-11-26 INFO {line}\n2026-11-27 INFO {line}\nother 5.0 s, lines 1.0 s\n"
     assert phases_in(log) == {"outer": 14.0, "inner": 5.0}
     assert phases_in("nothing") == {}
+
+
+def test_a_run_logs_what_each_of_its_phases_has_taken(folder, tmp_path):
+    spec = tiny_spec(folder, variants=("baseline", "agency"), pruning_methods=("entropy",), timing_limit_s=0)
+    found = phases_in((run_comparison(spec, output_dir=tmp_path) / "run.log").read_text("utf-8"))
+    computing = {"perplexity", "texts", "timing", "moments", "prices", "choice of heads", "dense stream", "adaptation"}
+    assert {"loading", "scores by entropy", "scores by fisher", "removing heads", *computing} == set(found)
