@@ -30,7 +30,7 @@ from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds
 from pruning_comparison.plan.memory import ModelSizes
 from pruning_comparison.pruning import expected_heads_pruned
-from pruning_comparison.run import Inputs, heads_leaving_together, rectangle_of
+from pruning_comparison.run import Inputs, heads_leaving_together, known_to_be_missing, rectangle_of
 from pruning_comparison.spec import ComparisonSpec
 
 __all__ = ["ASSUMED", "format_plan", "plan_cost", "plan_run"]
@@ -202,6 +202,7 @@ def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
             f"there is no tokenizer in {inputs.preview.name}: windows and prompts are counted in tokens of the bundled "
             "model's, of which a text has more than of a large vocabulary's."
         )
+    notes += [f"{sentence.rstrip('.')}." for sentence in known_to_be_missing(spec, inputs)]
     if len(inputs.prompts) < spec.max_prompts:
         notes.append(f"there are only {len(inputs.prompts)} prompts; --max_prompts asks for {spec.max_prompts}.")
     return notes

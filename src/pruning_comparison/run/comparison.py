@@ -14,6 +14,7 @@ import torch
 
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.models import preview_model
+from pruning_comparison.run.engine_timings import check_engines, known_to_be_missing, remove_left_files
 from pruning_comparison.run.inputs import Inputs, content_hashes, prepare
 from pruning_comparison.run.launchers import (
     Begun,
@@ -86,6 +87,7 @@ def run_comparison(
             f"--save_models: nothing is removed with --execution={spec.execution}. Leave one of the two out."
         )
     check_budget(spec, budget_s)
+    check_engines(spec)
     inputs = prepare(spec)
     opened = partial(
         open_run, spec, inputs, output_dir, code_commit,
@@ -93,6 +95,9 @@ def run_comparison(
     )  # fmt: skip
     with RunLog() as log, RunStore(log.kept_in(opened()), lock=True) as store:
         folder = store.folder
+        remove_left_files(folder)
+        for sentence in known_to_be_missing(spec, inputs):
+            LOGGER.warning(sentence)
         stopwatch = Stopwatch(store, budget_s)
         ended, failed = "", 0
         for iterations in spec.looks:
