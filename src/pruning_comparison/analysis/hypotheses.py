@@ -120,7 +120,8 @@ def answer_hypotheses(
         rows += _expectations(source, method, margins)
     for method in methods:
         rows += _questions(source, method)
-    return hypothesis_table(rows, level=level_of("answers", looks) / max(len(methods), 1))
+    tasks = any(METRICS[name].kind == "task" for name in tables)
+    return hypothesis_table(rows, level=level_of("answers", looks, tasks=tasks) / max(len(methods), 1))
 
 
 def answer_pruning(
