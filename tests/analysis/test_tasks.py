@@ -35,7 +35,7 @@ QUESTIONS = {"last_word": 6, "ending": 4}
 def run_with(
     scores, *, iterations=1, levels=(0.0, 50.0), variants=("baseline", "agency"), questions=QUESTIONS, fixed=True
 ):
-    """A run whose accuracy on a question is ``scores(variant, level, iteration, number)``, numbers counted over all tasks."""
+    """A run whose accuracy on a question is ``scores(variant, level, iteration, number)``, counted over all tasks."""
     cells, rows = [], []
     for variant in variants:
         for level in levels:
@@ -175,11 +175,19 @@ def test_the_margin_decides():
     assert row_of(wide, level=50.0)["verdict"] == NO_DIFFERENCE
 
 
-def test_levels_and_variants_share_a_part_of_the_error_rate_evenly():
-    """Four answers, all open: each at a quarter of 0.25 of what a run spends."""
+def test_variants_share_a_part_of_the_error_rate_and_levels_are_tested_from_the_highest_down():
+    """Two variants, each with half of 0.25 of what a run spends for its highest level, and nothing behind one that is open.
+    What is decided hands its level on: to the next one of its chain, and when that is through, to the other chain."""
     found = lost(share_lost(12 / 400), levels=(0.0, 30.0, 50.0))
     assert len(found) == 4
-    assert found["claim_level"].tolist() == pytest.approx([SPENT * 0.25 / 4] * 4)
+    by_level = found.sort_values(["contrast", "level"])["claim_level"].tolist()
+    assert by_level == pytest.approx([0, SPENT * 0.25 / 2] * 2)
+    clear = lost(
+        lambda v, level, i, n: share_lost(12 / 400 if v == "agency" else 0.5)(v, level, i, n), levels=(0, 30, 50)
+    )
+    baseline = clear[clear["contrast"] == "baseline vs dense"]
+    assert set(baseline["verdict"]) == {SUPPORTED}
+    assert row_of(clear, contrast="agency vs dense", level=50.0)["claim_level"] == pytest.approx(SPENT * 0.25)
     assert set(found["id"]) == {"P2"}
     assert sorted(found["level"]) == [30.0, 30.0, 50.0, 50.0]
 

@@ -70,8 +70,9 @@ def test_what_the_model_would_say_itself_is_greedy():
 
 
 def test_a_shared_context_is_read_once():
-    """9 tokens and 3 + 0 + 5 more; 9 and 1 + 2; 5 and none, as one token is only predicted; alone 7 and 4. In all 45, where a
-    pass for each pair reads 9 + 3 + 9 + 9 + 5 + 9 + 1 + 9 + 2 + 5 + 5 + 7 + 4 + 9 + 3 = 89."""
+    """9 tokens and 3 + 0 + 5 more; 9 and 1 + 2; 5 and none, as one token is only predicted; alone 7 and 4. In all 45, where
+    a pass for each pair reads 9 + 3 + 9 + 9 + 5 + 9 + 1 + 9 + 2 + 5 + 5 + 7 + 4 + 9 + 3 = 89.
+    """
     assert tokens_read(questions()) == 17 + 12 + 5 + 11
     model = tiny_model("llama")
     read = []
@@ -80,9 +81,17 @@ def test_a_shared_context_is_read_once():
         continuation_likelihoods(model, questions(), batch_size=8)
     finally:
         handle.remove()
-    # Contexts of one length together, then their five answers padded to five tokens; those of one token need no pass; and
-    # the pair alone as it is, its last token among them.
-    assert sorted(map(tuple, read)) == [(1, 5), (1, 12), (2, 9), (5, 5)]
+    # Contexts of one length together, then their five answers padded to five tokens; those of one token need no pass.
+    assert sorted(map(tuple, read)) == [(1, 5), (1, 11), (2, 9), (5, 5)]
+
+
+def test_a_context_may_fill_the_model_but_for_the_last_token():
+    """A model of 64 positions reads 64 tokens and predicts one more, whether the context is shared or not."""
+    model = tiny_model("gpt2")
+    context, ends = ids(0, 60), [ids(1, 5), ids(2, 5)]
+    alone = [continuation_likelihoods(model, [(context, end)], batch_size=1)[0].log_likelihood for end in ends]
+    shared = continuation_likelihoods(model, [(context, end) for end in ends], batch_size=4)
+    assert [one.log_likelihood for one in shared] == pytest.approx(alone, abs=1e-4)
 
 
 def test_an_empty_context_or_continuation_is_refused():

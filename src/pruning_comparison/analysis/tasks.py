@@ -103,17 +103,22 @@ def answer_accuracy(
 ) -> pd.DataFrame:
     """P2, how much accuracy each variant loses at each level above 0: columns ``ACCURACY_COLUMNS``, one family of its own.
 
+    The levels of a variant and method are a fixed sequence, the highest first, where pruning loses most.
+
     *Supported*: certainly more than the margin is lost. *No meaningful difference*: certainly less than it is lost or
     gained. *Refuted*: no more than the margin is lost, and more may be gained. The estimate is the mean difference from the
     unpruned model over all questions, as a share of 1. Empty where no task was asked.
     """
     margins = margins or Margins()
     rows: list[HypothesisResult] = []
-    places = []
+    places: list[float] = []
+    chains: list[list[int]] = []
     if "accuracy" in tables:
         for method, variant in sorted(set(zip(cells["method"], cells["variant"], strict=True))):
             source = Source(model, cells, tables, str(variant), DENSE)
-            for level in source.levels(str(method), 1e-9):
+            chains.append([])
+            for level in reversed(source.levels(str(method), 1e-9)):
+                chains[-1].append(len(rows))
                 sample = source.sample("accuracy", str(method), [level])
                 fit = None if sample.values is None else fit_crossed(sample.values)
                 rows.append(
@@ -126,5 +131,8 @@ def answer_accuracy(
                     )
                 )  # fmt: skip
                 places.append(level)
-    table = hypothesis_table(rows, level=level_of("accuracy", looks, tasks=True))
-    return table.assign(level=pd.Series(places, dtype=float))[list(ACCURACY_COLUMNS)]
+    table = hypothesis_table(
+        rows, level=level_of("accuracy", looks, tasks=True), chains=[chain for chain in chains if chain]
+    )
+    table = table.assign(level=pd.Series(places, dtype=float))[list(ACCURACY_COLUMNS)]
+    return table.sort_values(["method", "level", "contrast"], ignore_index=True)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from transformers import DynamicCache, PreTrainedModel
 
-from pruning_comparison.measure.perplexity import most_windows_at_once, window_losses
+from pruning_comparison.measure.perplexity import most_windows_at_once
 from pruning_comparison.models.heads import EmptiedCacheLayer
 
 Ids = tuple[int, ...]
@@ -68,29 +68,36 @@ def tokens_read(pairs: Sequence[tuple[Sequence[int], Sequence[int]]]) -> int:
     return sum(len(context) + sum(len(one) - 1 for one in ends) for context, ends in asked.items())
 
 
+@torch.inference_mode()
 def _of_single(
     model: PreTrainedModel, pairs: Sequence[tuple[Ids, Ids]], batch_size: int
 ) -> dict[tuple[Ids, Ids], Likelihood]:
-    """Those of continuations that have a context for themselves."""
-    greedy = [False] * len(pairs)
-
-    def observe(position: int, row: int, logits: Tensor) -> None:
-        greedy[position] = logits.argmax(-1).tolist() == list(pairs[position][1])
-
-    windows = [torch.tensor(context + continuation) for context, continuation in pairs]
-    nats, _ = window_losses(
-        model, windows, batch_size=batch_size, targets=[len(continuation) for _, continuation in pairs], observe=observe
-    )
-    return {pair: Likelihood(-loss, best) for pair, loss, best in zip(pairs, nats.tolist(), greedy, strict=True)}
+    """Those of continuations that have a context for themselves; pairs of one length are read together."""
+    vocabulary = int(model.config.get_text_config().vocab_size)
+    by_length: defaultdict[int, list[tuple[Ids, Ids]]] = defaultdict(list)
+    for pair in pairs:
+        by_length[len(pair[0]) + len(pair[1])].append(pair)
+    found = {}
+    for alike in by_length.values():
+        longest = max(len(after) for _, after in alike)
+        at_once = most_windows_at_once(longest, vocabulary, batch_size, on_gpu=model.device.type == "cuda")
+        for start in range(0, len(alike), at_once):
+            batch = alike[start : start + at_once]
+            # Nothing is asked of what comes after the last token, which a full context has no room for either.
+            ids = torch.tensor([(before + after)[:-1] for before, after in batch], device=model.device)
+            longest = max(len(after) for _, after in batch)
+            logits = model(input_ids=ids, use_cache=False, logits_to_keep=longest).logits
+            for row, pair in enumerate(batch):
+                found[pair] = _scored(logits[row, -len(pair[1]) :], pair[1])
+    return found
 
 
 @torch.inference_mode()
 def _of_shared(model: PreTrainedModel, continuations: Mapping[Ids, Sequence[Ids]]) -> dict[tuple[Ids, Ids], Likelihood]:
     """Those of contexts of one length, each with its ``continuations``."""
     rows = [(context, one) for context, ends in continuations.items() for one in ends]
-    owner = torch.tensor(
-        [number for number, ends in enumerate(continuations.values()) for _ in ends], device=model.device
-    )
+    numbers = [number for number, ends in enumerate(continuations.values()) for _ in ends]
+    owner = torch.tensor(numbers, device=model.device)
     cache = DynamicCache(config=model.config)
     ids = torch.tensor(list(continuations), device=model.device)
     # The context's last token predicts the first one after it.
@@ -105,9 +112,11 @@ def _of_shared(model: PreTrainedModel, continuations: Mapping[Ids, Sequence[Ids]
         for row, (_, one) in enumerate(rows):
             read[row, : len(one) - 1] = torch.tensor(one[:-1], device=model.device)
         logits = torch.cat([logits, model(input_ids=read, past_key_values=cache, use_cache=True).logits], 1)
-    found = {}
-    for row, (context, one) in enumerate(rows):
-        scored, targets = logits[row, : len(one)], torch.tensor(one, device=model.device)
-        loss = torch.nn.functional.cross_entropy(scored.float(), targets, reduction="sum")
-        found[context, one] = Likelihood(-float(loss.double()), bool((scored.argmax(-1) == targets).all()))
-    return found
+    return {pair: _scored(logits[row, : len(pair[1])], pair[1]) for row, pair in enumerate(rows)}
+
+
+def _scored(logits: Tensor, continuation: Ids) -> Likelihood:
+    """The likelihood of C tokens from the logits [C, V] that predict them."""
+    targets = torch.tensor(continuation, device=logits.device)
+    loss = torch.nn.functional.cross_entropy(logits.float(), targets, reduction="sum")
+    return Likelihood(-float(loss.double()), bool((logits.argmax(-1) == targets).all()))

@@ -53,7 +53,9 @@ def _sentence(row: Mapping[str, Any], variant: str) -> str:
             "" if pd.isna(more) or more < 1
             else f" About {rounded_up(more):,} more questions would settle it, if the loss is as large as it looks now."
         )  # fmt: skip
-        return f"Not enough data. {place}, {told}: whether more than {margin} are lost is open.{enough}"
+        clear = not row["ci_low"] <= -row["margin"] <= row["ci_high"]
+        why = ", after correction for all levels and variants" if clear else ""
+        return f"Not enough data. {place}, {told}: whether more than {margin} are lost is open{why}.{enough}"
     end = {
         NO_DIFFERENCE: f"less than {margin}, which counts as no loss",
         REFUTED: f"so that a loss of more than {margin} is ruled out",
