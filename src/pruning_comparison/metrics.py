@@ -307,7 +307,7 @@ METRICS: dict[str, Metric] = {
         bounds=(0.0, 1.0),
         settings={"harness": ("acc", "exact_match")},
         on_request=True,
-        roles={"main table": 5, "two runs": 8},
+        roles={"main table": 14, "two runs": 8},
     ),
     "accuracy_normalised": Metric(
         "accuracy_normalised",

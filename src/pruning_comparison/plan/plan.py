@@ -281,7 +281,8 @@ def _format_tasks(plan: Mapping[str, Any]) -> list[str]:
         )
     return [
         f"tasks        {asked}",
-        f"             at the highest level {found}, and none to be less than that in {100 * tasks['no_difference']:.0f} % of runs",
+        f"             at the highest level {found},",
+        f"             and none to be less than that in {100 * tasks['no_difference']:.0f} % of runs",
     ]
 
 
