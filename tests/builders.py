@@ -605,7 +605,7 @@ def render_page(
     texts: Sequence[Any] | None = None, verdicts: Sequence[Any] = (), answers: Sequence[Any] = (),
     optimal: Sequence[Any] = (), equal: Sequence[Any] = (), heads: Sequence[Any] = (), agreed: pd.DataFrame | None = None,
     relative: Sequence[Any] = (), ranked: Sequence[Any] = (), said: Answer | None = None, hero: Figure | None = None,
-    lines: Sequence[str] = (),
+    lines: Sequence[str] = (), tasks: pd.DataFrame | None = None, accuracy_lost: pd.DataFrame | None = None,
 ) -> str:  # fmt: skip
     given = dict(manifest or {})
     if isinstance(given.get("model"), Mapping):
@@ -635,6 +635,8 @@ def render_page(
         texts=None if texts is None else pd.DataFrame(list(texts), columns=TEXT_COLUMNS),
         heads=heads,
         agreed=agreed,
+        tasks=tasks,
+        accuracy_lost=accuracy_lost,
     )
 
 

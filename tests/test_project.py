@@ -96,12 +96,14 @@ def test_imports_are_told_apart() -> None:
 
 def test_every_package_that_is_imported_is_declared() -> None:
     everything = (SRC).rglob("*.py")
-    assert not undeclared(everything, required(), required("gguf", "llama-cpp", "ray"))
+    assert not undeclared(everything, required(), required("gguf", "llama-cpp", "ray", "tasks"))
     assert undeclared(iter([SRC / "models" / "gguf.py"]), {}, {}) >= {"src/pruning_comparison/models/gguf.py: gguf"}
 
 
 def test_every_package_that_tests_import_is_declared() -> None:
-    assert not undeclared((ROOT / "tests").rglob("*.py"), required("test"), required("test", "llama-cpp", "parity"))
+    assert not undeclared(
+        (ROOT / "tests").rglob("*.py"), required("test"), required("test", "llama-cpp", "parity", "tasks")
+    )
 
 
 def constraints() -> dict[str, str]:

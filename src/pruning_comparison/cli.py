@@ -31,6 +31,7 @@ from pruning_comparison.spec import (
     ADAPTATIONS,
     AUTO,
     BOS_RULES,
+    BUNDLED_TASKS,
     CONSENT_RULES,
     ENTROPY_DIRECTIONS,
     EXECUTIONS,
@@ -61,6 +62,7 @@ MARGIN_OPTIONS: Mapping[str, tuple[str, int, str]] = {
     "margin_quality": ("quality", 100, "per cent of perplexity that matter (default: 5)"),
     "margin_diversity": ("diversity", 1, "distance of distinct-2 that matters (default: 0.02)"),
     "margin_latency": ("latency", 100, "per cent of first-token latency that matter (default: 2)"),
+    "margin_accuracy": ("accuracy", 100, "percentage points of accuracy on tasks that matter (default: 2)"),
     "tolerance": ("tolerance", 100, "per cent by which perplexity may rise at a safe level (default: 5)"),
 }
 """Options that say what matters: the margin that each sets, how many of its units make a whole, and what it means.
@@ -378,7 +380,7 @@ _NOT_FOR_ONE_MODEL = frozenset(
     {
         "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
         "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
-        "margins", "launcher", "ray_address", "workers", "engine",
+        "margins", "launcher", "ray_address", "workers", "engine", "tasks", "limit",
     }
 )  # fmt: skip
 
@@ -403,7 +405,10 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
         help="also take options from a file, such as the run.yaml of a run: a mapping of names to values. It replaces what "
         "a preset sets, and the command line replaces both",
     )
-    flag("trust_methods", "allow --config to name methods of your own, package.module:function, whose code is then run")
+    flag(
+        "trust_methods",
+        "allow --config to name methods of your own, package.module:function, and files of tasks, whose code is then run",
+    )
 
     group = parser.add_argument_group("what is pruned, and how")
     add(
@@ -491,6 +496,18 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     )
     add("timing_limit_s", type=_number, help="maximum time for timing one level, in seconds")
     flag("memory_logging", "measure and log peak memory")
+    add(
+        "tasks",
+        default="",
+        help="zero-shot tasks whose accuracy is measured, comma-separated: any of lm-evaluation-harness (extra tasks), the "
+        f"YAML file of one, or {' and '.join(BUNDLED_TASKS)}, which need no network",
+    )
+    add(
+        "limit",
+        dest="task_limit",
+        type=_whole_number,
+        help="maximum number of questions of each task, from its first on",
+    )
     add("seed", type=_whole_number, help="seed of everything random")
 
     group = parser.add_argument_group("texts")
@@ -644,6 +661,7 @@ def _spec_of(options: argparse.Namespace, *, here: bool = True) -> ComparisonSpe
     values["pruning_methods"] = _methods(options.pruning_method)
     values["variants"] = parts_of(options.variants, VARIANTS)
     values["engines"] = parts_of(getattr(options, "engine", NATIVE), ENGINES)
+    values["tasks"] = parts_of(getattr(options, "tasks", ""), BUNDLED_TASKS)
     values["threads"] = options.threads if options.threads is not None else available_cores()
     unresolved = ComparisonSpec(**{**values, "device": "cpu", "precision": options.precision or "float32"})
     from pruning_comparison.models.devices import planned_device, resolve_device, resolve_precision

@@ -15,7 +15,9 @@ from typing import Any, Literal
 from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import unknown_name
 
-Kind = Literal["loss", "divergence", "ratio", "text", "distance", "timing", "memory", "size", "cost", "reference"]
+Kind = Literal[
+    "loss", "divergence", "ratio", "text", "distance", "task", "timing", "memory", "size", "cost", "reference",
+]  # fmt: skip
 Direction = Literal["higher", "lower", "none"]
 Scale = Literal["log", "linear"]
 Alike = Literal["tokenizer", "length", "dense model"]
@@ -41,6 +43,8 @@ class Metric:
     * "text": of one generated text. ``compute`` takes any fields of ``measure.text_quality.WrittenText``, by name, and
       ``settings``, and returns a float, or None where the text is too short for it.
     * "distance": how far the text metric ``distance_of`` is from its value in the dense model, on the same prompt and draws.
+    * "task": of one question of a zero-shot task. ``settings["harness"]`` are the names that lm-evaluation-harness gives it,
+      of which the first that a task has is taken.
     * "timing", "memory": of one timed generation: fields of ``measure.generation.Timing``.
     * "size": of a model; "cost": of making a variant; "reference": what time in proportion to bytes or FLOPs would make.
 
@@ -89,8 +93,10 @@ class Metric:
             object.__setattr__(self, name, value)
 
     @property
-    def cluster(self) -> Literal["document", "prompt"]:
+    def cluster(self) -> Literal["document", "question", "prompt"]:
         """What is drawn anew, beside iterations, when its interval is estimated."""
+        if self.kind == "task":
+            return "question"
         return "document" if self.kind in ("loss", "divergence", "ratio") else "prompt"
 
     def possible(self, value: float) -> bool:
@@ -289,6 +295,30 @@ METRICS: dict[str, Metric] = {
         distance_of="generation_perplexity",
         alike=("length", "dense model"),
         roles={"radar": 7, "tight resources": 5, "which metrics": 4, "two runs": 5},
+    ),
+    "accuracy": Metric(
+        "accuracy",
+        kind="task",
+        unit="1",
+        label="Accuracy on tasks",
+        short_label="Accuracy",
+        phrase="accuracy on tasks",
+        direction="higher",
+        bounds=(0.0, 1.0),
+        settings={"harness": ("acc", "exact_match")},
+        on_request=True,
+        roles={"main table": 14, "two runs": 8},
+    ),
+    "accuracy_normalised": Metric(
+        "accuracy_normalised",
+        kind="task",
+        unit="1",
+        label="Accuracy on tasks, by likelihood per character",
+        short_label="Accuracy, per character",
+        direction="higher",
+        bounds=(0.0, 1.0),
+        settings={"harness": ("acc_norm",)},
+        on_request=True,
     ),
     "tokens_per_second": Metric(
         "tokens_per_second",

@@ -10,6 +10,7 @@ from typing import Any
 from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import unknown_name
 from pruning_comparison.presets import preset_named
+from pruning_comparison.spec import is_task_file
 
 _MOST_CONFIG_BYTES = 2**20
 _ONLY_ON_THE_COMMAND_LINE = ("config", "trust_methods", "fresh")
@@ -88,6 +89,12 @@ def _words_of_file(place: str, given: Sequence[str], known: Mapping[str, argpars
         if own and "--trust_methods" not in given:
             raise InputError(
                 f"--config: {place!r} names {own[0]}, a method that is Python code, and importing it runs that code. Give "
+                "--trust_methods if you trust it, or name it on the command line."
+            )
+        tasks = [one for one in parts_of(text) if is_task_file(one)] if action is known.get("tasks") else []
+        if tasks and "--trust_methods" not in given:
+            raise InputError(
+                f"--config: {place!r} names {tasks[0]}, a task's file, and reading it runs the code that it names. Give "
                 "--trust_methods if you trust it, or name it on the command line."
             )
         words.append(f"--{name}={text}")

@@ -13,7 +13,7 @@ from typing import Any, Literal, NamedTuple, get_args
 from pruning_comparison.engines import ENGINES, NATIVE, engines_of
 from pruning_comparison.errors import InputError, MethodError
 from pruning_comparison.methods import IMPORTANCE, METHODS, PRICED, Method, checked_own_method, method_named
-from pruning_comparison.metrics import METRICS
+from pruning_comparison.metrics import METRICS, of_kind
 from pruning_comparison.variants import VARIANTS, variant_named
 
 Precision = Literal["float32", "float16", "bfloat16"]
@@ -40,6 +40,9 @@ RECOVERY_RATES = (1e-4, 3e-4, 1e-3)
 RECOVERY_GRID = ("all", "restricted")
 """What recovery chooses from where its learning rate, or the parameters that it trains, are "auto"."""
 
+BUNDLED_TASKS = ("sotu_last_word", "sotu_continuation")
+"""Zero-shot tasks whose questions are in the package."""
+
 LOOKS = (3, 6, 12)
 """Iterations after which a run that goes on until it has decided is looked at. Each look may err in a third of the runs that
 one look may err in, so that all three together keep what a run of fixed length promises, whatever they see (Bonferroni)."""
@@ -49,6 +52,7 @@ OPTION_OF_FIELD: Mapping[str, str] = {
     "prune_unit": "unit",
     "engines": "engine",
     "recovery_rate": "recovery_learning_rate",
+    "task_limit": "limit",
 }
 """Fields of a spec whose option has another name."""
 
@@ -92,6 +96,8 @@ class ComparisonSpec:
 
     A level is timed in at least ``timing_pairs`` pairs, and on until every ratio of two timed models is known to
     +- ``timing_precision_percent`` at 95 %, for at most ``timing_limit_s``.
+
+    ``tasks`` are zero-shot tasks of lm-evaluation-harness, of each of which at most ``task_limit`` questions are asked.
 
     In ``engines`` the models of a level are timed side by side after that; "native", in which all other speeds are measured,
     is always among them.
@@ -150,6 +156,8 @@ class ComparisonSpec:
     timing_limit_s: float = 60.0
     engines: tuple[str, ...] = (NATIVE,)
     memory_logging: bool = False
+    tasks: tuple[str, ...] = ()
+    task_limit: int | None = None
     own_methods: tuple[Method, ...] = ()
 
     def __post_init__(self) -> None:
@@ -164,6 +172,7 @@ class ComparisonSpec:
             variant_named(name)
         _require(bool(self.engines), "engines", "", "must name at least one", f"Choose from {', '.join(ENGINES)}.")
         object.__setattr__(self, "engines", engines_of(self.engines))
+        object.__setattr__(self, "tasks", tuple(dict.fromkeys(self.tasks)))
         for field, allowed in (
             ("precision", PRECISIONS),
             ("prepare_precision", PRECISIONS),
@@ -255,6 +264,8 @@ class ComparisonSpec:
                 f"must be at least 2 and at most the {self.calibration_tokens} calibration tokens, of which it is a part",
                 "Leave it out to score on all of them.",
             )
+        if self.task_limit is not None:
+            _require(self.task_limit >= 1, "task_limit", self.task_limit, "must be at least 1", "Leave it out for all.")
         limit = self.timing_limit_s
         _require(math.isfinite(limit) and limit >= 0, "timing_limit_s", limit, "must be at least 0", "Give seconds.")
         rate: Any = self.recovery_rate
@@ -328,6 +339,7 @@ class ComparisonSpec:
                 self.recovery_steps > 0,
                 "nothing is trained: give --recovery_steps as well",
             ),
+            (("task_limit",), bool(self.tasks), "no task is asked: give --tasks as well"),
             (
                 ("entropy_direction",),
                 any(method.tries_directions for method in methods),
@@ -364,6 +376,8 @@ class ComparisonSpec:
         ]
         if not values.pop("new_bias"):
             values["no_new_bias"] = True
+        if not values["tasks"]:
+            del values["tasks"]
         return {option_of(name).removeprefix("--"): value for name, value in values.items() if value is not None}
 
     def as_dict_of_tuples(self) -> dict[str, Any]:
@@ -409,12 +423,18 @@ REUSE_AXES = frozenset(
 TEXT_AXES = frozenset(
     {
         "max_prompts", "temperatures", "num_tokens", "batch_size", "memory_logging", "timing_pairs",
-        "timing_precision_percent", "timing_limit_s",
+        "timing_precision_percent", "timing_limit_s", "tasks", "task_limit",
     }
 )  # fmt: skip
-"""Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
+"""Settings that change which texts are written, which questions are asked and how a model is timed, and neither its heads
+nor its perplexity."""
 NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
-LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32", "engines": [NATIVE]}
+LATER_SETTINGS: Mapping[str, Any] = {
+    "prepare_precision": "float32",
+    "engines": [NATIVE],
+    "tasks": [],
+    "task_limit": None,
+}
 """Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
 the identity of a run, so that such a run is still the same run."""
 _NO_DEFAULT = object()
@@ -431,7 +451,7 @@ PROTOCOL_REVISION = 2
 class Revisions:
     """Revisions of what a run's results rest on: the protocol, the methods and variants it has, and all metrics.
 
-    Results of different revisions are never mixed within a run.
+    Results of different revisions are never mixed within a run. Metrics of tasks are among them where tasks are asked.
     """
 
     protocol: int
@@ -454,9 +474,11 @@ class Revisions:
         """As plain values."""
         return {**self.of_every_cell(), "methods": dict(self.methods), "variants": dict(self.variants)}
 
-    def of_every_cell(self) -> dict[str, Any]:
-        """The part on which all cells rest, whatever their method and variant."""
-        return {"protocol": self.protocol, "metrics": dict(self.metrics)}
+    def of_every_cell(self, *, tasks: bool = True) -> dict[str, Any]:
+        """The part on which all cells rest, whatever their method and variant; that of tasks is left out on request."""
+        of_tasks = {metric.name for metric in of_kind("task")} if not tasks else set()
+        metrics = {name: revision for name, revision in self.metrics.items() if name not in of_tasks}
+        return {"protocol": self.protocol, "metrics": metrics}
 
     def named(self) -> dict[str, int]:
         """Every revision by what it is of, in words."""
@@ -481,7 +503,7 @@ def revisions_of(spec: ComparisonSpec) -> Revisions:
         protocol=PROTOCOL_REVISION,
         methods={name: spec.method(name).revision for name in _methods_of(spec.pruning_methods, spec.variants)},
         variants={name: variant_named(name).revision for name in spec.variants},
-        metrics={name: metric.revision for name, metric in METRICS.items()},
+        metrics={name: metric.revision for name, metric in METRICS.items() if spec.tasks or metric.kind != "task"},
     )
 
 
@@ -552,6 +574,11 @@ def available_cores() -> int:
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
+
+
+def is_task_file(name: str) -> bool:
+    """Whether a task is named by its YAML file, which may name Python code."""
+    return name.endswith((".yaml", ".yml")) or "/" in name
 
 
 def option_of(field: str) -> str:

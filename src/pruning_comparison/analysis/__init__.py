@@ -75,6 +75,13 @@ from pruning_comparison.analysis.strongest import (
     STRONGEST_COLUMNS,
     strongest_baselines,
 )
+from pruning_comparison.analysis.tasks import (
+    ACCURACY_COLUMNS,
+    ALL_TASKS,
+    TASK_COLUMNS,
+    answer_accuracy,
+    compare_tasks,
+)
 from pruning_comparison.analysis.tradeoffs import (
     EQUAL_COLUMNS,
     OPTIMUM_COLUMNS,
@@ -93,7 +100,9 @@ from pruning_comparison.analysis.verdict_rules import (
 )
 
 __all__ = [
+    "ACCURACY_COLUMNS",
     "AGREEMENT_COLUMNS",
+    "ALL_TASKS",
     "ANSWERED",
     "BETTER",
     "CHOSEN_ON_HELD_OUT",
@@ -123,6 +132,7 @@ __all__ = [
     "STRONGEST_COLUMNS",
     "SUMMARY_COLUMNS",
     "SUPPORTED",
+    "TASK_COLUMNS",
     "VERDICTS",
     "WORSE",
     "Array",
@@ -141,11 +151,13 @@ __all__ = [
     "RoundMap",
     "RunTables",
     "agreement",
+    "answer_accuracy",
     "answer_hypotheses",
     "answer_pruning",
     "asked_of_a_method",
     "compare_engines",
     "compare_runs",
+    "compare_tasks",
     "contrast",
     "detectable_by_rules",
     "differences",

@@ -222,6 +222,7 @@ def observations(cells: pd.DataFrame, measurements: pd.DataFrame) -> dict[str, M
         rows = rows.assign(model_id=rows["fingerprint"] + drawn)
         result.append(_scaled(metric, rows))
         result.extend(_distances(other, rows) for other in of_kind("distance") if other.distance_of == metric.name)
+    result += [_answered(metric, known) for metric in of_kind("task")]
     beside = measurements[(measurements["variant"] == DENSE) & measurements["value"].notna()]
     for metric in of_kind("timing", "memory", "size", "cost"):
         of_variants, of_dense = (
@@ -243,6 +244,18 @@ def _known(cells: pd.DataFrame, measurements: pd.DataFrame) -> pd.DataFrame:
 
 def _scaled(metric: Metric, rows: pd.DataFrame) -> MetricTable:
     return MetricTable(metric.name, rows.assign(x=_on_scale(metric, rows["value"])), metric.scale == "log")
+
+
+def _answered(metric: Metric, known: pd.DataFrame) -> MetricTable:
+    """Scores of questions, each its own cluster: ``task`` and its number there. Equal weights give equal answers."""
+    rows = known[known["metric"] == metric.name]
+    number = rows["prompt"].fillna(-1).astype(int).astype(str)
+    return _scaled(
+        metric,
+        rows.assign(
+            task=rows["document"], cluster=rows["document"].astype(str) + " " + number, model_id=rows["fingerprint"]
+        ),
+    )
 
 
 def _on_scale(metric: Metric, values: pd.Series[Any]) -> pd.Series[Any]:

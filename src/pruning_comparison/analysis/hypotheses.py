@@ -120,7 +120,8 @@ def answer_hypotheses(
         rows += _expectations(source, method, margins)
     for method in methods:
         rows += _questions(source, method)
-    return hypothesis_table(rows, level=level_of("answers", looks) / max(len(methods), 1))
+    tasks = any(METRICS[name].kind == "task" for name in tables)
+    return hypothesis_table(rows, level=level_of("answers", looks, tasks=tasks) / max(len(methods), 1))
 
 
 def answer_pruning(
@@ -344,11 +345,18 @@ def make_result(
 
 
 def hypothesis_table(
-    rows: Sequence[HypothesisResult], columns: Sequence[str] = HYPOTHESIS_COLUMNS, *, level: float
+    rows: Sequence[HypothesisResult],
+    columns: Sequence[str] = HYPOTHESIS_COLUMNS,
+    *,
+    level: float,
+    chains: Sequence[Sequence[int]] | None = None,
 ) -> pd.DataFrame:
-    """Corrects within families, each at ``level``, decides, and says how much more data an open answer would take."""
+    """Corrects within families, each at ``level``, decides, and says how much more data an open answer would take.
+
+    ``chains`` are places of ``rows``, all of one family, that are tested one after the other; those of ``CHAINS`` without.
+    """
     intervals = [_intervals(row) for row in rows]
-    corrected = _by_family(rows, level)
+    corrected = _by_family(rows, level, chains)
     table = []
     for row, (shown, effect), (p, own_level) in zip(rows, intervals, corrected, strict=True):
         fit = row.fit
@@ -413,7 +421,9 @@ def _intervals(row: HypothesisResult) -> tuple[tuple[float, float], EffectSize]:
     return (shown.ci_low, shown.ci_high), effect
 
 
-def _by_family(rows: Sequence[HypothesisResult], level: float) -> list[tuple[float, float]]:
+def _by_family(
+    rows: Sequence[HypothesisResult], level: float, given: Sequence[Sequence[int]] | None = None
+) -> list[tuple[float, float]]:
     """Per answer the corrected p at which it is decided, and the level at which it is tested; NaN where absent.
 
     What is absent is skipped in its chain, but a chain that is absent keeps its share: which answers there are must not
@@ -425,6 +435,8 @@ def _by_family(rows: Sequence[HypothesisResult], level: float) -> list[tuple[flo
         members = [index for index, name in enumerate(families) if name == family]
         here = [rows[index] for index in members]
         chains, weights = chains_of([(str(row.labels["id"]), str(row.labels["metric"])) for row in here])
+        if given is not None:
+            chains, weights = [list(chain) for chain in given], [1 / len(given)] * len(given)
         chains = [[place for place in chain if not here[place].absent] or chain[:1] for chain in chains]
         p = [1.0 if row.fit is None or row.absent else p_of_decision(row.fit, row.bounds, row.sign) for row in here]
         adjusted, levels = in_chains(np.array([p]), chains, weights, level)

@@ -8,12 +8,17 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Margins:
-    """Margins of relevance and of equivalence. Relative ones are shares (0.02 is 2 %), read as ratios on the log scale."""
+    """Margins of relevance and of equivalence.
+
+    Relative ones are shares (0.02 is 2 %), read as ratios on the log scale; that of accuracy is a difference (0.02 is 2
+    percentage points).
+    """
 
     speed: float = 0.02
     quality: float = 0.05
     diversity: float = 0.02
     latency: float = 0.02
+    accuracy: float = 0.02
     tolerance: float = 0.05
 
     def __post_init__(self) -> None:

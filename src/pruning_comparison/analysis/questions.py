@@ -115,5 +115,12 @@ QUESTIONS: Mapping[str, Question] = {
         less="slower",
         place="with heads pruned",
     ),
+    "P2": Question(
+        "P2",
+        "pruning",
+        "Accuracy lost",
+        "Does pruning lose accuracy on tasks, by more than the margin?",
+        claim="{variant}'s accuracy is {size} than {of_reference}",
+    ),
 }
 """Every expectation and question by its id, in the order in which they are answered."""

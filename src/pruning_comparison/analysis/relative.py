@@ -63,7 +63,7 @@ def relative_to_dense(model: str, tables: Mapping[str, MetricTable], *, looks: i
 
 def _claimed(tables: Mapping[str, MetricTable]) -> list[str]:
     """Main measurements that are uncertain, and that mean something at level 0: a distance from the dense model does not."""
-    kinds = ("loss", "text", "timing", "memory")
+    kinds = ("loss", "text", "task", "timing", "memory")
     return [name for name in in_role("main table") if name in tables and METRICS[name].kind in kinds]
 
 

@@ -22,6 +22,7 @@ __all__ = [
     "NO_DIFFERENCE",
     "REFUTED",
     "SHARES",
+    "SHARES_WITH_TASKS",
     "SPENT",
     "SUPPORTED",
     "VERDICTS",
@@ -45,7 +46,7 @@ VERDICTS = (SUPPORTED, NO_DIFFERENCE, REFUTED, NOT_ENOUGH)
 ERROR_RATE = 0.05
 """At most this share of runs may claim anything false."""
 
-Part = Literal["answers", "relative to dense", "faster", "rankings"]
+Part = Literal["answers", "relative to dense", "faster", "rankings", "accuracy"]
 
 SPENT = 0.0225
 """What claims are tested at, all together. Less than ``ERROR_RATE``, because skewed data make very small p-values too small
@@ -59,10 +60,16 @@ SHARES: Mapping[Part, float] = {
 }
 """How the parts of a report share ``SPENT``; all methods, variants and levels of a part share its part."""
 
+SHARES_WITH_TASKS: Mapping[Part, float] = {**SHARES, "answers": 0.60, "accuracy": 0.25}
+"""The same where tasks were asked."""
 
-def level_of(part: Part, looks: int = 1) -> float:
-    """The error rate of one part of a report, of a run whose data are looked at so many times before it ends."""
-    return SPENT * SHARES[part] / looks
+
+def level_of(part: Part, looks: int = 1, *, tasks: bool = False) -> float:
+    """The error rate of one part of a report, of a run whose data are looked at so many times before it ends.
+
+    ``tasks``: whether it also says how much accuracy on tasks is lost.
+    """
+    return SPENT * (SHARES_WITH_TASKS if tasks else SHARES)[part] / looks
 
 
 def verdict_of(low: float, high: float, bounds: tuple[float, float], sign: int) -> str:

@@ -22,6 +22,7 @@ from pruning_comparison.measure.perplexity import (
     perplexity_of,
     window_losses,
 )
+from pruning_comparison.measure.tasks import TaskAnswer, TaskSet, load_tasks
 from pruning_comparison.measure.text_quality import (
     compression_ratio,
     cut_at_end_of_text,
@@ -37,6 +38,8 @@ __all__ = [
     "EvaluationWindow",
     "Generation",
     "PeakMemory",
+    "TaskAnswer",
+    "TaskSet",
     "Timing",
     "WindowLoss",
     "cache_bytes",
@@ -50,6 +53,7 @@ __all__ = [
     "generate",
     "generation_losses",
     "kl_of",
+    "load_tasks",
     "measure_perplexity",
     "most_windows_at_once",
     "parameter_bytes",

@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 from pruning_comparison.agency.recovery import recovery_grid
 from pruning_comparison.engines import NATIVE
 from pruning_comparison.formatting import format_duration
-from pruning_comparison.measure import FIRST_TOKENS, generate, warm_up_tokens
+from pruning_comparison.measure import FIRST_TOKENS, generate, load_tasks, warm_up_tokens
 from pruning_comparison.methods import IMPORTANCE, IMPORTANCE_TOKENS, METHODS, PRICED, Method
 from pruning_comparison.metrics import RAW, of_kind
 from pruning_comparison.models import attention_implementation, decode_step
@@ -69,6 +69,7 @@ def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, sizes:
             * (counts["evaluation_tokens"] + _DIVERGENCE_PASSES * counts["compared_tokens"])
             * speeds.per_token_s,
             "texts": size * (counts["text_steps"] * speeds.text_step_s + counts["text_tokens"] * speeds.per_token_s),
+            **({"tasks": size * counts["task_tokens"] * speeds.per_token_s} if spec.tasks else {}),
             "timing": size * counts["timed_steps"] * speeds.timed_step_s,
             "loading and report": _OVERHEAD_S,
         }
@@ -134,7 +135,15 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
         * float(sum(prompts) + len(prompts) * spec.num_tokens),
         "text_steps": float((models + iterations) * batches * spec.num_tokens),
         "timed_steps": float(timed * each + in_engines),
+        "task_tokens": (models + 1) * float(_task_tokens(spec, inputs)),
     }
+
+
+def _task_tokens(spec: ComparisonSpec, inputs: Inputs) -> int:
+    """Tokens that a model reads to answer the questions of the spec's tasks; what it generates is not counted."""
+    if not spec.tasks:
+        return 0
+    return load_tasks(spec.tasks, spec.task_limit).tokens(inputs.preview.tokenizer, inputs.bos)
 
 
 def _rounds(levels: list[float]) -> int:
@@ -207,6 +216,8 @@ def _disk_bytes(spec: ComparisonSpec, inputs: Inputs) -> int:
     jobs = len(spec.temperatures) * len(inputs.prompt_ids)
     of_model = len(of_kind("size", "cost"))
     per_cell = len(RAW) * len(inputs.windows) + len(of_kind("text")) * jobs + of_model
+    if spec.tasks:
+        per_cell += sum(load_tasks(spec.tasks, spec.task_limit).questions.values())
     batches = -(-len(inputs.prompt_ids) // spec.batch_size)
     timed = 1.5 * timing_rounds(spec, batches) * len(of_kind("timing", "memory")) * batches
     heads = inputs.preview.grid.total

@@ -25,6 +25,7 @@ from pruning_comparison.analysis import (
     level_of,
 )
 from pruning_comparison.formatting import counted, listed, per_cent, plain_number
+from pruning_comparison.measure import load_tasks
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds
@@ -42,6 +43,7 @@ ASSUMED: Mapping[str, Components] = {
     "E2": Components(0.0001, 0.0045, 0.0003),
     "E3": Components(0.0, 0.0, 0.003),
     "E4": Components(0.0, 0.0, 0.004),
+    "P2": Components(0.0001, 0.25, 0.08),
 }
 """Variances of a pair's difference that a plan reckons with, on each expectation's scale (logarithms; for E3, distances).
 
@@ -86,6 +88,7 @@ def plan_run(spec: ComparisonSpec, margins: Margins, inputs: Inputs) -> dict[str
         "power": POWER,
         "margins": asdict(margins),
         "expectations": _expectations(spec, margins, documents, prompts, timed),
+        **({"tasks": _tasks(spec, margins)} if spec.tasks else {}),
         "notes": _notes(spec, inputs),
     }
 
@@ -123,7 +126,8 @@ def _expectations(
         return []
     measured = [name for name, metric in METRICS.items() if spec.memory_logging or not metric.on_request]
     asked = asked_of_a_method(len(spec.temperatures), measured)
-    levels_of = dict(zip(asked, first_levels(asked, level_of("answers") / len(spec.pruning_methods)), strict=True))
+    whole = level_of("answers", tasks=bool(spec.tasks)) / len(spec.pruning_methods)
+    levels_of = dict(zip(asked, first_levels(asked, whole), strict=True))
     high = [level for level in spec.pruning_levels if level >= QUALITY_LEVEL]
     pruned = [level for level in spec.pruning_levels if level > 0]
     batch = "timed batch of prompts" if spec.batch_size > 1 else "prompt"
@@ -163,6 +167,27 @@ def _expectations(
             }
         )
     return found
+
+
+def _tasks(spec: ComparisonSpec, margins: Margins) -> dict[str, Any]:
+    """Questions, and what can be found of the accuracy that the highest level loses (P2), before another one is decided.
+
+    ``detectable``: the true loss, as a share of 1, that is found to be more than the margin with the power wanted; None if
+    none is. ``no_difference``: how often no loss at all is found to be less than the margin.
+    """
+    questions = load_tasks(spec.tasks, spec.task_limit).questions
+    count = sum(questions.values())
+    claim_level = level_of("accuracy", tasks=True) / (len(spec.variants) * len(spec.pruning_methods))
+    draws = draw_fits(ASSUMED["P2"], spec.iterations, count)
+    distance = detectable_by_rules(draws, claim_level, POWER)
+    within = [replace(draws, means=sign * draws.means).p_values(margins.accuracy) <= claim_level for sign in (1, -1)]
+    return {
+        "questions": questions,
+        "pairs": spec.iterations * count,
+        "claim_level": claim_level,
+        "detectable": None if math.isinf(distance) else margins.accuracy + distance,
+        "no_difference": float((within[0] & within[1]).mean()),
+    }
 
 
 def assumed_components(name: str, spec: ComparisonSpec) -> Components:
@@ -230,6 +255,8 @@ def format_plan(plan: Mapping[str, Any]) -> str:
         f"             {_times(iterations, plan['timed_batches'], 'timed batch', 'timed batches')}",
         *(format_forecast(plan["expected"]) if "expected" in plan else []),
     ]
+    if "tasks" in plan:
+        lines += ["", *_format_tasks(plan)]
     if plan["expectations"]:
         lines += [
             "",
@@ -242,6 +269,22 @@ def format_plan(plan: Mapping[str, Any]) -> str:
     if plan["notes"]:
         lines += ["", *(f"note: {note}" for note in plan["notes"])]
     return "\n".join(lines)
+
+
+def _format_tasks(plan: Mapping[str, Any]) -> list[str]:
+    tasks, margin = plan["tasks"], 100 * plan["margins"]["accuracy"]
+    asked = listed([f"{name} ({counted(number, 'question')})" for name, number in tasks["questions"].items()])
+    found = "no loss is large enough to be found"
+    if tasks["detectable"] is not None and tasks["detectable"] < 1:
+        found = (
+            f"a loss of accuracy of about {100 * tasks['detectable']:.2g} points is found to be more than {margin:g}, with "
+            f"power {plan['power']:g}"
+        )
+    return [
+        f"tasks        {asked}",
+        f"             at the highest level {found},",
+        f"             and none to be less than that in {100 * tasks['no_difference']:.0f} % of runs",
+    ]
 
 
 _HEADING = ("expectation", "at levels", "pairs", "supported if agency is really better by", "no difference is found in")

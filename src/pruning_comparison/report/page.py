@@ -50,6 +50,7 @@ from pruning_comparison.report.tables import (
     ranking_table,
     strongest_table,
 )
+from pruning_comparison.report.tasks import task_lines, task_sentences, tasks_table
 from pruning_comparison.report.verdicts import Verdict
 
 __all__ = ["render_between_runs", "render_report"]
@@ -80,6 +81,8 @@ def render_report(
     points: pd.DataFrame | None = None,
     layer_times: pd.DataFrame | None = None,
     engines: pd.DataFrame | None = None,
+    tasks: pd.DataFrame | None = None,
+    accuracy_lost: pd.DataFrame | None = None,
     hero: str | None,
     drawings: Mapping[str, str],
     manifest: Mapping[str, Any],
@@ -99,12 +102,14 @@ def render_report(
 
     ``strongest`` (``STRONGEST_COLUMNS``) names the strongest baseline of each level and what is held against it.
 
-    ``engines`` (``ENGINE_COLUMNS``) is listed where more than one was timed.
+    ``engines`` (``ENGINE_COLUMNS``) is listed where more than one was timed, ``tasks`` (``TASK_COLUMNS``) and what
+    ``accuracy_lost`` (``ACCURACY_COLUMNS``) says of them where any was asked; these have a line of the first screen as well.
 
     ``texts`` holds the generated texts, where they were kept; of these the report shows, per
     method, the first prompts at the level nearest to 50 % and the temperature nearest to 1. ``heads`` are drawn as maps
     that tell about a head when it is pointed at, and ``agreed`` (``AGREEMENT_COLUMNS``) says how far they agree.
     """
+    lines = [*lines, *(task_lines(tasks) if tasks is not None else [])]
     if len(lines) > _MOST_LINES:
         raise InputError(
             f"the first screen has room for {_MOST_LINES} lines under the chips, not {len(lines)}: {list(lines)}"
@@ -143,6 +148,11 @@ def render_report(
         "layer_times": None if layer_times is None else plain_table(layer_times, "Layer times by heads of a layer"),
         "engines": engines_table(engines),
         "engine_sentences": [] if engines is None else engine_sentences(engines),
+        "tasks": tasks_table(tasks),
+        "task_sentences": [] if tasks is None else task_sentences(tasks),
+        "accuracy_lost": None
+        if accuracy_lost is None or accuracy_lost.empty
+        else answers_table(accuracy_lost, "Accuracy lost: estimates, intervals and tests"),
         "margin_words": format_margins(manifest.get("margins")),
         "findings": findings,
         "head_maps": drawn,
@@ -182,8 +192,11 @@ def _chart_values(charts: Mapping[str, Chart], left_out: Sequence[str]) -> dict[
     return {
         "ranking_chart": charts.get("rankings"),
         "front_chart": charts.get("fronts"),
+        "task_chart": charts.get("tasks"),
         "charts": [
-            chart for key, chart in charts.items() if key not in ("rankings", "fronts") and not key.startswith("head_")
+            chart
+            for key, chart in charts.items()
+            if key not in ("rankings", "fronts", "tasks") and not key.startswith("head_")
         ],
         "head_charts": [chart for key, chart in charts.items() if key.startswith("head_")],
         "charts_left_out": left_out,

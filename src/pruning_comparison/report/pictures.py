@@ -49,6 +49,10 @@ _CHART_WORDS = {
         "A point is a variant at a level. Further right in the first panel is faster, further left in the second is "
         "smaller, lower is better in both. No other point of the method beats those with a ring in both figures.",
     ),
+    "tasks": (
+        "Accuracy on tasks",
+        "The share of questions that each variant answers rightly at each level, with 95 % intervals; higher is better.",
+    ),
     "speed_comparison": (
         "Speed",
         "Tokens per second and the wait for the first token, the dotted line being the speed if time went by the bytes or "

@@ -243,7 +243,7 @@ def verdicts(answers: pd.DataFrame, optimal: pd.DataFrame) -> list[Verdict]:
                 found.extend(
                     _one(name, question, named.about(model, method, row if several else None), row) for row in here
                 )
-            elif name not in ("E1p", "P1"):
+            elif name not in ("E1p", "P1", "P2"):
                 found.append(Verdict(name, question.title, question.asked, about, NOT_ENOUGH, _NOT_MEASURED))
     return found
 

@@ -21,9 +21,11 @@ from pruning_comparison.analysis import (
     Margins,
     MetricTable,
     agreement,
+    answer_accuracy,
     answer_hypotheses,
     answer_pruning,
     compare_engines,
+    compare_tasks,
     contrast,
     find_fronts,
     map_heads,
@@ -48,6 +50,7 @@ from pruning_comparison.report.charts import (
     chart_jobs,
     draw_between_runs,
     draw_fronts,
+    draw_tasks,
     head_chart_jobs,
     perplexity_over_levels,
     rankings,
@@ -59,6 +62,7 @@ from pruning_comparison.report.first_screen import model_name
 from pruning_comparison.report.layers import layer_findings
 from pruning_comparison.report.page import render_between_runs, render_report
 from pruning_comparison.report.rows import rows_with_null
+from pruning_comparison.report.tasks import accuracy_verdicts
 from pruning_comparison.report.terminal import stored_form
 from pruning_comparison.store import Manifest, Run, load_run, write_atomically, write_manifest, write_table
 from pruning_comparison.variants import PRIMARY
@@ -109,8 +113,11 @@ def write_results(
     manifest = kept.as_dict()
     heads, texts, asked = run.heads, run.texts, {"signals": run.signals, "replies": run.replies}
     LOGGER.info("estimating")
-    tables = _estimate(run, used)
-    told = verdicts.verdicts(tables.answers, tables.optimal_levels)
+    observed = observations(run.cells, run.measurements)
+    tables = _estimate(run, observed, used)
+    tasks = compare_tasks(run.model, observed)
+    lost = answer_accuracy(run.model, run.cells, observed, margins=used, looks=run.looks)
+    told = [*verdicts.verdicts(tables.answers, tables.optimal_levels), *accuracy_verdicts(lost)]
     plain = [
         *findings.plain_findings(tables.summary, tables.relative, tables.contrasts, run.cells, manifest),
         *findings.strongest_findings(tables.strongest_baselines),
@@ -136,6 +143,8 @@ def write_results(
         "layer_times": run.layer_times,
         "engine_timings": run.engine_timings,
         "engines": engines,
+        "tasks": tasks,
+        "accuracy_lost": lost,
     }
     for name, table in {
         **vars(tables),
@@ -152,12 +161,14 @@ def write_results(
         "verdicts": [vars(verdict) for verdict in told],
         "findings": [vars(finding) for finding in plain],
         **({"engines": rows_with_null(engines)} if len(engines) else {}),
+        **({"tasks": rows_with_null(tasks), "accuracy_lost": rows_with_null(lost)} if len(tasks) else {}),
     }
     write_atomically(folder / "results.json", _results_json(manifest, tables, run.cells, words))
     jobs: dict[str, Callable[[], Figure]] = {
         HERO: partial(perplexity_over_levels, tables.relative, tolerance=used.tolerance),
         "rankings": partial(rankings, tables.rankings),
         "fronts": partial(draw_fronts, tables.fronts),
+        **({"tasks": partial(draw_tasks, tasks)} if len(tasks) else {}),
         **chart_jobs(tables.summary, tables.contrasts),
         **head_chart_jobs(run.model, maps, rounds, agreed),
     }
@@ -171,6 +182,8 @@ def write_results(
         points=tables.fronts,
         layer_times=run.layer_times,
         engines=engines,
+        tasks=tasks,
+        accuracy_lost=lost,
         summary=tables.summary,
         contrasts=tables.contrasts,
         cells=run.cells,
@@ -240,9 +253,8 @@ def margins_of(manifest: Manifest, given: Mapping[str, float] | None) -> Margins
     return Margins(**{**kept, **(given or {})})
 
 
-def _estimate(run: Run, margins: Margins) -> _Tables:
-    """Observations and pairs are made here, once; every estimate is made from them."""
-    tables = observations(run.cells, run.measurements)
+def _estimate(run: Run, tables: Mapping[str, MetricTable], margins: Margins) -> _Tables:
+    """Every estimate is made from one set of observations and pairs."""
     summary, relative = summarize(run.model, tables), relative_to_dense(run.model, tables, looks=run.looks)
     return _Tables(
         summary,

@@ -342,6 +342,7 @@ def _settings_without_files(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def _digests(spec: ComparisonSpec) -> dict[str, str]:
     return content_hashes(
+        spec,
         preview_model(spec.model_name),
         load_prompts(spec.prompt_file, spec.max_prompts),
         load_documents(spec.eval_text, option="--eval_text"),

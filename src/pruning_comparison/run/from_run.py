@@ -99,6 +99,7 @@ def spec_of_cell(
         iterations=1,
         until_decided=False,
         engines=("native",),
+        tasks=(),
         execution="compact",
     )
 

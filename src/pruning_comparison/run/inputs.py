@@ -9,6 +9,7 @@ from torch import Tensor
 
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.perplexity import EvaluationWindow, evaluation_windows
+from pruning_comparison.measure.tasks import load_tasks
 from pruning_comparison.models import HeadGrid, ModelPreview, has_experts, preview_model
 from pruning_comparison.pruning import expected_heads_pruned
 from pruning_comparison.spec import ComparisonSpec, PruneUnit
@@ -87,7 +88,9 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True, weights: bool = True
     )
     calibration_windows = _calibration_windows(spec, preview, calibration, bos)
     _check_ids([int(window.ids.max()) for window in windows], preview, "--eval_text")
-    digests = content_hashes(preview, prompts, evaluation, calibration) if identify else {}
+    if spec.tasks:
+        load_tasks(spec.tasks, spec.task_limit)
+    digests = content_hashes(spec, preview, prompts, evaluation, calibration) if identify else {}
     return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests, bos)
 
 
@@ -189,10 +192,16 @@ def _check_ids(ids: Iterable[int], preview: ModelPreview, option: str) -> None:
 
 
 def content_hashes(
-    preview: ModelPreview, prompts: list[str], evaluation: list[Document], calibration: list[Document]
+    spec: ComparisonSpec,
+    preview: ModelPreview,
+    prompts: list[str],
+    evaluation: list[Document],
+    calibration: list[Document],
 ) -> dict[str, str]:
     """Content hashes of everything that a run reads."""
+    tasks = {"tasks": load_tasks(spec.tasks, spec.task_limit).content()} if spec.tasks else {}
     return {
+        **tasks,
         "prompts": digest(prompts),
         "eval_text": digest([document.text for document in evaluation]),
         "calibration_text": digest([document.text for document in calibration]),

@@ -19,6 +19,7 @@ from pruning_comparison.measure.flops import prefill_flops
 from pruning_comparison.measure.generation import FIRST_TOKENS, Timing, common_uniforms, generate, time_generation
 from pruning_comparison.measure.memory import cache_bytes_after, decode_bytes, parameter_bytes
 from pruning_comparison.measure.perplexity import WindowLoss, measure_perplexity, window_losses
+from pruning_comparison.measure.tasks import load_tasks
 from pruning_comparison.measure.text_quality import (
     WrittenText,
     cut_at_end_of_text,
@@ -91,9 +92,10 @@ def _details_of_recovery(pruned: PrunedModel) -> dict[str, Any]:
 
 
 def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel) -> CellResult:
-    """What depends on prompts, temperatures and lengths of texts, beside what each making of a model tells anew."""
+    """What depends on prompts, temperatures, lengths of texts and tasks, beside what each making of a model tells anew."""
     with workspace.clock.phase("texts"):
         text_measurements, texts = _text_measurements(workspace, pruned, cell.iteration)
+    tasks = task_measurements(workspace, pruned)
     prompts = workspace.inputs.prompt_ids
     size = [
         _measurement("parameter_bytes", parameter_bytes(pruned.model)),
@@ -101,7 +103,7 @@ def measure_texts_and_size(workspace: Workspace, cell: Cell, pruned: PrunedModel
         _measurement("thousand_token_cache_bytes", cache_bytes_after(pruned.model)),
         _measurement("prefill_flops", mean(prefill_flops(pruned.model, len(p)) for p in prompts)),
     ]
-    rows = [*text_measurements, *size, *_cost_measurements(pruned)]
+    rows = [*text_measurements, *tasks, *size, *_cost_measurements(pruned)]
     return CellResult(cell=cell, status="done", rest=True, measurements=rows, texts=texts)
 
 
@@ -369,6 +371,28 @@ def _write_and_measure(
             for name, function in functions.items()
         )
     return measurements, texts
+
+
+def task_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
+    """How well each question of the spec's tasks was answered; once for each model.
+
+    The ``document`` of a question is its task, and its ``prompt`` the number of the question there.
+    """
+    spec, inputs = workspace.spec, workspace.inputs
+    if not spec.tasks:
+        return []
+    if pruned.fingerprint not in workspace._answers:
+        tasks = load_tasks(spec.tasks, spec.task_limit)
+        with workspace.clock.phase("tasks"):
+            answers = tasks.answers(
+                pruned.model, inputs.preview.tokenizer, bos=inputs.bos, batch_size=spec.quality_batch_size
+            )
+        workspace._answers[pruned.fingerprint] = [
+            _measurement(metric, answer.scores.get(metric), answer.reason, document=answer.task, prompt=answer.question)
+            for answer in answers
+            for metric in tasks.metrics[answer.task]
+        ]
+    return workspace._answers[pruned.fingerprint]
 
 
 def _cost_measurements(pruned: PrunedModel) -> list[Measurement]:

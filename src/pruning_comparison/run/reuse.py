@@ -36,11 +36,11 @@ def reuse(spec: ComparisonSpec, inputs: Inputs, store: RunStore, *, iterations: 
     """Takes over what earlier runs beside this one have measured and this one needs for so many ``iterations``.
 
     Whole cells come from runs whose spec differs in nothing but which cells there are (``REUSE_AXES``); heads and
-    perplexity alone from those that differ in prompts and texts as well (``TEXT_AXES``). All must have been made on the same
-    machine with the same versions, and at the same revisions: of the protocol and the metrics, and of the method and the
-    variant of a cell that is taken. A run that stored no revisions gives nothing. Layer times come along with the cells
-    whose heads were chosen by them, and cells of other layer times stay where they are. A finished run of the very same spec
-    means that it is to be measured anew, so nothing is taken.
+    perplexity alone from those that differ in prompts, texts and tasks as well (``TEXT_AXES``). All must have been made on
+    the same machine with the same versions, and at the same revisions: of the protocol and the metrics, and of the method
+    and the variant of a cell that is taken. A run that stored no revisions gives nothing. Layer times come along with the
+    cells whose heads were chosen by them, and cells of other layer times stay where they are. A finished run of the very
+    same spec means that it is to be measured anew, so nothing is taken.
     """
     here, revisions = dict(inputs.digests), revisions_of(spec)
     whole = spec.content_hash(here)
@@ -86,8 +86,8 @@ def _measured_alike(
     """Equal for runs from which whole cells can be taken over or, if not ``texts_alike``, heads and perplexity."""
     if texts_alike:
         return identity(settings, inputs, revisions.of_every_cell(), without=REUSE_AXES)
-    others = {name: value for name, value in inputs.items() if name != "prompts"}
-    return identity(settings, others, revisions.of_every_cell(), without=REUSE_AXES | TEXT_AXES)
+    others = {name: value for name, value in inputs.items() if name not in ("prompts", "tasks")}
+    return identity(settings, others, revisions.of_every_cell(tasks=False), without=REUSE_AXES | TEXT_AXES)
 
 
 def _take_cells(

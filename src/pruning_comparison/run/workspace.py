@@ -75,6 +75,7 @@ class Workspace:
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
     _layer_times_s: Mapping[int, float] | None = None
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
+    _answers: dict[str, list[Measurement]] = field(default_factory=dict)
 
     @property
     def grid(self) -> HeadGrid:

@@ -14,6 +14,7 @@ from pruning_comparison.report.charts.style import (
     to_png,
     to_svg,
 )
+from pruning_comparison.report.charts.tasks import draw_tasks
 
 __all__ = [
     "NARROW",
@@ -24,6 +25,7 @@ __all__ = [
     "draw_between_runs",
     "draw_fronts",
     "draw_head_charts",
+    "draw_tasks",
     "head_chart_jobs",
     "perplexity_over_levels",
     "rankings",
