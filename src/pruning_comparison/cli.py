@@ -276,6 +276,14 @@ def make_parser() -> _Parser:
         "subfolders; gguf is a file for llama.cpp",
     )
     model.add_argument("--no_measure", action="store_true", help="do not measure perplexity and speed for the card")
+    shared = prune.add_argument_group("the Hugging Face hub")
+    shared.add_argument(
+        "--push_to_hub",
+        default=None,
+        metavar="NAME",
+        help="also send the saved model to the hub, into the repository NAME or OWNER/NAME",
+    )
+    _add_hub_options(shared)
     _add_run_options(prune, without=_NOT_FOR_ONE_MODEL)
     _add_common_options(prune)
     export = command(
@@ -300,7 +308,32 @@ def make_parser() -> _Parser:
     )
     file.add_argument("--output", default=None, help="the new file; by default FOLDER/model-<dtype>.gguf")
     _add_common_options(export)
+    push = command(
+        "push",
+        _push,
+        "FOLDER [OPTION ...]",
+        in_short="send a saved model to the Hugging Face hub",
+        says="Sends a pruned model that prune has saved to the Hugging Face hub, with its card: what was cut, evaluation "
+        "results in the hub's metadata, base model and licence. The repository is private unless --public says otherwise.",
+        shows="""\
+  pruning-comparison push pruned_models/gpt2_agency_fisher_30 --dry_run
+  pruning-comparison push FOLDER --name=me/gpt2-30 --public""",
+    )
+    push.add_argument("folder", metavar="FOLDER", help="what prune or run --save_models has saved")
+    shared = push.add_argument_group("the Hugging Face hub")
+    shared.add_argument(
+        "--name", default=None, help="the repository, NAME or OWNER/NAME; by default the name of the folder"
+    )
+    _add_hub_options(shared)
+    _add_common_options(push)
     return parser
+
+
+def _add_hub_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--public", action="store_true", help="everyone may read the repository; by default it is private"
+    )
+    group.add_argument("--dry_run", action="store_true", help="send nothing: show what would go to the hub")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -911,13 +944,30 @@ def _check_prune_options(options: argparse.Namespace) -> tuple[str, ...]:
             raise InputError(f"{value!r} must name exactly one. Run the command once for each.", option=f"--{name}")
     if options.best and options.from_run is None:
         raise InputError("the best of what? Give --from=RUN as well, or --level.", option="--best")
+    if options.push_to_hub is not None:
+        _check_hub(options.push_to_hub, "--push_to_hub", options)
+    elif options.public or options.dry_run:
+        raise InputError(
+            "says how a model goes to the hub, and none is to go. Give --push_to_hub=NAME as well.",
+            option="--public" if options.public else "--dry_run",
+        )
     return also
+
+
+def _check_hub(name: str, option: str, options: argparse.Namespace) -> None:
+    """Errors for a name that the hub cannot have, and before long work where it cannot be written to."""
+    from pruning_comparison.checkpoint.hub import check_hub_access, check_hub_name
+
+    check_hub_name(name, option)
+    if not options.dry_run:
+        check_hub_access()
 
 
 _GIVEN_WITH_A_RUN = frozenset(
     {
         "from_run", "variant", "method", "level", "best", "target_speedup", "output_dir", "also", "no_measure", "quiet",
         "debug_traceback", "trust_methods", "model_name", "calibration_text", "eval_text", "prompt_file", "max_loss",
+        "push_to_hub", "public", "dry_run",
     }
 )  # fmt: skip
 """Options that may stand beside ``--from``: the run's own settings hold for all else. Files may lie elsewhere now."""
@@ -1054,6 +1104,8 @@ def _make_and_save(
         print(f"{name}: {place}")
     for form, error in failed.items():
         print(f"error: {form}: {error}", file=sys.stderr)
+    if options.push_to_hub is not None:
+        _send(folder, options.push_to_hub, options)
     return max((error.exit_code if isinstance(error, InputError) else 1 for error in failed.values()), default=0)
 
 
@@ -1067,6 +1119,30 @@ def _export(options: argparse.Namespace) -> int:
         path = export_gguf(options.folder, options.output, dtype=options.dtype)
     print(f"gguf: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    name = options.name or folder.resolve().name
+    from pruning_comparison.checkpoint.hub import check_hub_name
+
+    check_hub_name(name, "--name")
+    _send(folder, name, options)
+    return 0
+
+
+def _send(folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Sends a saved model to the hub, or shows what would go."""
+    from pruning_comparison.checkpoint.hub import push_to_hub, what_would_go
+
+    upload = what_would_go(folder, name, public=options.public)
+    if options.dry_run:
+        _print_any(f"nothing is sent; this would go {upload.in_words()}")
+        return
+    with Live(quiet=options.quiet) as live:
+        live.say(f"sending {folder} {upload.in_words().partition(chr(10))[0]}")
+        address = push_to_hub(upload)
+    print(f"on the hub: {address}")
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:
