@@ -49,10 +49,12 @@ if TYPE_CHECKING:
     from pruning_comparison.run.inputs import Inputs
     from pruning_comparison.run.launchers import Launcher
     from pruning_comparison.run.pruned_model import PrunedModel
+    from pruning_comparison.run.tracking import Tracking
     from pruning_comparison.run.workspace import Workspace
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 LAUNCHERS = ("serial", "ray")
+TRACKER_NAMES = ("mlflow", "wandb", "tensorboard")
 _ALSO = ("plain", "padded", "gguf")
 _METHOD_NAMES = f"{', '.join(METHODS)}, or package.module:function for one of your own"
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -411,7 +413,7 @@ _NOT_FOR_ONE_MODEL = frozenset(
     {
         "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
         "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
-        "margins", "launcher", "ray_address", "workers", "engine",
+        "margins", "launcher", "ray_address", "workers", "engine", "track",
     }
 )  # fmt: skip
 
@@ -567,6 +569,12 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     group = parser.add_argument_group("what is kept")
     add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
     flag("save_outputs", "also write all generated texts as a table")
+    add(
+        "track",
+        default="",
+        help=f"trackers that are sent the run, comma-separated, from {', '.join(TRACKER_NAMES)}: settings, every estimate "
+        "with its interval as it comes, charts and report. Each is an extra to install",
+    )
     flag("save_models", "also save every pruned model, in the run folder under models")
     flag("fresh", "measure everything again in a new run folder, even if such a run is finished or was interrupted")
     flag("visualize_only", "measure nothing; draw the latest run again")
@@ -723,12 +731,37 @@ def _run(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
     launcher = _launcher_of(options)
+    from pruning_comparison.run.tracking import start_tracking, track_again
     from pruning_comparison.store.run_folder import check_writable
 
     check_writable(output_dir)
+    with Live(quiet=options.quiet):
+        tracking = start_tracking(parts_of(options.track, TRACKER_NAMES))
     spec, thread_times_s = _with_threads(spec, options, None if options.fresh else output_dir)
     if not options.fresh and (folder := _finished_run(spec, options)) is not None:
-        return _show_again(folder, options, margins)
+        code = _show_again(folder, options, margins)
+        with Live(quiet=options.quiet):
+            track_again(tracking, folder, spec)
+        return code
+    failed = True
+    try:
+        code = _measure_and_show(spec, options, margins, launcher, thread_times_s, tracking)
+        failed = code != 0
+    finally:
+        with Live(quiet=options.quiet):
+            tracking.finish(failed=failed)
+    return code
+
+
+def _measure_and_show(
+    spec: ComparisonSpec,
+    options: argparse.Namespace,
+    margins: Mapping[str, float],
+    launcher: Launcher,
+    thread_times_s: Mapping[int, float] | None,
+    tracking: Tracking,
+) -> int:
+    """Measures what is missing of a run, draws it, and shows its answer; the exit code."""
     try:
         with Live(quiet=options.quiet, steps=steps_of(spec)) as live:
             live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
@@ -737,7 +770,7 @@ def _run(options: argparse.Namespace) -> int:
 
             folder = run_comparison(
                 spec,
-                output_dir=output_dir,
+                output_dir=Path(options.output_dir),
                 on_progress=live.progress,
                 on_measured=live.measured,
                 code_commit=commit_of(CHECKOUT),
@@ -748,6 +781,7 @@ def _run(options: argparse.Namespace) -> int:
                 more_options=_more_options(options),
                 budget_s=options.budget,
                 thread_times_s=thread_times_s,
+                tracking=tracking,
             )
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr, flush=True)
@@ -829,6 +863,8 @@ def _more_options(options: argparse.Namespace) -> dict[str, Any]:
         given["save_outputs"] = True
     if options.budget is not None:
         given["budget"] = f"{options.budget:g}s"
+    if options.track:
+        given["track"] = options.track
     return given
 
 
