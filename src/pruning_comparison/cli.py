@@ -413,7 +413,7 @@ _NOT_FOR_ONE_MODEL = frozenset(
     {
         "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
         "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
-        "margins", "launcher", "ray_address", "workers", "engine", "track",
+        "margins", "launcher", "ray_address", "workers", "engine", "track", "wikitext_words",
     }
 )  # fmt: skip
 
@@ -530,13 +530,21 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
 
     group = parser.add_argument_group("texts")
     add("prompt_file", help="text file with one prompt per line; by default the bundled prompts")
-    add("eval_text", help="what perplexity is measured on: bundled:held_out, a text file, or a folder of .txt files")
+    add(
+        "eval_text",
+        help="what perplexity is measured on: bundled:held_out, a text file, a folder of .txt files, or hf:DATASET:SPLIT of "
+        "the hub",
+    )
     add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
     add("eval_window", type=_whole_number, help="perplexity window in tokens (at most the model's context)")
     add("eval_stride", type=_whole_number, help="step between perplexity windows in tokens")
     add(
         "bos",
         help=f"{', '.join(BOS_RULES)}: whether texts begin with the begin-of-sequence token; auto: as the tokenizer does",
+    )
+    flag(
+        "wikitext_words",
+        "also measure WikiText's word perplexity as lm-evaluation-harness has it, on whole pages of the evaluation text",
     )
     add("calibration_text", help="what scores and adaptation may read; must share no document with the evaluation text")
     add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")

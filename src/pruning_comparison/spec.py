@@ -132,6 +132,7 @@ class ComparisonSpec:
     eval_window: int = 512
     eval_stride: int = 512
     bos: BosRule = "auto"
+    wikitext_words: bool = False
     calibration_text: str = "bundled:calibration"
     calibration_tokens: int = 16384
     calibration_window: int = 256
@@ -414,7 +415,7 @@ TEXT_AXES = frozenset(
 )  # fmt: skip
 """Settings that change which texts are written and how a model is timed, and neither its heads nor its perplexity."""
 NAMES_OF_FILES = frozenset({"prompt_file", "eval_text", "calibration_text"})
-LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32", "engines": [NATIVE]}
+LATER_SETTINGS: Mapping[str, Any] = {"prepare_precision": "float32", "engines": [NATIVE], "wikitext_words": False}
 """Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
 the identity of a run, so that such a run is still the same run."""
 _NO_DEFAULT = object()

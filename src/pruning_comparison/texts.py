@@ -67,6 +67,11 @@ def load_documents(source: str, *, option: str) -> list[Document]:
     return documents
 
 
+def has_wikitext_title(text: str) -> bool:
+    """Whether a text begins with a title of WikiText, as an article of it does."""
+    return _WIKITEXT_TITLE.match(text) is not None
+
+
 def text_name(source: str) -> str:
     """What a text is called where its place does not matter: the last part of a path, or the split of a data set."""
     return hub_text_of(source, "text").name if source.startswith(PREFIX) else Path(source).name
