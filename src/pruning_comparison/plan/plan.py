@@ -124,7 +124,7 @@ def _expectations(
     """
     if not {"agency", "baseline"} <= set(spec.variants):
         return []
-    measured = [name for name, metric in METRICS.items() if spec.memory_logging or not metric.on_request]
+    measured = [name for name, metric in METRICS.items() if not metric.on_request or getattr(spec, metric.on_request)]
     asked = asked_of_a_method(len(spec.temperatures), measured)
     whole = level_of("answers", tasks=bool(spec.tasks)) / len(spec.pruning_methods)
     levels_of = dict(zip(asked, first_levels(asked, whole), strict=True))

@@ -33,6 +33,7 @@ from pruning_comparison.run.reuse import reuse
 from pruning_comparison.run.run_log import RunLog, log_failure
 from pruning_comparison.run.run_options import keep_options
 from pruning_comparison.run.saved_models import model_folder
+from pruning_comparison.run.tracking import Tracking
 from pruning_comparison.spec import LATER_SETTINGS, NAMES_OF_FILES, Cell, ComparisonSpec, revisions_of
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import CellResult, Manifest, Measurement, ModelFacts
@@ -63,6 +64,7 @@ def run_comparison(
     more_options: Mapping[str, Any] = {},
     budget_s: float | None = None,
     thread_times_s: Mapping[int, float] | None = None,
+    tracking: Tracking | None = None,
 ) -> Path:
     """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
 
@@ -77,6 +79,8 @@ def run_comparison(
     same, so a run may be continued with another one.
 
     ``thread_times_s`` are the times by which the spec's threads were chosen, for a new run's manifest.
+
+    ``tracking`` is told of settings and estimates as they come; whoever has started it finishes it.
 
     A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead); the run then
     stays unfinished, so that the same command tries it again. Interrupted is raised on Ctrl-C, after what was measured has
@@ -98,6 +102,8 @@ def run_comparison(
         remove_left_files(folder)
         for sentence in known_to_be_missing(spec, inputs):
             LOGGER.warning(sentence)
+        tracking = tracking or Tracking()
+        tracking.begin(store, spec)
         stopwatch = Stopwatch(store, budget_s)
         ended, failed = "", 0
         for iterations in spec.looks:
@@ -117,6 +123,7 @@ def run_comparison(
                     else:
                         failed += _keep(event, spec, store, code_commit, on_measured)
                         steps.done += not isinstance(event, (LayersTimed, Trouble))
+                        tracking.measured(store, spec)
                         if spec.until_decided:
                             stopwatch.keep()
                     if stopwatch.used():
