@@ -87,7 +87,7 @@ types: $(VENV)/installed-test
 
 docs: $(VENV)/installed-test
 	$(BIN)/mkdocs build --strict
-	$(BIN)/pytest tests/test_docs.py tests/test_site.py
+	$(BIN)/pytest tests/test_docs.py tests/test_site.py tests/test_guides.py
 
 reference: $(VENV)/installed-test
 	$(BIN)/python scripts/documentation/write_reference.py
