@@ -321,7 +321,7 @@ METRICS: dict[str, Metric] = {
         direction="higher",
         bounds=(0.0, 1.0),
         settings={"harness": ("acc", "exact_match")},
-        on_request=True,
+        on_request="tasks",
         roles={"main table": 14, "two runs": 8},
     ),
     "accuracy_normalised": Metric(
@@ -333,7 +333,7 @@ METRICS: dict[str, Metric] = {
         direction="higher",
         bounds=(0.0, 1.0),
         settings={"harness": ("acc_norm",)},
-        on_request=True,
+        on_request="tasks",
     ),
     "tokens_per_second": Metric(
         "tokens_per_second",
