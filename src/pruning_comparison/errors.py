@@ -41,6 +41,10 @@ class StoreError(PruningComparisonError):
     """A run folder that cannot be read or written."""
 
 
+class HubError(PruningComparisonError):
+    """The Hugging Face hub cannot be reached, or does not accept what is sent. What was to be sent stays where it is."""
+
+
 class ClusterError(PruningComparisonError):
     """A cluster that cannot be joined, was lost, or would not measure the same. What was measured is kept."""
 

@@ -56,7 +56,7 @@ class Metric:
     words inside a sentence; those not given follow from the label. ``roles`` are the charts, tables and questions that
     choose this metric, with its place in each. ``compared``: variants are compared by it, and two runs as well where a
     direction is better; ``alike`` is what two runs must share, beside texts and prompts, for it to mean the same in both.
-    ``on_request``: measured only where an option asks for it.
+    ``on_request``: the setting without which it is not measured; empty for what always is.
 
     ``revision`` is raised whenever the same inputs give another value; results of different revisions are never mixed.
     """
@@ -80,7 +80,7 @@ class Metric:
     roles: Mapping[Role, int] = field(default_factory=dict)
     compared: bool = True
     alike: tuple[Alike, ...] = ()
-    on_request: bool = False
+    on_request: str = ""
     revision: int = 1
 
     def __post_init__(self) -> None:
@@ -171,6 +171,21 @@ METRICS: dict[str, Metric] = {
         compute="pruning_comparison.losses:mean_loss",
         over="window_words",
         compared=False,  # between variants it would say what perplexity says
+    ),
+    "wikitext_word_perplexity": Metric(
+        "wikitext_word_perplexity",
+        kind="loss",
+        unit="1",
+        label="Word perplexity of WikiText, as lm-evaluation-harness has it",
+        short_label="WikiText word perplexity",
+        direction="lower",
+        scale="log",
+        bounds=(1.0, math.inf),
+        compute="pruning_comparison.losses:mean_loss",
+        summed="page_nats",
+        over="page_words",
+        compared=False,  # between variants it would say what perplexity says
+        on_request="wikitext_words",
     ),
     "bits_per_byte": Metric(
         "bits_per_byte",
@@ -440,7 +455,7 @@ METRICS: dict[str, Metric] = {
         phrase="peak memory",
         direction="lower",
         alike=("length", "tokenizer"),
-        on_request=True,
+        on_request="memory_logging",
         roles={"main table": 12, "improvement chart": 4, "radar": 4, "which metrics": 8},
     ),
     "adaptation_s": Metric(
@@ -517,8 +532,11 @@ RAW: dict[str, str] = {
     "window_bytes": "byte",
     "window_words": "word",
     "window_kl_nats": "nat",
+    "page_nats": "nat",
+    "page_words": "word",
 }
-"""What a journal holds of every evaluation window, with its unit: the sums that metrics of the kind "loss" are made of."""
+"""What a journal holds of every evaluation window, or of whole pages, with its unit: metrics of the kind "loss" are made of
+these sums."""
 
 
 def metric_named(name: str) -> Metric:

@@ -138,6 +138,7 @@ class ComparisonSpec:
     eval_window: int = 512
     eval_stride: int = 512
     bos: BosRule = "auto"
+    wikitext_words: bool = False
     calibration_text: str = "bundled:calibration"
     calibration_tokens: int = 16384
     calibration_window: int = 256
@@ -434,6 +435,7 @@ LATER_SETTINGS: Mapping[str, Any] = {
     "engines": [NATIVE],
     "tasks": [],
     "task_limit": None,
+    "wikitext_words": False,
 }
 """Settings that came after runs had been stored without them, with the value that those runs had: it does not count in
 the identity of a run, so that such a run is still the same run."""

@@ -1,4 +1,4 @@
-"""Calibration text, evaluation text and prompts: bundled, or from a file or folder of the user's."""
+"""Calibration text, evaluation text and prompts: bundled, from a file or folder of the user's, or from the hub."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from pruning_comparison.errors import InputError
+from pruning_comparison.hub_texts import PREFIX, hub_text_of, rows_of_hub_text
 from pruning_comparison.paths import kind_of, names_in
 
 BUNDLED_TEXTS = ("held_out", "validation", "calibration")
@@ -42,10 +43,13 @@ def load_documents(source: str, *, option: str) -> list[Document]:
     """The documents of ``source``: ``bundled:<name>``, a text file, or a folder of ``.txt`` files (one document each).
 
     A file is one document, unless it has WikiText headings (``= Title =``): then every article is one. ``.gz`` files are
-    unpacked. InputError, naming ``option``, where there is nothing to read.
+    unpacked. ``hf:DATASET:CONFIG:SPLIT`` is a data set of the hub: every row is one document, unless rows are lines of
+    WikiText, which are joined into articles. InputError, naming ``option``, where there is nothing to read.
     """
     if source.startswith("bundled:"):
         return _bundled_documents(source.removeprefix("bundled:"), option)
+    if source.startswith(PREFIX):
+        return _hub_documents(source, option)
     path, kind = Path(source), kind_of(source, option)
     if kind == "folder":
         files_of_text = [path / name for name in names_in(path, option) if name.endswith(".txt")]
@@ -54,13 +58,32 @@ def load_documents(source: str, *, option: str) -> list[Document]:
         documents = _split_articles(path.name, _read_text(path, option))
     else:
         raise InputError(
-            f"{option}: {source!r} does not exist. Give a text file, a folder of .txt files, or one of "
-            f"{', '.join('bundled:' + name for name in BUNDLED_TEXTS)}."
+            f"{option}: {source!r} does not exist. Give a text file, a folder of .txt files, hf:DATASET:SPLIT of the hub, "
+            f"or one of {', '.join('bundled:' + name for name in BUNDLED_TEXTS)}."
         )
     documents = [document for document in documents if document.text.strip()]
     if not documents:
         raise InputError(f"{option}: {source!r} holds no text. Give a file with text, or a folder of .txt files.")
     return documents
+
+
+def has_wikitext_title(text: str) -> bool:
+    """Whether a text begins with a title of WikiText, as an article of it does."""
+    return _WIKITEXT_TITLE.match(text) is not None
+
+
+def text_name(source: str) -> str:
+    """What a text is called where its place does not matter: the last part of a path, or the split of a data set."""
+    return hub_text_of(source, "text").name if source.startswith(PREFIX) else Path(source).name
+
+
+def text_facts(source: str) -> dict[str, str]:
+    """Which text it is: its name as ``text``, and of a data set of the hub ``dataset``, ``config`` and ``split`` too."""
+    if not source.startswith(PREFIX):
+        return {"text": text_name(source)}
+    found = hub_text_of(source, "text")
+    known = {"dataset": found.dataset, "config": found.config, "split": found.split} if found.on_hub else {}
+    return {"text": found.name, **{name: value for name, value in known.items() if value is not None}}
 
 
 def load_prompts(prompt_file: str | None, max_prompts: int) -> list[str]:
@@ -140,6 +163,27 @@ def _bundled_documents(name: str, option: str) -> list[Document]:
     packed = files("pruning_comparison").joinpath("data", "texts", f"{name}.jsonl.gz").read_bytes()
     rows = [json.loads(line) for line in gzip.decompress(packed).decode("utf-8").splitlines()]
     return [Document(row["name"], row["text"]) for row in rows]
+
+
+def _hub_documents(source: str, option: str) -> list[Document]:
+    """Rows of a data set as documents; lines of WikiText joined into articles, blank lines as WikiText's files have them.
+
+    Rows are lines where one is a title alone. Then a document is what lm-evaluation-harness's document-level WikiText calls
+    a page, and what the raw file gives.
+    """
+    wanted = hub_text_of(source, option)
+    rows = rows_of_hub_text(wanted, option, most_bytes=_MOST_TEXT_BYTES)
+    if any(_WIKITEXT_TITLE.fullmatch(row.removesuffix("\n")) for row in rows):
+        lines = [row if row.strip() else " \n" for row in rows]
+        documents = _split_articles(
+            wanted.name, "".join(line if line.endswith("\n") else f"{line}\n" for line in lines)
+        )
+    else:
+        documents = [Document(f"{wanted.name}#{number}", row) for number, row in enumerate(rows)]
+    documents = [document for document in documents if document.text.strip()]
+    if not documents:
+        raise InputError(f"{option}: {source!r} holds no text. Give another split or column.")
+    return documents
 
 
 def _read_text(path: Path, option: str) -> str:

@@ -78,6 +78,20 @@ def test_the_gradient_of_the_divergence_is_that_of_autograd(precision):
     assert torch.allclose(mine.grad, plain.grad, atol=1e-7 if precision == torch.float32 else 1e-4, rtol=1e-4)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "llama"])
+def test_weights_that_are_rounded_once_predict_as_those_that_autocast_rounds(family):
+    dense = tiny_gpt2() if family == "gpt2" else tiny_model(family)
+    before = {name: one.clone() for name, one in dense.state_dict().items()}
+    rounded = recovery._rounded(dense)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(rounded(WINDOWS).logits, dense(WINDOWS).logits)
+    assert rounded.get_input_embeddings().weight is dense.get_input_embeddings().weight
+    assert {one.dtype for name, one in rounded.named_parameters() if "lm_head" in name} == {torch.bfloat16}
+    assert all(
+        torch.equal(one, before[name]) and one.dtype == torch.float32 for name, one in dense.state_dict().items()
+    )
+
+
 def test_a_batch_in_parts_trains_as_the_whole_one(monkeypatch):
     dense = tiny_gpt2()
     pruned = remove_heads(dense, MASK)

@@ -64,6 +64,40 @@ def test_ratios_are_of_pairs_in_the_same_engine_and_of_the_same_model():
     assert dense["speed_vs_native"] == pytest.approx(math.exp((math.log(2 / 4) + math.log(6 / 6)) / 2))
 
 
+def test_prompt_and_decoding_are_held_against_the_dense_models_apart():
+    """Of 4 s the dense model spends 1 on the prompt and 3 on what follows, agency 0.5 of 2 s: twice as fast in both; on the
+    other prompt the first token takes as long, and what follows 3 s in place of 6."""
+    rows = [
+        timing("dense", "llama.cpp", 4.0, first_token_latency_s=1.0, weights="f32"),
+        timing("agency", "llama.cpp", 2.0, first_token_latency_s=0.5, weights="f32"),
+        timing("dense", "llama.cpp", 8.0, prompt=1, first_token_latency_s=2.0, weights="f32"),
+        timing("agency", "llama.cpp", 5.0, prompt=1, first_token_latency_s=2.0, weights="f32"),
+        timing("dense", "native", 1.0),
+    ]
+    found = compare_engines("tiny", table(rows))
+    row = only(found, "agency", "llama.cpp")
+    assert row["prompt_vs_dense"] == pytest.approx(math.sqrt(2))
+    half = stats.t.ppf(0.975, 1) * math.log(2) / 2
+    assert row["prompt_vs_dense_low"] == pytest.approx(math.exp(math.log(2) / 2 - half))
+    assert row["prompt_vs_dense_high"] == pytest.approx(math.exp(math.log(2) / 2 + half))
+    assert row["decode_vs_dense"] == pytest.approx(2.0)  # 3 s over 1.5 s, and 6 s over 3 s
+    assert row["decode_vs_dense_low"] == row["decode_vs_dense_high"] == pytest.approx(2.0)
+    assert row["weights"] == "f32"
+    assert only(found, "dense", "llama.cpp")["decode_vs_dense"] == 1
+    assert pd.isna(only(found, "dense", "native")["weights"])
+
+
+def test_one_new_token_has_no_decoding():
+    rows = [
+        timing(variant, engine, 1.0, first_token_latency_s=1.0)
+        for variant in ("agency", "dense")
+        for engine in ("native", "llama.cpp")
+    ]
+    row = only(compare_engines("tiny", table(rows)), "agency", "llama.cpp")
+    assert row["prompt_vs_dense"] == 1
+    assert math.isnan(row["decode_vs_dense"])
+
+
 def test_repeats_are_averaged_on_the_log_scale_and_make_no_pairs():
     rows = [
         timing(variant, engine, seconds * (1 + repeat * factor), repeat=repeat)

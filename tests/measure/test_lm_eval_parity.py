@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import math
 import re
+import runpy
 import warnings
+from importlib.util import find_spec
+from pathlib import Path
 
 import pandas as pd
 import pytest
@@ -16,6 +20,7 @@ from pruning_comparison.measure.perplexity import (
     window_losses,
 )
 from pruning_comparison.measure.text_quality import generation_losses
+from pruning_comparison.measure.wikitext import page_nats, pages_of
 from pruning_comparison.models.loading import load_model, preview_model
 from pruning_comparison.run.measure_cell import window_measurements
 from pruning_comparison.texts import Document, load_documents, tokenize
@@ -114,6 +119,45 @@ def rolling(harness, text):
 
     request = Instance(request_type="loglikelihood_rolling", doc={}, arguments=(text,), idx=0)
     return harness.loglikelihood_rolling([request], disable_tqdm=True)[0]
+
+
+@pytest.mark.parametrize("window", [64, 128])
+def test_wikitext_has_the_harness_word_perplexity(bundled, window):
+    """Two pages, through the functions of the harness's own task and its rolling windows."""
+    from lm_eval.models.huggingface import HFLM
+
+    # By its path: to import the harness's tasks as a package needs datasets.
+    place = Path(str(find_spec("lm_eval").origin)).parent / "tasks" / "wikitext" / "preprocess_wikitext.py"
+    task = runpy.run_path(str(place))
+    harness = HFLM(
+        pretrained=bundled.model,
+        tokenizer=bundled.tokenizer,
+        backend="causal",
+        batch_size=2,
+        device="cpu",
+        max_length=window,
+    )
+    address = load_documents("bundled:validation", option="--text")[0].text
+    spaced = 'he said " so " in 1 @,@ 234 days ( or more ) . \n \n = = Part = = \n \n It \'s 5 ° N . \n '
+    pages = [
+        f" = First page = \n \n {address[:700]} , {spaced}",
+        f" = Second = \n \n {address[900:1200]} ; well @-@ known : yes ! \n ",
+    ]
+    documents = [Document(str(number), f"{page}\n") for number, page in enumerate(pages)]
+    documents.append(Document("not wanted", " = Third = \n"))
+    ours = pages_of(documents, {"0", "1"}, bundled.tokenizer, window=window)
+    nats = page_nats(bundled.model, ours, batch_size=2)
+    items = []
+    for page, loss, text in zip(ours, nats, pages, strict=True):
+        likelihood = rolling(harness, task["wikitext_detokenizer"]({"page": text}))
+        theirs = task["process_results"]({"page": text}, (likelihood,))["word_perplexity"]
+        assert page.words == theirs[1]
+        assert loss == pytest.approx(-likelihood, rel=1e-5)
+        items.append(theirs)
+    from lm_eval.api.metrics import weighted_perplexity
+
+    total = sum(nats) / sum(page.words for page in ours)
+    assert math.exp(total) == pytest.approx(weighted_perplexity(items), rel=1e-5)
 
 
 def with_beginning_token(bundled, harness, text):

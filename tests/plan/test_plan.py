@@ -417,6 +417,24 @@ def test_memory_that_is_held_throughout(folder, monkeypatch):
     assert memory_of(folder, device="cuda").held["libraries"] == memory_plan.CUDA_CONTEXT_BYTES
 
 
+def test_files_for_llama_cpp_are_counted_in_memory_and_on_the_disk(folder):
+    """The dense model, and two variants that have three quarters of attention left at 25 per cent; float16 is half of it."""
+    written = PARAMETERS + 2 * (PARAMETERS - 0.25 * ATTENTION)
+    without = memory_of(folder).passing["decoding"]
+    assert memory_of(folder, engines=("compiled",)).passing["decoding"] == without
+    assert memory_of(folder, engines=("llama.cpp",)).passing["decoding"] - without == 4 * written
+    sizes, spec = ModelSizes.of(preview_model(str(folder / "model"))), ComparisonSpec(engines=("llama.cpp",))
+    levels = {"pruning_levels": (0, 25, 50), "variants": ("baseline", "agency")}
+    assert memory_plan.files_bytes(replace(spec, **levels, precision="float16"), sizes) == 2 * written
+    assert memory_plan.files_bytes(replace(spec, pruning_levels=(0,)), sizes) == 4 * PARAMETERS
+
+
+def test_a_plan_says_what_llama_cpp_cannot_run(folder, capsys):
+    """The model is a GPT-2."""
+    assert cli.main(["plan", *options(folder), "--engine=llama.cpp"]) == 0
+    assert "note: no model can be timed in llama.cpp: the gguf form is not possible" in capsys.readouterr().out
+
+
 def test_memory_counts_prices_and_moments(folder):
     """In float64: of a layer two halves of 32 x 32 for moments, and 32 x 32 with 32 x 32 for prices."""
 

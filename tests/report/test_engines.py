@@ -19,6 +19,8 @@ def row(variant, engine, level, dense, native, *, method="entropy", reason=None,
         "tokens_per_second": 30.0 if known else NAN, "first_token_latency_s": 0.02, "speed_vs_dense": dense[0],
         "speed_vs_dense_low": dense[1], "speed_vs_dense_high": dense[2], "speed_vs_native": native[0],
         "speed_vs_native_low": native[1], "speed_vs_native_high": native[2], "n": 6, "warm_up_s": 4.0,
+        "prompt_vs_dense": 1.5, "prompt_vs_dense_low": 1.4, "prompt_vs_dense_high": 1.6, "decode_vs_dense": dense[0],
+        "decode_vs_dense_low": NAN, "decode_vs_dense_high": NAN, "weights": "f32" if engine == "compiled" else None,
         "differing_share": differing, "reason": reason,
     }  # fmt: skip
 
@@ -31,7 +33,7 @@ ENGINES = pd.DataFrame(
         row("dense", "compiled", 50, ITSELF, (1.3, 1.2, 1.4), differing=0.025),
         row("agency", "native", 50, (1.2, 1.15, 1.25), ITSELF),
         row("agency", "transformers", 50, (1.12, 1.08, 1.16), (0.7, 0.6, 0.8)),
-        row("agency", "compiled", 50, NOTHING, NOTHING, reason="Unsupported: <i>no graph</i>"),
+        row("agency", "compiled", 50, NOTHING, NOTHING, reason="Unsupported: <i>no graph</i>."),
         row("agency", "native", 80, (1.9, 1.8, 2.0), ITSELF),
     ],
     columns=ENGINE_COLUMNS,
@@ -59,9 +61,14 @@ def test_the_table_has_a_row_for_every_model_in_every_engine():
     table = engines_table(ENGINES)
     assert table is not None
     shown = [[row.heading.text, *(cell.text for cell in row.cells)] for row in table.rows]
-    assert shown[2] == ["dense", "50 %", "compiled", "30 token/s", "×1", "×1.3", "20 ms", "4 s", "2.5 %", "6"]
-    assert shown[5] == ["agency", "50 %", "compiled", "missing", "", "", "", "", "", ""]
-    assert table.rows[5].cells[2].small == "Unsupported: <i>no graph</i>"
+    assert shown[2] == [
+        "dense", "50 %", "compiled", "30 token/s", "×1", "×1.5", "×1", "×1.3", "20 ms", "4 s", "2.5 %", "6",
+    ]  # fmt: skip
+    assert shown[5] == ["agency", "50 %", "compiled", "missing", *[""] * 8]
+    assert table.columns[5:8] == ("Prompt, times dense", "Decoding, times dense", "Speed, times native")
+    assert [row.cells[1].small for row in table.rows[:3]] == ["", "", "weights as f32"]
+    assert table.rows[2].cells[4].small == "1.4 to 1.6"
+    assert table.rows[5].cells[2].small == "Unsupported: <i>no graph</i>."
     assert {len(row.cells) for row in table.rows} == {len(table.columns) - 1}
 
 

@@ -10,18 +10,19 @@ from types import SimpleNamespace
 import pandas as pd
 import pytest
 import torch
-from builders import cut_off_after, save_tiny_model, tiny_spec, write_short_texts
+from builders import ascii_tokenizer, cut_off_after, save_tiny_model, tiny_model, tiny_spec, write_short_texts
 
 from pruning_comparison.engines import ENGINES
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.engines import EngineRun
 from pruning_comparison.measure.generation import turn_order
+from pruning_comparison.models import ModelPreview
 from pruning_comparison.report.write import write_results
 from pruning_comparison.run import engine_timings, measure_cell
 from pruning_comparison.run.attempts import Failure
 from pruning_comparison.run.comparison import run_comparison
-from pruning_comparison.run.engine_timings import time_engines
-from pruning_comparison.run.inputs import prepare
+from pruning_comparison.run.engine_timings import known_to_be_missing, remove_left_files, time_engines
+from pruning_comparison.run.inputs import Inputs, prepare
 from pruning_comparison.run.launchers.on_ray import Worker
 from pruning_comparison.run.launchers.work import timed_event
 from pruning_comparison.run.measure_cell import LevelTimings
@@ -63,7 +64,7 @@ def stage(monkeypatch, *, breaks_at=None, **settings):
     def build(engine):
         tokens = [1, 2, 3, 4] if engine == "native" else [1, 2, 3, 5]
         broken = breaks_at if engine == "transformers" else None
-        return lambda model, *, capacity, step: Fake(f"{model}, {engine}", log, clock, tokens, breaks_at=broken)
+        return lambda model, *, capacity, step, export: Fake(f"{model}, {engine}", log, clock, tokens, breaks_at=broken)
 
     monkeypatch.setattr(engine_timings, "engine_named", lambda name: SimpleNamespace(builder=lambda: build(name)))
     monkeypatch.setattr(engine_timings.time, "perf_counter", lambda: clock[0])
@@ -103,6 +104,123 @@ def test_what_breaks_while_it_is_timed_has_a_reason_alone_and_the_others_go_on(m
     reason = EngineTiming("transformers", reason="RuntimeError: it broke")
     assert [timing for name, timing in found if timing.engine == "transformers"] == [reason, reason]
     assert sum(timing.engine == "native" for _, timing in found) == 12
+
+
+def test_an_engine_that_cannot_draw_says_itself_how_many_tokens_differ(monkeypatch):
+    _, timings = stage(monkeypatch, timing_limit_s=0.0)
+    monkeypatch.setattr(
+        Fake,
+        "make_ready",
+        lambda self, batch: EngineRun(
+            torch.tensor([self.tokens] * len(batch.prompts)), 0.0, 0.0, None if "native" in self.name else 0.75, "f16"
+        ),
+    )
+    found = [timing for _, timing in timings()]
+    assert {(one.engine, one.differing_share, one.weights) for one in found} == {
+        ("native", 0.0, "f16"),
+        ("transformers", 0.75, "f16"),
+    }
+
+
+LLAMA = {"hidden_size": 64, "num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 16}
+
+
+class Reader:
+    """A runner that only looks whether its file is there, with a model in it."""
+
+    def __init__(self, export, seen):
+        self.path, self.seen = export(), seen
+
+    def make_ready(self, batch):
+        self.seen.append((self.path.parent.parent, self.path.read_bytes()[:4]))
+        return EngineRun(torch.zeros(1, 4), 0.0, 0.0)
+
+    def generate(self, batch):
+        assert self.path.is_file()
+        return EngineRun(torch.zeros(1, 4), 0.25, 1.0)
+
+
+def of_files(monkeypatch, folder, seen, **settings):
+    """A level of one tiny Llama, timed by an engine that reads files."""
+    monkeypatch.setattr(
+        engine_timings,
+        "engine_named",
+        lambda name: SimpleNamespace(builder=lambda: lambda model, *, capacity, step, export: Reader(export, seen)),
+    )
+    spec = ComparisonSpec(num_tokens=4, timing_limit_s=0.0, **{"engines": TWO, **settings})
+    inputs = SimpleNamespace(prompt_ids=[[10, 1]], preview=SimpleNamespace(tokenizer=ascii_tokenizer()))
+    model = tiny_model("llama", vocab_size=128, **LLAMA)
+    models = {"agency": model, "dense": model}
+    workspace = SimpleNamespace(spec=spec, inputs=inputs, folder=folder)
+    return time_engines(workspace, models, dict.fromkeys(models), 0)
+
+
+def test_files_of_models_lie_in_the_run_and_are_gone_when_all_is_timed(monkeypatch, tmp_path):
+    seen = []
+    found = of_files(monkeypatch, tmp_path, seen)
+    assert seen == [(tmp_path, b"GGUF")] * 4
+    assert all(timing.reason is None for _, timing in found)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_masked_models_have_no_file_and_the_dense_one_has(monkeypatch, tmp_path):
+    found = of_files(monkeypatch, tmp_path, [], execution="masked")
+    reasons = {variant: timing.reason for variant, timing in found}
+    assert reasons == {"agency": engine_timings._MASKED, "dense": None}
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_files_that_a_killed_run_has_left_are_removed(tmp_path):
+    left = tmp_path / f"{engine_timings._FOLDER}x" / "model.gguf"
+    left.parent.mkdir()
+    left.touch()
+    (tmp_path / "journal.sqlite").touch()
+    remove_left_files(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["journal.sqlite"]
+
+
+@pytest.mark.parametrize(
+    ("family", "settings", "said"),
+    [
+        ("llama", {"prune_unit": "rectangle"}, None),
+        ("llama", {"pruning_levels": (0,)}, None),
+        ("llama", {"engines": TWO, "execution": "masked"}, None),
+        (
+            "llama",
+            {},
+            "no pruned model with ragged groups can be timed in llama.cpp: the gguf form is not possible: heads",
+        ),
+        (
+            "llama",
+            {"execution": "masked"},
+            "no pruned model can be timed in llama.cpp: with --execution=masked no head",
+        ),
+        (
+            "llama",
+            {"device": "cuda"},
+            "no model can be timed in llama.cpp: it is run on the CPU, and the other engines on cuda",
+        ),
+        (
+            "qwen3",
+            {"prune_unit": "rectangle"},
+            "no model can be timed in llama.cpp: the gguf form is not possible: llama.cpp b",
+        ),
+    ],
+)
+def test_what_llama_cpp_cannot_run_is_known_before(family, settings, said):
+    model, tokenizer = tiny_model(family, vocab_size=128, **LLAMA), ascii_tokenizer()
+    preview = ModelPreview("tiny", "tiny", model.config, tokenizer)
+    spec = ComparisonSpec(**{"engines": ("llama.cpp",), "pruning_levels": (0, 50), **settings})
+    found = known_to_be_missing(spec, Inputs(preview, (), (), (), torch.zeros(1, 1), {}))
+    assert len(found) == (said is not None)
+    assert said is None or found[0].startswith(said)
+
+
+def test_a_tokenizer_that_llama_cpp_has_not_is_known_before():
+    preview = ModelPreview("tiny", "tiny", tiny_model("llama").config, None)
+    spec = ComparisonSpec(engines=("llama.cpp",), prune_unit="rectangle")
+    (found,) = known_to_be_missing(spec, Inputs(preview, (), (), (), torch.zeros(1, 1), {}))
+    assert "the model has no tokenizer" in found
 
 
 def test_the_native_engine_alone_times_nothing_more(monkeypatch):
@@ -156,7 +274,7 @@ def engine_spec(folder, **changes):
     return tiny_spec(folder, **{**settings, "engines": ("native", "transformers", "compiled"), **changes})
 
 
-def no_compiler(model, *, capacity, step):
+def no_compiler(model, *, capacity, step, export):
     raise RuntimeError(BROKEN)
 
 
@@ -193,6 +311,56 @@ def test_a_run_times_its_engines_and_the_report_shows_them(folder, tmp_path, no_
         for engine in ("native", "transformers", "compiled")
     ]
     assert (run / "engine_timings.csv").is_file()
+
+
+def test_a_missing_package_ends_a_run_before_it_begins(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pruning_comparison.engines.find_spec", lambda name: None)
+    with pytest.raises(
+        InputError, match=r"llama\.cpp needs the package gguf.*pip install 'pruning-comparison\[llama-cpp\]'"
+    ):
+        run_comparison(engine_spec(folder, engines=("llama.cpp",)), output_dir=tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_run_of_a_model_that_llama_cpp_has_not_says_so_before_and_in_place_of_figures(folder, tmp_path, monkeypatch):
+    monkeypatch.setattr("pruning_comparison.engines.find_spec", lambda name: name)
+    run = run_comparison(engine_spec(folder, engines=("llama.cpp",)), output_dir=tmp_path)
+    reason = "the gguf form is not possible: llama.cpp builds layers of different sizes for one architecture only"
+    log = (run / "run.log").read_text("utf-8")
+    assert log.index(f"no model can be timed in llama.cpp: {reason}") < log.index(
+        "baseline cannot be timed in llama.cpp"
+    )
+    timings = load_run(run).engine_timings
+    missing = timings[timings["engine"] == "llama.cpp"]
+    assert set(missing["variant"]) == {"dense", "baseline"}
+    assert all(one.startswith(reason) for one in missing["reason"])
+    assert timings.loc[timings["engine"] == "native", "reason"].isna().all()
+
+
+@pytest.mark.extras
+def test_a_run_times_dense_and_pruned_models_in_llama_cpp(tmp_path, no_charts):
+    """Level 30 takes heads, and leaves rectangles: 8 heads read 4 key-value heads."""
+    torch.manual_seed(0)
+    model = tiny_model("llama", vocab_size=257, max_position_embeddings=256, **LLAMA)
+    place = save_tiny_model(tmp_path / "model", model=model)
+    ascii_tokenizer().save_pretrained(place)
+    write_short_texts(place / "texts")
+    (place / "prompts.txt").write_text("It is\nThere they were\n", "utf-8")
+    spec = engine_spec(place, engines=("llama.cpp",), pruning_levels=(0, 30), prune_unit="rectangle", num_tokens=5)
+    run = run_comparison(spec, output_dir=tmp_path / "runs")
+    timings = load_run(run).engine_timings
+    assert timings["reason"].isna().all()
+    timed = timings[timings["engine"] == "llama.cpp"]
+    assert timed.groupby(["level", "variant"]).size().to_dict() == {
+        (level, variant): 3 for level in (0, 30) for variant in ("baseline", "dense")
+    }
+    assert set(timed["weights"]) == {"f32"}
+    assert set(timed["tokens"]) == {10}
+    assert set(timed["differing_share"]) == {0.0}
+    assert (timed["end_to_end_s"] > timed["first_token_latency_s"]).all()
+    assert timings.loc[timings["engine"] == "native", "weights"].isna().all()
+    assert not list(run.glob("engine_files_*"))
+    assert "weights as f32" in write_results(run, save_outputs=False).read_text("utf-8")
 
 
 def test_a_level_is_timed_once_however_often_the_run_is_continued(folder, tmp_path, monkeypatch):
@@ -240,6 +408,16 @@ def test_a_worker_of_a_cluster_times_engines_too(folder, tmp_path):
     assert [(name, one.engine) for name, one in travelled.engines if one.repeat == 0] == [
         (name, engine) for engine in TWO for name in ("baseline", "dense")
     ]
+
+
+def test_a_journal_from_before_weights_were_noted_is_read(folder, tmp_path):
+    run = run_comparison(engine_spec(folder, engines=TWO), output_dir=tmp_path)
+    expected = load_run(run).engine_timings
+    with sqlite3.connect(run / "journal.sqlite") as journal:
+        journal.execute("ALTER TABLE engine_timings DROP COLUMN weights")
+        journal.execute("PRAGMA user_version = 4")
+    journal.close()
+    pd.testing.assert_frame_equal(load_run(run).engine_timings, expected)
 
 
 def test_a_journal_from_before_there_were_engines_is_read(folder, tmp_path, no_charts):

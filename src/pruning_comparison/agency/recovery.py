@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from transformers import PreTrainedModel
+from transformers.pytorch_utils import Conv1D
 
 from pruning_comparison.models.devices import gains_from_bfloat16
 from pruning_comparison.models.heads import blocks, mlp_output_projections, output_projections
+from pruning_comparison.pruning.surgery import sharing_copy
 from pruning_comparison.spec import AUTO, RECOVERY_GRID, RECOVERY_RATES
 
 LOGGER = logging.getLogger(__name__)
@@ -215,10 +217,11 @@ class _Training:
         steps: int,
         learning_rate: float,
     ) -> None:
-        self._dense, self._student, self._trained = dense, student, trained
-        self._steps, self._rate, self._warmup = steps, learning_rate, max(1, steps // 10)
         self._in_bfloat16 = gains_from_bfloat16(dense)
-        self._optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0)
+        self._dense = _rounded(dense) if self._in_bfloat16 else dense
+        self._student, self._trained = student, trained
+        self._steps, self._rate, self._warmup = steps, learning_rate, max(1, steps // 10)
+        self._optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0, fused=True)
 
     def step(self, ids: Tensor, number: int) -> Tensor:
         """Trains on windows [B, T]; the mean divergence before the step, in nats per token."""
@@ -261,6 +264,19 @@ class _Training:
                     self._trained[name].copy_(value)
                 else:
                     self._optimizer.state[self._trained[name]][what] = value
+
+
+def _rounded(dense: PreTrainedModel) -> PreTrainedModel:
+    """The same model with the weights of its products in bfloat16, which autocast would round them to at every step.
+
+    All else, embeddings among it, is shared with ``dense`` and stays as it is, and so do predictions under autocast.
+    """
+    copied = sharing_copy(dense)
+    for module in copied.modules():
+        if isinstance(module, (nn.Linear, Conv1D)):
+            for name, parameter in list(module.named_parameters(recurse=False)):
+                setattr(module, name, nn.Parameter(parameter.detach().bfloat16(), requires_grad=False))
+    return copied
 
 
 class _Divergence(torch.autograd.Function):

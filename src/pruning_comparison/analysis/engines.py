@@ -18,7 +18,8 @@ __all__ = ["ENGINE_COLUMNS", "compare_engines"]
 ENGINE_COLUMNS = (
     "model", "method", "level", "variant", "engine", "tokens_per_second", "first_token_latency_s", "speed_vs_dense",
     "speed_vs_dense_low", "speed_vs_dense_high", "speed_vs_native", "speed_vs_native_low", "speed_vs_native_high", "n",
-    "warm_up_s", "differing_share", "reason",
+    "prompt_vs_dense", "prompt_vs_dense_low", "prompt_vs_dense_high", "decode_vs_dense", "decode_vs_dense_low",
+    "decode_vs_dense_high", "warm_up_s", "differing_share", "weights", "reason",
 )  # fmt: skip
 
 _METRIC = "tokens_per_second"
@@ -31,10 +32,12 @@ def compare_engines(model: str, timings: pd.DataFrame) -> pd.DataFrame:
     ``timings`` is the journal's ``engine_timings``. Tokens per second are over whole generations. ``speed_vs_dense`` is the
     ratio to the dense model's in the same engine, ``speed_vs_native`` that to the same model's in the native engine, both by
     pairs of the same iteration and prompts, repeats averaged, on the log scale, with the paired 95 % interval over
-    iterations and prompts (NaN where there is one pair); nothing is corrected for the number of rows. The dense model has
-    no row against itself, nor the native engine; there the ratio is 1 without an interval. Tokens per second are the
-    geometric mean of the same data, latencies the mean, ``warm_up_s`` the mean over iterations of what all batches of
-    prompts took together, and ``differing_share`` the mean share of tokens that are others than the native engine's.
+    iterations and prompts (NaN where there is one pair); nothing is corrected for the number of rows. ``prompt_vs_dense``
+    and ``decode_vs_dense`` are the same ratios of its two parts: how much faster the first token comes, and all that follow.
+    The dense model has no row against itself, nor the native engine; there the ratio is 1 without an interval. Tokens per
+    second are the geometric mean of the same data, latencies the mean, ``warm_up_s`` the mean over iterations of what all
+    batches of prompts took together, and ``differing_share`` the mean share of tokens that are others than the native
+    engine's. ``weights`` is what they were stored as, where the engine reads a file.
 
     At level 0 there is the dense model alone. Where an engine could not run a model in some iteration, ``reason`` says why;
     figures are of the others.
@@ -50,9 +53,12 @@ def compare_engines(model: str, timings: pd.DataFrame) -> pd.DataFrame:
         mine = _rows_at(timed, place)
         dense = _rows_at(timed, place | {"variant": DENSE})
         native = _rows_at(timed, place | {"engine": NATIVE})
-        against_dense = _ratio(mine, dense, itself=place["variant"] == DENSE)
+        itself = place["variant"] == DENSE
+        against_dense = _ratio(mine, dense, itself=itself)
+        prompts = _ratio(_prompts(mine), _prompts(dense), itself=itself)
+        decoding = _ratio(_decoding(mine), _decoding(dense), itself=itself)
         against_native = _ratio(mine, native, itself=place["engine"] == NATIVE)
-        reasons = _rows_at(timings, place)["reason"].dropna()
+        reasons = _rows_at(timings, place)["reason"]
         rows.append(
             {"model": model, **place}
             | _figures(mine)
@@ -63,7 +69,14 @@ def compare_engines(model: str, timings: pd.DataFrame) -> pd.DataFrame:
                 "speed_vs_native": against_native.estimate,
                 "speed_vs_native_low": against_native.ci_low,
                 "speed_vs_native_high": against_native.ci_high,
-                "reason": None if reasons.empty else str(reasons.iloc[0]),
+                "prompt_vs_dense": prompts.estimate,
+                "prompt_vs_dense_low": prompts.ci_low,
+                "prompt_vs_dense_high": prompts.ci_high,
+                "decode_vs_dense": decoding.estimate,
+                "decode_vs_dense_low": decoding.ci_low,
+                "decode_vs_dense_high": decoding.ci_high,
+                "weights": _first(mine["weights"]),
+                "reason": _first(reasons),
             }
         )
     return pd.DataFrame(rows, columns=list(ENGINE_COLUMNS))
@@ -76,6 +89,24 @@ def _timed(timings: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(
         x=np.log(speed), temperature=math.nan, cluster=rows["prompt"], model_id="@" + rows["iteration"].astype(str)
     )
+
+
+def _prompts(timed: pd.DataFrame) -> pd.DataFrame:
+    """``timed`` with first tokens per second in place of all tokens."""
+    return timed.assign(x=-np.log(timed["first_token_latency_s"].astype(float)))
+
+
+def _decoding(timed: pd.DataFrame) -> pd.DataFrame:
+    """``timed`` with speed after the first token, without generations that end with it."""
+    seconds = timed["end_to_end_s"].astype(float) - timed["first_token_latency_s"].astype(float)
+    longer = seconds > 0
+    return timed[longer].assign(x=-np.log(seconds[longer]))
+
+
+def _first(values: pd.Series[Any]) -> str | None:
+    """The first value that is there."""
+    known = values.dropna()
+    return None if known.empty else str(known.iloc[0])
 
 
 def _order(place: dict[Any, Any]) -> tuple[Any, ...]:

@@ -124,7 +124,7 @@ def save_pruned(
         folder.parent.mkdir(parents=True, exist_ok=True)
         if saved is None:
             temporary.mkdir()
-            _write_gguf(model, tokenizer, temporary / _gguf_name(model, gguf_dtype), gguf_dtype)
+            write_as_gguf(model, tokenizer, temporary / _gguf_name(model, gguf_dtype), gguf_dtype)
         else:
             _save_for_transformers(saved, model, tokenizer, temporary, max_shard_size)
         card = model_card(model, form=form, holds=forms_that_hold(model), measured=measured)
@@ -194,7 +194,7 @@ def export_gguf(folder: str | Path, output: str | Path | None = None, *, dtype: 
     temporary = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _write_gguf(model, tokenizer, temporary, dtype)
+        write_as_gguf(model, tokenizer, temporary, dtype)
         temporary.replace(path)
     except OSError as error:
         raise InputError(
@@ -213,7 +213,11 @@ def _gguf_name(model: PreTrainedModel, dtype: str | None) -> str:
     return f"model-{_gguf_dtype(model, dtype)}{SUFFIX}"
 
 
-def _write_gguf(model: PreTrainedModel, tokenizer: Any, path: Path, dtype: str | None) -> None:
+def write_as_gguf(model: PreTrainedModel, tokenizer: Any, path: Path, dtype: str | None = None) -> None:
+    """Writes a model, dense or physically pruned, into a GGUF file; see ``write_gguf`` for ``dtype`` and errors.
+
+    By default matrices are "f32" where the model is in float32, else "f16".
+    """
     config = _checked_config(model)
     made: Mapping[str, Any] = config.pruning or {}
     keep = kept_heads(config)

@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from huggingface_hub import EvalResult, ModelCardData
 from torch import Tensor
 
 from pruning_comparison.formatting import measured_number
+from pruning_comparison.metrics import METRICS
 from pruning_comparison.models.heads import MODELING_FILE, head_grid, kept_heads, live_groups
 
 _ROUTES = (
@@ -29,14 +30,25 @@ _ROUTES = (
 )
 
 
+_TAGS = ("pruned", "attention-heads", "pruning-comparison")
+_TASK = "text-generation"
+_NOT_HOW_IT_WAS_MADE = ("measured_on", "evaluation")
+
+
 @dataclass(frozen=True)
 class BeforeAndAfter:
-    """A figure of the dense model and of the pruned one; None where it could not be measured."""
+    """A figure of the dense model and of the pruned one; None where it could not be measured.
+
+    ``metric`` is the name of its record in ``METRICS`` where it was measured on the evaluation text: such figures are the
+    evaluation results in the card's metadata. Speed and bytes are not, since they depend on the machine or follow from the
+    config.
+    """
 
     label: str
     unit: str
     before: float | None
     after: float | None
+    metric: str = ""
 
 
 def model_card(
@@ -52,9 +64,10 @@ def model_card(
     gone, total = int((~keep).sum()), grid.total
     base = str(made.get("base_model", "the dense model"))
     licence = made.get("licence")
+    name = f"{base} without {gone} of its {total} attention heads"
     parts = [
-        _header(made, licence),
-        f"# {_plain(base)} without {gone} of its {total} attention heads\n",
+        f"---\n{card_data(made, name, () if form == 'gguf' else measured).to_yaml()}\n---\n",
+        f"# {_plain(name)}\n",
         f"{gone} of {total} heads ({100 * gone / total:.1f} %) have been removed, in {grid.n_layers} layers of "
         f"{grid.n_heads}{_format_method(made)}.\n",
         "## How it loads\n",
@@ -67,7 +80,11 @@ def model_card(
         "## How it was made\n",
         _table(
             ("", ""),
-            [(_plain(name), _plain(_format_value(value))) for name, value in made.items() if name != "measured_on"],
+            [
+                (_plain(key), _plain(_format_value(value)))
+                for key, value in made.items()
+                if key not in _NOT_HOW_IT_WAS_MADE
+            ],
         )
         if made
         else "Not recorded: the model was not made by `prune`.\n",
@@ -77,14 +94,55 @@ def model_card(
     return "\n".join(parts)
 
 
-def _header(made: Mapping[str, Any], licence: Any) -> str:
-    # A quoted JSON string is a YAML string, whatever is in it.
-    lines = ["library_name: transformers", "pipeline_tag: text-generation", "tags: [pruned, attention-heads]"]
-    if licence:
-        lines.insert(0, f"license: {json.dumps(str(licence))}")
-    if made.get("hub_model"):
-        lines.append(f"base_model: {json.dumps(str(made['hub_model']))}")
-    return "\n".join(["---", *lines, "---", ""])
+def card_data(made: Mapping[str, Any], name: str, measured: Sequence[BeforeAndAfter] = ()) -> ModelCardData:
+    """The metadata that the hub reads, by huggingface_hub's own classes, which check them.
+
+    ``made`` is what ``prune`` has noted in the model's config, ``name`` what the model is called. Figures of ``measured``
+    that have a metric are the evaluation results, and with perplexity how many times the dense model's it is.
+    """
+    results = evaluation_results(made, measured)
+    return ModelCardData(
+        license=str(made["licence"]) if made.get("licence") else None,
+        base_model=str(made["hub_model"]) if made.get("hub_model") else None,
+        library_name="transformers",
+        pipeline_tag=_TASK,
+        tags=list(_TAGS),
+        model_name=name if results else None,
+        eval_results=results or None,
+    )
+
+
+def evaluation_results(made: Mapping[str, Any], measured: Sequence[BeforeAndAfter]) -> list[EvalResult]:
+    """The figures of the pruned model that were measured on evaluation text, as the hub's metadata has them.
+
+    Empty where it is not known what they were measured on.
+    """
+    evaluation: Mapping[str, Any] = made.get("evaluation") or {}
+    if not evaluation:
+        return []
+    values: dict[str, float] = {}
+    for figure in measured:
+        if figure.metric and figure.after is not None:
+            values[figure.metric] = figure.after
+            if figure.metric == "perplexity" and figure.before:
+                values["perplexity_ratio"] = figure.after / figure.before
+    dataset, config, split = (evaluation.get(key) for key in ("dataset", "config", "split"))
+    text = str(evaluation["text"])
+    return [
+        EvalResult(
+            task_type=_TASK,
+            task_name="Text generation",
+            dataset_type=str(dataset or "custom"),
+            dataset_name=text,
+            dataset_config=config,
+            dataset_split=split,
+            metric_type=metric,
+            metric_name=METRICS[metric].label,
+            metric_value=value,
+            metric_args={key: evaluation[key] for key in ("windows", "window_tokens", "scored_tokens")},
+        )
+        for metric, value in values.items()
+    ]
 
 
 def _format_method(made: Mapping[str, Any]) -> str:

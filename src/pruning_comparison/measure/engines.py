@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -43,11 +44,18 @@ class PromptBatch:
 
 @dataclass(frozen=True)
 class EngineRun:
-    """One generation: new tokens, int64 [B, N] on the host, and its two times in seconds, as in ``Generation``."""
+    """One generation: new tokens, int64 [B, N] on the host, and its two times in seconds, as in ``Generation``.
+
+    An engine that cannot draw by the uniforms of a batch takes the likeliest tokens. ``differing_share`` is then in how many
+    places another token is the likeliest than the model has after the same text. ``weights`` says what they are stored as
+    where the engine reads them from a file of its own.
+    """
 
     tokens: Tensor
     first_token_latency_s: float
     end_to_end_s: float
+    differing_share: float | None = None
+    weights: str | None = None
 
 
 class Runner(Protocol):
@@ -62,18 +70,31 @@ class Runner(Protocol):
         ...
 
 
-def native_runner(model: PreTrainedModel, *, capacity: int, step: DecodeStep | None) -> Runner:
+Export = Callable[[], Path]
+"""Writes the model that a runner is made for as a GGUF file, which stays as long as the runner, and returns its path."""
+
+
+def native_runner(
+    model: PreTrainedModel, *, capacity: int, step: DecodeStep | None, export: Export | None = None
+) -> Runner:
     """The decoding loop of this package. ``step`` is that of ``decode_steps``."""
     return _Native(model, step)
 
 
-def transformers_runner(model: PreTrainedModel, *, capacity: int, step: DecodeStep | None) -> Runner:
+def transformers_runner(
+    model: PreTrainedModel, *, capacity: int, step: DecodeStep | None, export: Export | None = None
+) -> Runner:
     """``model.generate`` as people call it."""
     return _Transformers(model)
 
 
 def compiled_runner(
-    model: PreTrainedModel, *, capacity: int, step: DecodeStep | None, backend: str = "inductor"
+    model: PreTrainedModel,
+    *,
+    capacity: int,
+    step: DecodeStep | None,
+    export: Export | None = None,
+    backend: str = "inductor",
 ) -> Runner:
     """The model's forward as ``torch.compile`` makes it, with a static cache for ``capacity`` tokens."""
     return _Compiled(model, capacity, backend)

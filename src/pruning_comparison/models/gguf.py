@@ -122,17 +122,22 @@ def gemma3_file() -> Path:
 
 @dataclass(frozen=True)
 class PackagedModel:
-    """A model inside PyPI packages: what results call it, its licence, and what finds its file."""
+    """A model inside PyPI packages: what results call it, its licence, the hub's id of its original, what finds its file."""
 
     title: str
     licence: str
+    hub_id: str
     file: Callable[[], Path]
 
 
 PACKAGED: Mapping[str, PackagedModel] = MappingProxyType(
     {
-        SMOLLM2: PackagedModel(SMOLLM2_TITLE, SMOLLM2_LICENCE, lambda: smollm2_file()),
-        GEMMA3: PackagedModel("Gemma 3 270M, dequantised from 4-bit (Q4_K_M) GGUF", "gemma", lambda: gemma3_file()),
+        SMOLLM2: PackagedModel(
+            SMOLLM2_TITLE, SMOLLM2_LICENCE, "HuggingFaceTB/SmolLM2-135M-Instruct", lambda: smollm2_file()
+        ),
+        GEMMA3: PackagedModel(
+            "Gemma 3 270M, dequantised from 4-bit (Q4_K_M) GGUF", "gemma", "google/gemma-3-270m", lambda: gemma3_file()
+        ),
     }
 )
 """By ``--model_name``."""

@@ -139,6 +139,10 @@ class ModelPreview:
         found = _CARD_LICENCE.match(Path(card).read_text("utf-8", errors="replace"))
         return found[1] if found else None
 
+    def hub_id(self) -> str | None:
+        """The hub's id of the model that one inside a package is a copy of; None for all others."""
+        return gguf.PACKAGED[self.name].hub_id if self.name in gguf.PACKAGED else None
+
     def describe(self) -> dict[str, Any]:
         """Facts for the manifest."""
         return {

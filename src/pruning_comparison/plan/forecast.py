@@ -21,7 +21,7 @@ from pruning_comparison.measure import FIRST_TOKENS, generate, load_tasks, warm_
 from pruning_comparison.methods import IMPORTANCE, IMPORTANCE_TOKENS, METHODS, PRICED, Method
 from pruning_comparison.metrics import RAW, of_kind
 from pruning_comparison.models import attention_implementation, decode_step
-from pruning_comparison.plan.memory import ModelSizes, forecast_memory
+from pruning_comparison.plan.memory import ModelSizes, files_bytes, forecast_memory
 from pruning_comparison.run import LEAST_REPEATS, TEXT_BATCHES, Inputs, timing_rounds
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.variants import variant_named
@@ -76,7 +76,7 @@ def expected(spec: ComparisonSpec, inputs: Inputs, speeds: Speeds | None, sizes:
     return {
         "seconds": seconds,
         "memory_bytes": forecast_memory(spec, inputs, sizes).peak_bytes,
-        "disk_bytes": _disk_bytes(spec, inputs),
+        "disk_bytes": _disk_bytes(spec, inputs) + files_bytes(spec, sizes),
     }
 
 
@@ -84,7 +84,7 @@ def passes(spec: ComparisonSpec, inputs: Inputs) -> dict[str, float]:
     """What a run does, counted: tokens that are passed over, and steps of decoding, one for each batch.
 
     Timing is counted as it is on a quiet machine, where the least number of pairs is precise enough; what an engine compiles
-    is not counted.
+    and the files that one reads are not counted.
     """
     methods, iterations = len(spec.pruning_methods), spec.iterations
     pruned = [level for level in spec.pruning_levels if level > 0]

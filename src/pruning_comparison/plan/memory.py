@@ -15,6 +15,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM
 
 from pruning_comparison.agency.cuts import WINDOWS_AT_ONCE_ON_GPU
+from pruning_comparison.engines import LLAMA_CPP
 from pruning_comparison.measure import most_windows_at_once, parameter_bytes
 from pruning_comparison.methods import IMPORTANCE_TOKENS, PRICED
 from pruning_comparison.models import HeadGrid, ModelPreview
@@ -131,6 +132,7 @@ def forecast_memory(spec: ComparisonSpec, inputs: Inputs, sizes: ModelSizes) -> 
         "decoding": number * sizes.mixed * (1 + kept * len(variants))
         + reorders * 4 * (sizes.reordered + sum(adapting) * (sizes.reordered_outputs if refitted else 0)),
     }
+    passing["decoding"] += files_bytes(spec, sizes)  # which llama.cpp keeps in memory
     if any(adapting):
         passing["adaptation"] = _adaptation_bytes(spec, sizes, read, max(own) if number == 2 else 0, bool(refitted))
     if asked or PRICED in spec.pruning_methods:
@@ -140,6 +142,16 @@ def forecast_memory(spec: ComparisonSpec, inputs: Inputs, sizes: ModelSizes) -> 
         # Before each round the moments of the heads that are left, taken out of those of all.
         passing["signals"] = 16 * sizes.grid.n_layers * (sizes.grid.n_heads * sizes.grid.head_size) ** 2
     return MemoryForecast(held, passing)
+
+
+def files_bytes(spec: ComparisonSpec, sizes: ModelSizes) -> int:
+    """Of the files that llama.cpp reads the models of a level from, the dense one's among them, while they are timed."""
+    if LLAMA_CPP not in spec.engines:
+        return 0
+    level = min((level for level in spec.pruning_levels if level > 0), default=0.0)
+    pruned = len(spec.variants) if level else 0
+    number = 4 if spec.precision == "float32" else 2
+    return int(number * (sizes.parameters * (1 + pruned) - pruned * level / 100 * sizes.attention))
 
 
 def _prices_bytes(spec: ComparisonSpec, sizes: ModelSizes, asked: bool) -> int:

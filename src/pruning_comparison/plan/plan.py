@@ -31,7 +31,7 @@ from pruning_comparison.models import HeadGrid
 from pruning_comparison.plan.forecast import available_bytes, expected, format_forecast, measure_speeds
 from pruning_comparison.plan.memory import ModelSizes
 from pruning_comparison.pruning import expected_heads_pruned
-from pruning_comparison.run import Inputs, heads_leaving_together, rectangle_of
+from pruning_comparison.run import Inputs, heads_leaving_together, known_to_be_missing, rectangle_of
 from pruning_comparison.spec import ComparisonSpec
 
 __all__ = ["ASSUMED", "format_plan", "plan_cost", "plan_run"]
@@ -124,7 +124,7 @@ def _expectations(
     """
     if not {"agency", "baseline"} <= set(spec.variants):
         return []
-    measured = [name for name, metric in METRICS.items() if spec.memory_logging or not metric.on_request]
+    measured = [name for name, metric in METRICS.items() if not metric.on_request or getattr(spec, metric.on_request)]
     asked = asked_of_a_method(len(spec.temperatures), measured)
     whole = level_of("answers", tasks=bool(spec.tasks)) / len(spec.pruning_methods)
     levels_of = dict(zip(asked, first_levels(asked, whole), strict=True))
@@ -227,6 +227,7 @@ def _notes(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
             f"there is no tokenizer in {inputs.preview.name}: windows and prompts are counted in tokens of the bundled "
             "model's, of which a text has more than of a large vocabulary's."
         )
+    notes += [f"{sentence.rstrip('.')}." for sentence in known_to_be_missing(spec, inputs)]
     if len(inputs.prompts) < spec.max_prompts:
         notes.append(f"there are only {len(inputs.prompts)} prompts; --max_prompts asks for {spec.max_prompts}.")
     return notes

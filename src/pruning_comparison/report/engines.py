@@ -41,7 +41,9 @@ def engine_sentences(engines: pd.DataFrame) -> list[str]:
     for (engine, reason), rows in absent.groupby(["engine", "reason"], sort=False):
         who = listed([_title(str(name)) for name in dict.fromkeys(rows["variant"])])
         levels = listed([per_cent(level) for level in sorted(rows["level"].unique())])
-        sentences.append(f"{capitalised(who)} could not be timed in {_engine(str(engine))} at {levels}: {reason}.")
+        sentences.append(
+            f"{capitalised(who)} could not be timed in {_engine(str(engine))} at {levels}: {str(reason).rstrip('.')}."
+        )
     return sentences
 
 
@@ -75,14 +77,16 @@ def engines_table(engines: pd.DataFrame | None) -> Table | None:
         place = (
             *([TableCell(str(row["method"]))] if several else []),
             TableCell(per_cent(row["level"]), sort=f"{row['level']:g}"),
-            TableCell(str(row["engine"])),
+            TableCell(str(row["engine"]), _weights(row["weights"])),
         )
         if pd.isna(row["tokens_per_second"]):
-            rest = (TableCell("missing", str(row["reason"] or ""), tone="muted"), *[TableCell("")] * 6)
+            rest = (TableCell("missing", str(row["reason"] or ""), tone="muted"), *[TableCell("")] * 8)
         else:
             rest = (
                 _figure(row, "tokens_per_second", "token/s"),
                 _ratio(row, "speed_vs_dense"),
+                _ratio(row, "prompt_vs_dense"),
+                _ratio(row, "decode_vs_dense"),
                 _ratio(row, "speed_vs_native"),
                 _figure(row, "first_token_latency_s", "s"),
                 _figure(row, "warm_up_s", "s"),
@@ -92,7 +96,8 @@ def engines_table(engines: pd.DataFrame | None) -> Table | None:
         rows.append(TableRow(heading, (*place, *rest)))
     columns = (
         "Variant", *(["Method"] if several else []), "Level", "Engine", "Tokens per second", "Speed, times dense",
-        "Speed, times native", "First token after", "Ready after", "Tokens unlike native's", "n",
+        "Prompt, times dense", "Decoding, times dense", "Speed, times native", "First token after", "Ready after",
+        "Tokens unlike native's", "n",
     )  # fmt: skip
     return Table("Speed in each engine", columns, tuple(rows))
 
@@ -108,6 +113,10 @@ def _ratio(row: Mapping[str, Any], name: str) -> TableCell:
         return TableCell("missing", tone="muted")
     interval = "" if math.isnan(low) or math.isnan(high) else f"{plain_number(low)} to {plain_number(high)}"
     return TableCell(f"×{plain_number(value)}", interval, sort_key(value))
+
+
+def _weights(stored: Any) -> str:
+    return "" if pd.isna(stored) else f"weights as {stored}"
 
 
 def _share(value: float) -> str:

@@ -1,7 +1,7 @@
 """Measuring: inputs, the pipeline of one cell, whole runs, and one model to keep."""
 
 from pruning_comparison.run.comparison import run_comparison, would_resume
-from pruning_comparison.run.engine_timings import LEAST_REPEATS
+from pruning_comparison.run.engine_timings import LEAST_REPEATS, known_to_be_missing
 from pruning_comparison.run.inputs import Inputs, heads_leaving_together, prepare, rectangle_of
 from pruning_comparison.run.launchers import Launcher, RayLauncher, launch_serially
 from pruning_comparison.run.measure_cell import TEXT_BATCHES, timing_rounds
@@ -19,6 +19,7 @@ __all__ = [
     "build_one",
     "commit_of",
     "heads_leaving_together",
+    "known_to_be_missing",
     "launch_serially",
     "load_workspace",
     "measure_one",

@@ -14,6 +14,7 @@ import torch
 
 from pruning_comparison.errors import InputError, Interrupted
 from pruning_comparison.models import preview_model
+from pruning_comparison.run.engine_timings import check_engines, known_to_be_missing, remove_left_files
 from pruning_comparison.run.inputs import Inputs, content_hashes, prepare
 from pruning_comparison.run.launchers import (
     Begun,
@@ -32,6 +33,7 @@ from pruning_comparison.run.reuse import reuse
 from pruning_comparison.run.run_log import RunLog, log_failure
 from pruning_comparison.run.run_options import keep_options
 from pruning_comparison.run.saved_models import model_folder
+from pruning_comparison.run.tracking import Tracking
 from pruning_comparison.spec import LATER_SETTINGS, NAMES_OF_FILES, Cell, ComparisonSpec, revisions_of
 from pruning_comparison.store.journal import RunStore
 from pruning_comparison.store.records import CellResult, Manifest, Measurement, ModelFacts
@@ -62,6 +64,7 @@ def run_comparison(
     more_options: Mapping[str, Any] = {},
     budget_s: float | None = None,
     thread_times_s: Mapping[int, float] | None = None,
+    tracking: Tracking | None = None,
 ) -> Path:
     """Measures every cell that is not stored yet and returns the run folder. Continues an unfinished run of the same spec.
 
@@ -77,6 +80,8 @@ def run_comparison(
 
     ``thread_times_s`` are the times by which the spec's threads were chosen, for a new run's manifest.
 
+    ``tracking`` is told of settings and estimates as they come; whoever has started it finishes it.
+
     A cell that fails is recorded with its reason and the rest goes on (``raise_failures`` raises instead); the run then
     stays unfinished, so that the same command tries it again. Interrupted is raised on Ctrl-C, after what was measured has
     been kept. News, warnings and failures are logged, and kept with times and tracebacks in ``run.log`` of the folder.
@@ -86,6 +91,7 @@ def run_comparison(
             f"--save_models: nothing is removed with --execution={spec.execution}. Leave one of the two out."
         )
     check_budget(spec, budget_s)
+    check_engines(spec)
     inputs = prepare(spec)
     opened = partial(
         open_run, spec, inputs, output_dir, code_commit,
@@ -93,6 +99,11 @@ def run_comparison(
     )  # fmt: skip
     with RunLog() as log, RunStore(log.kept_in(opened()), lock=True) as store:
         folder = store.folder
+        remove_left_files(folder)
+        for sentence in known_to_be_missing(spec, inputs):
+            LOGGER.warning(sentence)
+        tracking = tracking or Tracking()
+        tracking.begin(store, spec)
         stopwatch = Stopwatch(store, budget_s)
         ended, failed = "", 0
         for iterations in spec.looks:
@@ -112,6 +123,7 @@ def run_comparison(
                     else:
                         failed += _keep(event, spec, store, code_commit, on_measured)
                         steps.done += not isinstance(event, (LayersTimed, Trouble))
+                        tracking.measured(store, spec)
                         if spec.until_decided:
                             stopwatch.keep()
                     if stopwatch.used():

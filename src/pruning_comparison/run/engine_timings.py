@@ -2,19 +2,31 @@
 
 from __future__ import annotations
 
+import shutil
 import time
 from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
+from functools import partial
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 from transformers import PreTrainedModel
 
-from pruning_comparison.engines import NATIVE, engine_named
+from pruning_comparison.checkpoint.forms import gguf_ruled_out, write_as_gguf
+from pruning_comparison.checkpoint.gguf_file import reason_against_gguf
+from pruning_comparison.checkpoint.gguf_tokenizer import tokenizer_fields
+from pruning_comparison.engines import LLAMA_CPP, NATIVE, engine_named
+from pruning_comparison.errors import InputError
 from pruning_comparison.formatting import reason_of
 from pruning_comparison.measure.engines import EngineRun, PromptBatch, Runner
 from pruning_comparison.measure.generation import common_uniforms, no_collection, turn_order
 from pruning_comparison.models.decoding import DecodeStep
+from pruning_comparison.run.inputs import Inputs, heads_leaving_together, rectangle_of
 from pruning_comparison.run.workspace import Workspace
+from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store.records import EngineTiming
+from pruning_comparison.variants import DENSE
 
 LEAST_REPEATS = 3
 MOST_REPEATS = 10
@@ -22,6 +34,54 @@ MOST_REPEATS = 10
 
 Unit = tuple[str, str]
 """(variant, engine)."""
+
+_FOLDER = "engine_files_"
+"""What the names of folders begin with that hold files of models while they are timed."""
+
+
+def check_engines(spec: ComparisonSpec) -> None:
+    """InputError where an engine of the spec needs a package that is not installed."""
+    for name in spec.engines:
+        engine_named(name).check_installed()
+
+
+def remove_left_files(folder: Path) -> None:
+    """Removes files of models that a run which was killed has left in its ``folder``."""
+    for left in folder.glob(f"{_FOLDER}*"):
+        shutil.rmtree(left, ignore_errors=True)
+
+
+def known_to_be_missing(spec: ComparisonSpec, inputs: Inputs) -> list[str]:
+    """Which models an engine of the spec cannot run, and why, as far as spec, config and tokenizer say: sentences."""
+    if LLAMA_CPP not in spec.engines:
+        return []
+    try:
+        _check_llama_cpp(spec, inputs)
+    except InputError as error:
+        return [f"no model can be timed in llama.cpp: {error}"]
+    if not any(spec.pruning_levels):
+        return []
+    if spec.execution == "masked":
+        return [f"no pruned model can be timed in llama.cpp: {_MASKED}"]
+    grid, unit = inputs.preview.grid, spec.prune_unit
+    together, rectangle = heads_leaving_together(grid, unit), rectangle_of(grid, unit)
+    reason = gguf_ruled_out(inputs.preview.config, group_size=together, rectangle=rectangle)
+    return [] if reason is None else [f"no pruned model with ragged groups can be timed in llama.cpp: {reason}"]
+
+
+def _check_llama_cpp(spec: ComparisonSpec, inputs: Inputs) -> None:
+    """InputError where not even the dense model can be timed in llama.cpp."""
+    if spec.device != "cpu":
+        raise InputError(f"it is run on the CPU, and the other engines on {spec.device}. Give --device=cpu.")
+    config = inputs.preview.config
+    reason = reason_against_gguf(config)
+    if reason is not None:
+        raise InputError(reason)
+    if not inputs.preview.stand_in:
+        tokenizer_fields(inputs.preview.tokenizer, config.vocab_size)
+
+
+_MASKED = "with --execution=masked no head is removed, and the file would have them all. Give --execution=compact."
 
 
 def time_engines(
@@ -64,6 +124,7 @@ class _Turns:
         self._capacity = max(map(len, prompts)) + self._spec.num_tokens
         # Native first: the tokens of all others are held against its own.
         self._units: list[Unit] = [(variant, engine) for engine in self._spec.engines for variant in models]
+        self._workspace, self._files = workspace, ExitStack()
         self._runners: dict[Unit, Runner] = {}
         self._ready: dict[tuple[Unit, int], tuple[EngineRun, float]] = {}
         self._runs: dict[tuple[Unit, int], list[EngineRun]] = {}
@@ -75,6 +136,13 @@ class _Turns:
         return PromptBatch(prompts, count, self._spec.temperatures[0], torch.stack(draws))
 
     def timings(self) -> list[tuple[str, EngineTiming]]:
+        try:
+            return self._measured()
+        finally:
+            self._runners.clear()  # they have files open, which some systems do not let go then
+            self._files.close()
+
+    def _measured(self) -> list[tuple[str, EngineTiming]]:
         for unit in self._units:
             self._make_ready(unit)
         spent_s, repeat = 0.0, 0
@@ -91,13 +159,27 @@ class _Turns:
         variant, engine = unit
         try:
             build = engine_named(engine).builder()
-            self._runners[unit] = build(self._models[variant], capacity=self._capacity, step=self._steps[variant])
+            self._runners[unit] = build(
+                self._models[variant],
+                capacity=self._capacity,
+                step=self._steps[variant],
+                export=partial(self._export, variant),
+            )
             for first, batch in self._batches.items():
                 started = time.perf_counter()
                 run = self._runners[unit].make_ready(batch)
                 self._ready[unit, first] = run, time.perf_counter() - started
         except Exception as error:
             self._drop(unit, error)
+
+    def _export(self, variant: str) -> Path:
+        """Writes a model as a GGUF file into a folder that is removed when all is timed, and returns its path."""
+        if self._spec.execution == "masked" and variant != DENSE:
+            raise InputError(_MASKED)
+        place = TemporaryDirectory(prefix=_FOLDER, dir=self._workspace.folder, ignore_cleanup_errors=True)
+        path = Path(self._files.enter_context(place)) / "model.gguf"
+        write_as_gguf(self._models[variant], self._workspace.inputs.preview.tokenizer, path)
+        return path
 
     def _take(self, repeat: int) -> None:
         """A turn of everyone on every batch."""
@@ -115,7 +197,7 @@ class _Turns:
 
     def _drop(self, unit: Unit, error: Exception) -> None:
         self._runners.pop(unit, None)
-        self._reasons[unit] = reason_of(error)
+        self._reasons[unit] = str(error) if isinstance(error, InputError) else reason_of(error)
 
     def _timings_of(self, unit: Unit) -> list[EngineTiming]:
         variant, engine = unit
@@ -125,7 +207,9 @@ class _Turns:
         for first, batch in self._batches.items():
             run, warm_up_s = self._ready[unit, first]
             native = self._ready.get(((variant, NATIVE), first))
-            differing = None if native is None else float((run.tokens != native[0].tokens).double().mean())
+            differing = run.differing_share
+            if differing is None and native is not None:
+                differing = float((run.tokens != native[0].tokens).double().mean())
             for repeat, timed in enumerate(self._runs[unit, first]):
                 found.append(
                     EngineTiming(
@@ -137,6 +221,7 @@ class _Turns:
                         tokens=len(batch.prompts) * batch.num_tokens,
                         warm_up_s=warm_up_s,
                         differing_share=differing,
+                        weights=run.weights,
                     )
                 )
         return found

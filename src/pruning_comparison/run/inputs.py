@@ -10,6 +10,7 @@ from torch import Tensor
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.perplexity import EvaluationWindow, evaluation_windows
 from pruning_comparison.measure.tasks import load_tasks
+from pruning_comparison.measure.wikitext import Page, pages_of
 from pruning_comparison.models import HeadGrid, ModelPreview, has_experts, preview_model
 from pruning_comparison.pruning import expected_heads_pruned
 from pruning_comparison.spec import ComparisonSpec, PruneUnit
@@ -30,7 +31,8 @@ class Inputs:
     """Everything a spec names, read and checked against the model's config, before any weight is loaded.
 
     ``calibration`` [M, T] are all windows of calibration text, from which each iteration draws. ``bos`` is the token that
-    every text given to the model begins with, prompts and windows alike; None where none does.
+    every text given to the model begins with, prompts and windows alike; None where none does. ``pages`` are whole pages of
+    WikiText, where their word perplexity is asked for: those that have windows.
     """
 
     preview: ModelPreview
@@ -40,6 +42,7 @@ class Inputs:
     calibration: Tensor
     digests: Mapping[str, str]
     bos: int | None = None
+    pages: Sequence[Page] = ()
 
 
 def prepare(spec: ComparisonSpec, *, identify: bool = True, weights: bool = True) -> Inputs:
@@ -91,7 +94,11 @@ def prepare(spec: ComparisonSpec, *, identify: bool = True, weights: bool = True
     if spec.tasks:
         load_tasks(spec.tasks, spec.task_limit)
     digests = content_hashes(spec, preview, prompts, evaluation, calibration) if identify else {}
-    return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests, bos)
+    pages: list[Page] = []
+    if spec.wikitext_words:
+        named = {window.document for window in windows}
+        pages = pages_of(evaluation, named, preview.tokenizer, window=min(spec.eval_window, preview.context))
+    return Inputs(preview, prompts, prompt_ids, windows, calibration_windows, digests, bos, pages)
 
 
 def prepare_pruning(spec: ComparisonSpec) -> Inputs:

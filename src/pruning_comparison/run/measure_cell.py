@@ -26,6 +26,7 @@ from pruning_comparison.measure.text_quality import (
     generation_losses,
     text_functions,
 )
+from pruning_comparison.measure.wikitext import page_nats
 from pruning_comparison.metrics import METRICS, of_kind, unit_of
 from pruning_comparison.models.decoding import decode_step, decode_steps
 from pruning_comparison.run.engine_timings import time_engines
@@ -287,7 +288,10 @@ def _timed_metrics(*, on_request: bool = False) -> list[str]:
 
 
 def perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
-    """Losses of every evaluation window, and its divergence from the dense model, in one pass; once for each model."""
+    """Losses of every evaluation window, and its divergence from the dense model, in one pass; once for each model.
+
+    And of whole pages, where they are asked for.
+    """
     if pruned.fingerprint not in workspace._losses:
         workspace._losses[pruned.fingerprint] = measure_perplexity(
             pruned.model,
@@ -295,7 +299,21 @@ def perplexity_measurements(workspace: Workspace, pruned: PrunedModel) -> list[M
             batch_size=workspace.spec.quality_batch_size,
             dense=workspace.dense_predictions,
         )
-    return window_measurements(workspace._losses[pruned.fingerprint])
+    return [*window_measurements(workspace._losses[pruned.fingerprint]), *_page_measurements(workspace, pruned)]
+
+
+def _page_measurements(workspace: Workspace, pruned: PrunedModel) -> list[Measurement]:
+    """Loss and words of every page; once for each model."""
+    pages = workspace.inputs.pages
+    if pages and pruned.fingerprint not in workspace._page_nats:
+        workspace._page_nats[pruned.fingerprint] = page_nats(
+            pruned.model, pages, batch_size=workspace.spec.quality_batch_size
+        )
+    rows = []
+    for page, nats in zip(pages, workspace._page_nats.get(pruned.fingerprint, ()), strict=True):
+        rows.append(_measurement("page_nats", nats, "the model's loss is not a finite number", document=page.document))
+        rows.append(_measurement("page_words", page.words, document=page.document))
+    return rows
 
 
 def window_measurements(losses: Iterable[WindowLoss]) -> list[Measurement]:

@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import fields
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -34,7 +33,7 @@ from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.saved_models import note_pruning
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell, ComparisonSpec
-from pruning_comparison.texts import Document, check_enough, load_documents, whole_windows
+from pruning_comparison.texts import Document, check_enough, load_documents, text_facts, text_name, whole_windows
 from pruning_comparison.variants import DENSE, variant_named
 
 
@@ -249,8 +248,8 @@ def measure_one(
         return sum(values) / len(values) if values and len(values) == len(rows) else None
 
     figures = [
-        BeforeAndAfter("perplexity", "on the evaluation text", *perplexities),
-        BeforeAndAfter("KL to the dense model", "nats per token", *divergences),
+        BeforeAndAfter("perplexity", "on the evaluation text", perplexities[0], perplexities[1], "perplexity"),
+        BeforeAndAfter("KL to the dense model", "nats per token", divergences[0], divergences[1], "kl_to_dense"),
     ]
     for label, unit, metric in (
         ("speed", "tokens per second", "tokens_per_second"),
@@ -259,14 +258,20 @@ def measure_one(
     ):
         figures.append(BeforeAndAfter(label, unit, mean(DENSE, metric), mean("pruned", metric)))
     for label, count in (("parameters", parameter_bytes), ("parameters read per decoding step", decode_bytes)):
-        figures.append(BeforeAndAfter(label, "bytes", *(count(model) for model in models.values())))
+        figures.append(BeforeAndAfter(label, "bytes", count(workspace.dense), count(pruned.model)))
     machine = hardware(spec)
     inputs, plural = workspace.inputs, "" if spec.threads == 1 else "s"
     where = machine.get("gpu") or f"{machine['processor']}, {spec.threads} thread{plural}"
     window = min(spec.eval_window, inputs.preview.context)
     pruned.model.config.pruning["measured_on"] = (
         f"{where}, {spec.precision}; perplexity over {len(inputs.windows)} windows of at most {window} tokens of "
-        f"{Path(spec.eval_text).name}; speed over {len(inputs.prompts)} prompts of {spec.num_tokens} new tokens, batch "
+        f"{text_name(spec.eval_text)}; speed over {len(inputs.prompts)} prompts of {spec.num_tokens} new tokens, batch "
         f"{spec.batch_size}"
     )
+    pruned.model.config.pruning["evaluation"] = {
+        **text_facts(spec.eval_text),
+        "windows": len(inputs.windows),
+        "window_tokens": window,
+        "scored_tokens": sum(one.targets for one in inputs.windows),
+    }
     return figures

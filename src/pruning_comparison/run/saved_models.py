@@ -11,6 +11,7 @@ from pruning_comparison.run.provenance import versions
 from pruning_comparison.run.pruned_model import PrunedModel
 from pruning_comparison.run.workspace import Workspace
 from pruning_comparison.spec import Cell
+from pruning_comparison.texts import text_name
 from pruning_comparison.variants import variant_named
 
 
@@ -22,7 +23,7 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
     adapts = variant_named(cell.variant).adapts and spec.adaptation != "none"
     made: dict[str, Any] = {
         "base_model": preview.title or (Path(spec.model_name).name if here else spec.model_name),
-        "hub_model": None if commit is None else spec.model_name,
+        "hub_model": preview.hub_id() if commit is None else spec.model_name,
         "hub_commit": commit,
         "licence": preview.licence(),
         "level": cell.level,
@@ -32,7 +33,7 @@ def note_pruning(workspace: Workspace, pruned: PrunedModel, cell: Cell) -> None:
         "iteration": cell.iteration,
         "scope": spec.scope,
         "unit": spec.prune_unit if spec.prune_unit != "head" else None,
-        "calibration_text": Path(spec.calibration_text).name,
+        "calibration_text": text_name(spec.calibration_text),
         "calibration_tokens": spec.calibration_tokens,
         "score_tokens": spec.score_tokens,
         "adaptation": spec.adaptation if adapts else "none",

@@ -73,6 +73,7 @@ class Workspace:
     _dense_streams: dict[int, DenseStream] = field(default_factory=dict)
     _predictions: DensePredictions | None = None
     _losses: dict[str, list[WindowLoss]] = field(default_factory=dict)
+    _page_nats: dict[str, list[float]] = field(default_factory=dict)
     _layer_times_s: Mapping[int, float] | None = None
     _texts: dict[tuple[str, int], tuple[list[Measurement], list[GeneratedText]]] = field(default_factory=dict)
     _answers: dict[str, list[Measurement]] = field(default_factory=dict)

@@ -43,12 +43,13 @@ if TYPE_CHECKING:
 
 LOCK = "run.lock"
 
-JOURNAL_SCHEMA = 4
+JOURNAL_SCHEMA = 5
 """Version of the journal's schema, its ``user_version``. Journals of 0.1.0 have none, and count as 0.
 
 2: ``timings`` says what they took, and ``measurements`` has timings of the dense model at every level.
 3: ``layer_times``.
 4: ``engine_timings``.
+5: they say what weights were stored as.
 """
 
 _KEY = ("variant", "method", "iteration", "level")
@@ -118,12 +119,22 @@ def _selected(table: str) -> str:
 
 
 _ADDED_IN_2 = {"timings": {one.name for one in fields(TimingEffort)}}
+_ADDED_IN_5 = {"engine_timings": {"weights"}}
+
+
+def _selected_but(table: str, added: Collection[str]) -> str:
+    """What is selected of a table that does not have the columns yet that were ``added``."""
+    return ", ".join(f"NULL AS [{name}]" if name in added else f"[{name}]" for name in columns_of(table))
 
 
 def _selected_of_1(table: str) -> str:
     """Version 1 did not say what timings took. Journals of 0.1.0 are like it, but for the number of their schema."""
-    added = _ADDED_IN_2.get(table, set())
-    return ", ".join(f"NULL AS [{name}]" if name in added else f"[{name}]" for name in columns_of(table))
+    return _selected_but(table, _ADDED_IN_2.get(table, set()))
+
+
+def _selected_of_4(table: str) -> str:
+    """Version 4 did not say what an engine's weights were stored as."""
+    return _selected_but(table, _ADDED_IN_5.get(table, set()))
 
 
 _ADDED_TABLES = {"layer_times": 3, "engine_timings": 4}
@@ -134,7 +145,8 @@ _READERS: dict[int, Callable[[str], str]] = {
     1: _selected_of_1,
     2: _selected,
     3: _selected,
-    4: _selected,
+    4: _selected_of_4,
+    5: _selected,
 }
 """What is selected of a table, by the version of the journal's schema."""
 

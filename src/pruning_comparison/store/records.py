@@ -72,7 +72,8 @@ class EngineTiming:
 
     ``tokens`` is how many new ones all rows have together. ``warm_up_s`` are the seconds that it took before anything was
     timed: compiling, where the engine does, and one generation. ``differing_share`` is the share of these tokens that are
-    others than the native engine's on the same draws.
+    others than the native engine's on the same draws; where an engine cannot draw, of places with another likeliest token.
+    ``weights`` says what they were stored as where the engine read them from a file of its own, such as "f32".
     """
 
     engine: str
@@ -84,6 +85,7 @@ class EngineTiming:
     warm_up_s: float | None = None
     differing_share: float | None = None
     reason: str | None = None
+    weights: str | None = None
 
 
 @dataclass(frozen=True)
