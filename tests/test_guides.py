@@ -78,7 +78,7 @@ def smaller(words: list[str], page: str) -> list[str] | None:
 
 
 @pytest.fixture
-def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A folder with what the guides take for granted: a small Llama, texts, and the example run. Charts are not drawn."""
     sizes: dict[str, Any] = {"layers": 3, "width": 64, "vocab_size": 120, "max_position_embeddings": 256}
     heads = {"num_attention_heads": 8, "num_key_value_heads": 4, "head_dim": 8}
@@ -94,9 +94,10 @@ def desk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
         shutil.copy(DOCS / "example" / name, tmp_path / "docs" / "example")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    monkeypatch.delitem(sys.modules, "my_methods", raising=False)
     without_charts(monkeypatch)
-    return tmp_path
+    sys.modules.pop("my_methods", None)  # of other documentation, which has a file of that name too
+    yield tmp_path
+    sys.modules.pop("my_methods", None)
 
 
 @pytest.mark.parametrize("page", GUIDES, ids=lambda page: page.stem)

@@ -42,7 +42,7 @@ BREAK_AFTER = 6
 GO_ON = 10
 """Words of a continuation."""
 
-_END_OF_SENTENCE = re.compile(r"(?<=[a-z]{4}[.?!])['\"’”]?\s+(?=[A-Z])")
+_END_OF_SENTENCE = re.compile(r"(?:(?<=[a-z]{4}[.?!])|(?<=[a-z]{4}[.?!]['\"]))\s+(?=[A-Z])")
 _PLAIN_WORD = re.compile(r"[a-z]+")
 _PLAIN_QUOTES = str.maketrans({"’": "'", "‘": "'", "“": '"', "”": '"'})
 _NO_PROSE = re.compile(r"[\[\]()]|[A-Z]{4}|\d\.\s")
