@@ -210,7 +210,7 @@ def always_one_word(limit):
 
 
 @pytest.mark.parametrize(
-    ("name", "limit", "told"), [("bundled", None, ("sotu_continuation",)), ("smollm2-135m", 100, BUNDLED_TASKS)]
+    ("name", "limit", "told"), [("bundled", None, ("sotu_continuation",)), ("smollm2-135m", 50, BUNDLED_TASKS)]
 )
 def test_the_bundled_tasks_tell_a_model_from_chance_and_from_a_random_half(name, limit, told):
     """The dense model's lower end is at least 10 points above chance, or above always saying the commonest word, and a
