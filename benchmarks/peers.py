@@ -30,6 +30,7 @@ ROWS: dict[str, dict[str, Any]] = {
     "magnitude, heads alone": {"method": "magnitude", "variant": "baseline"},
     "LLM-Pruner's Taylor": {"method": "llm-pruner", "variant": "baseline"},
     "Wanda-sp": {"method": "wanda", "variant": "baseline"},
+    "Wanda-sp, within layers": {"method": "wanda", "variant": "baseline", "scope": "layer"},
     "FLAP": {"method": "flap", "variant": "agency-adaptation", "adaptation": "bias"},
     "agency": {"method": "obs", "variant": "agency"},
 }
