@@ -120,8 +120,8 @@ COLUMNS: Mapping[str, str] = {
     "end_to_end_s": "seconds of the whole generation",
     "tokens": "new tokens of all rows together",
     "warm_up_s": "seconds before anything was timed: compiling, and one generation",
-    "differing_share": "share of the tokens that differ from the native engine's on the same draws; of llama.cpp, of places with another "
-    "likeliest token",
+    "differing_share": "share of the tokens that differ from the native engine's on the same draws; of llama.cpp, of places "
+    "with another likeliest token",
     "weights": "what the weights were stored as where the engine read a file of its own, such as `f32`; null elsewhere",
 }  # fmt: skip
 """What the columns of the journal mean. A column means the same in every table."""
