@@ -320,7 +320,7 @@ def test_all_nine_are_answered_in_order_and_what_is_absent_was_not_measured():
     assert [verdict.id for verdict in found] == ["E1", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5"]
     assert [verdict.verdict for verdict in found].count("not enough data") == 8
     assert all(verdict.sentence == "This was not measured." for verdict in found if verdict.id != "E2")
-    assert list(QUESTIONS) == ["E1", "E1p", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5", "P1"]
+    assert list(QUESTIONS) == ["E1", "E1p", "E2", "E3", "E4", "Q1", "Q2", "Q3", "Q4", "Q5", "P1", "P2"]
 
 
 def test_methods_and_models_are_named_where_there_are_several():

@@ -221,7 +221,9 @@ class _Training:
         self._dense = _rounded(dense) if self._in_bfloat16 else dense
         self._student, self._trained = student, trained
         self._steps, self._rate, self._warmup = steps, learning_rate, max(1, steps // 10)
-        self._optimizer = torch.optim.AdamW(trained.values(), lr=learning_rate, weight_decay=0.0, fused=True)
+        self._optimizer = torch.optim.AdamW(
+            trained.values(), lr=learning_rate, weight_decay=0.0, fused=dense.device.type in ("cpu", "cuda")
+        )
 
     def step(self, ids: Tensor, number: int) -> Tensor:
         """Trains on windows [B, T]; the mean divergence before the step, in nats per token."""

@@ -107,7 +107,9 @@ def write_results(
     """
     run = load_run(folder)
     used = margins_of(run.manifest, margins)
-    kept = replace(run.manifest, margins=asdict(used))
+    # A manifest from before one of them was there stays as it is while they are the same.
+    same = run.manifest.margins is not None and used == margins_of(run.manifest, None)
+    kept = run.manifest if same else replace(run.manifest, margins=asdict(used))
     if kept != run.manifest:
         write_manifest(folder, kept)
     manifest = kept.as_dict()

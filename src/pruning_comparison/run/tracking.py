@@ -88,7 +88,7 @@ class MlflowTracker:
     def log(self, values: Mapping[str, float], step: int) -> None:
         from mlflow.entities import Metric
 
-        now = int(time.time() * 1000)
+        now = time.time_ns() // 1_000_000
         rows = [Metric(name, value, now, step) for name, value in values.items()]
         for start in range(0, len(rows), _MOST_AT_ONCE):
             self._client.log_batch(self._run, metrics=rows[start : start + _MOST_AT_ONCE])
