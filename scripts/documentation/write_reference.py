@@ -27,6 +27,7 @@ from pruning_comparison.analysis import (
     rankings,
     relative,
     strongest,
+    tasks,
     tradeoffs,
 )
 from pruning_comparison.cli import make_parser
@@ -177,6 +178,8 @@ ESTIMATES: Mapping[str, tuple[str, Sequence[str]]] = {
     "fronts.csv": ("perplexity, speed and cache, and what no other model beats", fronts.FRONT_COLUMNS),
     "head_agreement.csv": ("pruned heads that two choices have in common", head_maps.AGREEMENT_COLUMNS),
     "engines.csv": ("speed in every engine, with more than one", engines.ENGINE_COLUMNS),
+    "tasks.csv": ("accuracy on every task, with `--tasks`", tasks.TASK_COLUMNS),
+    "accuracy_lost.csv": ("with `--tasks`: does a level lose more accuracy than the margin", tasks.ACCURACY_COLUMNS),
     "missing.csv": ("how many values are missing, and why", estimates.MISSING_COLUMNS),
     "between_runs.csv": ("of `report RUN_A RUN_B`: each run against the first", between_runs.RUN_COLUMNS),
 }
