@@ -8,7 +8,7 @@ model, that of crossed random effects, stands behind all of them. docs/decisions
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -135,16 +135,21 @@ def answer_pruning(
     """P1, does pruning make the model faster: one row per variant and method, columns ``HYPOTHESIS_COLUMNS``, one family."""
     margins = margins or Margins()
     rows = []
-    for method, variant in sorted(set(zip(cells["method"], cells["variant"], strict=True))):
-        source = Source(model, cells, tables, str(variant), DENSE)
-        sample = source.sample("tokens_per_second", str(method), source.levels(str(method), 1e-9))
+    for method, source in beside_dense(model, cells, tables):
+        sample = source.sample("tokens_per_second", method, source.levels(method, 1e-9))
         rows.append(
-            _answer(
-                source, str(method), "P1", "tokens_per_second", sample,
+            answer_of(
+                source, method, "P1", "tokens_per_second", sample,
                 "mean over levels > 0 of the log ratio of tokens per second", margin=margins.speed,
             )
         )  # fmt: skip
     return hypothesis_table(rows, level=level_of("faster", looks))
+
+
+def beside_dense(model: str, cells: pd.DataFrame, tables: Mapping[str, MetricTable]) -> Iterator[tuple[str, Source]]:
+    """Every method, and what a variant pruned by it and the unpruned model are compared by."""
+    for method, variant in sorted(set(zip(cells["method"], cells["variant"], strict=True))):
+        yield str(method), Source(model, cells, tables, str(variant), DENSE)
 
 
 # The answers, one by one
@@ -154,12 +159,12 @@ def _expectations(source: Source, method: str, margins: Margins) -> list[Hypothe
     pruned, high = source.levels(method, 1e-9), source.levels(method, QUALITY_LEVEL)
     mean = "mean over levels {} of the log ratio of {}"
     rows = [
-        _answer(
+        answer_of(
             source, method, "E1", "tokens_per_second", source.sample("tokens_per_second", method, pruned),
             mean.format("> 0", "tokens per second"), margin=margins.speed,
         ),
         _equal_answer(source, method, margins),
-        _answer(
+        answer_of(
             source, method, "E2", "perplexity", source.sample("perplexity", method, high),
             mean.format(f">= {QUALITY_LEVEL:g}", "perplexity"), margin=margins.quality,
         ),
@@ -167,14 +172,14 @@ def _expectations(source: Source, method: str, margins: Margins) -> list[Hypothe
     for temperature in source.temperatures("distinct_2_distance", method) or [math.nan]:
         sample = source.sample("distinct_2_distance", method, high, temperatures=(temperature,))
         rows.append(
-            _answer(
+            answer_of(
                 source, method, "E3", "distinct_2_distance", sample,
                 f"mean over levels >= {QUALITY_LEVEL:g} of the difference of distinct-2's distance from the dense model",
                 margin=margins.diversity, temperature=temperature,
             )
         )  # fmt: skip
     rows.append(
-        _answer(
+        answer_of(
             source, method, "E4", "first_token_latency_s", source.sample("first_token_latency_s", method, pruned),
             mean.format("> 0", "first-token latency"), margin=margins.latency,
         )
@@ -185,7 +190,7 @@ def _expectations(source: Source, method: str, margins: Margins) -> list[Hypothe
 def _questions(source: Source, method: str) -> list[HypothesisResult]:
     every, pruned = source.levels(method, 0.0), source.levels(method, 1e-9)
     rows = [
-        _answer(
+        answer_of(
             source, method, "Q1", "perplexity", source.sample("perplexity", method, every, slope_weights, fewest=2),
             "difference of slopes of log perplexity per 10 % of the heads", scale="slope",
         )
@@ -206,7 +211,7 @@ def _questions(source: Source, method: str) -> list[HypothesisResult]:
     else:
         sample = Sample(None, "too little data" if temperatures else "missing")
     rows.append(
-        _answer(
+        answer_of(
             source, method, "Q3", metric, sample,
             "change, from the lowest to the highest temperature, of the difference of slopes of the distance of log "
             "generation perplexity from the dense model, per 10 % of the heads",
@@ -217,19 +222,19 @@ def _questions(source: Source, method: str) -> list[HypothesisResult]:
         if name in source.data:
             sample = _over_temperatures(source, name, method, pruned, slope_weights, 2)
             rows.append(
-                _answer(
+                answer_of(
                     source, method, "Q4", name, sample, "slope over levels > 0 of the gain, per 10 % of the heads",
                     scale="slope", gain=True,
                 )
             )  # fmt: skip
     rows.append(
-        _answer(
+        answer_of(
             source, method, "X:area", "perplexity", source.sample("perplexity", method, every, area_weights, fewest=2),
             "area between the curves of log perplexity over levels, divided by their range", scale="log_ratio",
         )
     )  # fmt: skip
     effects = [
-        _answer(
+        answer_of(
             source, method, "Q5", name, _over_temperatures(source, name, method, pruned, mean_weights, 1),
             "standardised gain, mean over levels > 0", scale="standardised", gain=True,
         )
@@ -270,7 +275,7 @@ def _equal_answer(source: Source, method: str, margins: Margins) -> HypothesisRe
     )  # fmt: skip
 
 
-def _answer(
+def answer_of(
     source: Source,
     method: str,
     name: str,
@@ -281,11 +286,13 @@ def _answer(
     margin: float = math.nan,
     scale: str = "",
     temperature: float = math.nan,
+    better: str = "",
     gain: bool = False,
     either: bool = False,
 ) -> HypothesisResult:
-    """Fits and tests one sample. ``gain`` turns the sign so that more is better."""
-    better: str = METRICS[metric].direction
+    """Fits and tests one sample. ``better`` is what is claimed, the metric's own direction if empty; ``gain`` turns the sign
+    so that more is better."""
+    better = better or METRICS[metric].direction
     values = sample.values
     if gain:
         values = None if values is None else (values if better == "higher" else -values)

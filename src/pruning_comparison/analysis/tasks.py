@@ -9,13 +9,18 @@ from typing import Any
 import pandas as pd
 
 from pruning_comparison.analysis.estimates import MetricTable, fit_of
-from pruning_comparison.analysis.hypotheses import HYPOTHESIS_COLUMNS, HypothesisResult, hypothesis_table, make_result
+from pruning_comparison.analysis.hypotheses import (
+    HYPOTHESIS_COLUMNS,
+    HypothesisResult,
+    answer_of,
+    beside_dense,
+    hypothesis_table,
+)
 from pruning_comparison.analysis.margins import Margins
-from pruning_comparison.analysis.pairs import Source
-from pruning_comparison.analysis.random_effects import Estimate, PValue, difference_test, fit_crossed
+from pruning_comparison.analysis.random_effects import Estimate
 from pruning_comparison.analysis.verdict_rules import level_of
-from pruning_comparison.metrics import METRICS, of_kind
-from pruning_comparison.variants import DENSE, variant_order
+from pruning_comparison.metrics import of_kind
+from pruning_comparison.variants import variant_order
 
 __all__ = ["ACCURACY_COLUMNS", "ALL_TASKS", "TASK_COLUMNS", "answer_accuracy", "compare_tasks"]
 
@@ -114,20 +119,14 @@ def answer_accuracy(
     places: list[float] = []
     chains: list[list[int]] = []
     if "accuracy" in tables:
-        for method, variant in sorted(set(zip(cells["method"], cells["variant"], strict=True))):
-            source = Source(model, cells, tables, str(variant), DENSE)
+        for method, source in beside_dense(model, cells, tables):
             chains.append([])
-            for level in reversed(source.levels(str(method), 1e-9)):
+            for level in reversed(source.levels(method, 1e-9)):
                 chains[-1].append(len(rows))
-                sample = source.sample("accuracy", str(method), [level])
-                fit = None if sample.values is None else fit_crossed(sample.values)
                 rows.append(
-                    make_result(
-                        source, str(method), "P2", "accuracy", f"mean difference of accuracy at level {level:g}", fit,
-                        PValue(math.nan, "none") if fit is None else difference_test(fit),
-                        sample.absent or ("too little data" if fit is None or fit.n < 2 else ""),
-                        margin=margins.accuracy, scale="difference", temperature=math.nan,
-                        cluster=METRICS["accuracy"].cluster, better="lower", either=False,
+                    answer_of(
+                        source, method, "P2", "accuracy", source.sample("accuracy", method, [level]),
+                        f"mean difference of accuracy at level {level:g}", margin=margins.accuracy, better="lower",
                     )
                 )  # fmt: skip
                 places.append(level)

@@ -45,10 +45,12 @@ ASSUMED: Mapping[str, Components] = {
     "E4": Components(0.0, 0.0, 0.004),
     "P2": Components(0.0001, 0.25, 0.08),
 }
-"""Variances of a pair's difference that a plan reckons with, on each expectation's scale (logarithms; for E3, distances).
+"""Variances of a pair's difference that a plan reckons with, on each expectation's scale (logarithms; for E3, distances; for
+P2, scores from 0 to 1).
 
-Those of the bundled model on 2 cores, rounded up: method entropy, three iterations, 16 documents of 256 tokens, 5 prompts of
-32 new tokens. Another model, text, method or machine has others, which is why a plan says "about".
+That of P2 is a guess: no run has measured it. The others are those of the bundled model on 2 cores, rounded up: method
+entropy, three iterations, 16 documents of 256 tokens, 5 prompts of 32 new tokens. Another model, text, method or machine has
+others, which is why a plan says "about".
 """
 
 

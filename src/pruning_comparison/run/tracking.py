@@ -170,7 +170,7 @@ class TensorboardTracker:
             rows = [f"| {name} | {format_value(value)} |" for name, value in settings.items()]
             self._writer.add_text("settings", "\n".join(["| setting | value |", "| --- | --- |", *rows]))
         self._writer.flush()
-        return str(self._folder.name)
+        return self._folder.name
 
     def log(self, values: Mapping[str, float], step: int) -> None:
         for name, value in values.items():
@@ -284,7 +284,7 @@ class Tracking:
                 act(name, tracker)
             except Exception as error:  # whatever a tracker does, the run goes on
                 del self.trackers[name]
-                LOGGER.warning("%s failed and is left out from here on: %s. The run goes on", name, reason_of(error))
+                _warn_of(name, error)
 
 
 def start_tracking(names: Sequence[str]) -> Tracking:
@@ -304,7 +304,7 @@ def start_tracking(names: Sequence[str]) -> Tracking:
         try:
             tracking.trackers[name] = kind.make()
         except Exception as error:  # a tracker never keeps a run from being made
-            LOGGER.warning("%s failed and is left out from here on: %s. The run goes on", name, reason_of(error))
+            _warn_of(name, error)
     return tracking
 
 
@@ -363,6 +363,10 @@ def _tracked_runs(folder: Path) -> dict[str, str]:
     except (OSError, ValueError):
         return {}
     return {str(name): str(value) for name, value in stored.items()} if isinstance(stored, dict) else {}
+
+
+def _warn_of(name: str, error: Exception) -> None:
+    LOGGER.warning("%s failed and is left out from here on: %s. The run goes on", name, reason_of(error))
 
 
 def _with(name: str, column: str) -> str:
