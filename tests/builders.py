@@ -5,11 +5,14 @@ A column that production renames is renamed here as well, so that no fixture say
 
 from __future__ import annotations
 
+import importlib.util
 import math
+import sys
 import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 import numpy as np
@@ -835,3 +838,16 @@ def answer(table: pd.DataFrame, name: str, **where: Any) -> pd.Series[Any]:
         rows = rows[rows[column] == value]
     assert len(rows) == 1
     return rows.iloc[0]
+
+
+def load_script(path: Path) -> ModuleType:
+    """A script outside the package, imported without running it; it finds the scripts beside it, as when it is run."""
+    spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
+    assert spec is not None
+    assert spec.loader is not None
+    # Where dataclasses look for the names in their annotations.
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(path.parent))
+        spec.loader.exec_module(module)
+    return module

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import re
 from collections import Counter
@@ -10,6 +9,7 @@ from importlib.resources import files
 from pathlib import Path
 
 import pytest
+from builders import load_script
 
 from pruning_comparison.spec import BUNDLED_TASKS
 from pruning_comparison.texts import load_documents
@@ -20,10 +20,7 @@ FOLDER = Path(str(files("pruning_comparison").joinpath("data", "tasks")))
 
 @pytest.fixture(scope="module")
 def make():
-    spec = importlib.util.spec_from_file_location("make_bundled_tasks", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def questions(name):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.util
 import sys
 from pathlib import Path
 
 import pytest
 import torch
+from builders import load_script
 from transformers import GPT2Config, GPT2LMHeadModel
 
 SCRIPTS = Path(__file__).parents[1] / "scripts" / "bundled_model"
@@ -15,12 +15,8 @@ SCRIPTS = Path(__file__).parents[1] / "scripts" / "bundled_model"
 
 @pytest.fixture
 def train(monkeypatch):
-    monkeypatch.syspath_prepend(str(SCRIPTS))
     monkeypatch.delitem(sys.modules, "addresses", raising=False)
-    spec = importlib.util.spec_from_file_location("bundled_model_train", SCRIPTS / "train.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPTS / "train.py")
 
 
 def test_a_checkpoint_brings_back_weights_and_optimizers(train, tmp_path):

@@ -1,10 +1,11 @@
 """What ``benchmarks/curves.py`` reads off its inputs, and that it draws."""
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
+
+from builders import load_script
 
 CURVES = Path(__file__).parents[1] / "benchmarks" / "curves.py"
 
@@ -18,9 +19,7 @@ LINES = [
 
 
 def test_an_ablation_has_a_panel_for_each_method(tmp_path):
-    spec = importlib.util.spec_from_file_location("curves_benchmark", CURVES)
-    curves = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(curves)
+    curves = load_script(CURVES)
     file = tmp_path / "printed.jsonl"
     file.write_text("\n".join(["not JSON", *map(json.dumps, LINES)]), "utf-8")
     (obs, of_obs), (random, of_random) = curves.of_ablation(file)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 from pathlib import Path
 
 import pytest
 import torch
-from builders import save_tiny_model, tiny_gpt2
+from builders import load_script, save_tiny_model, tiny_gpt2
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
@@ -18,10 +17,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "peers.py"
 
 @pytest.fixture(scope="module")
 def peers():
-    spec = importlib.util.spec_from_file_location("peers", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 def test_perplexity_is_the_mean_over_all_tokens_but_the_first(peers):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import ast
-import importlib.util
 import re
 import shlex
 import subprocess
@@ -12,11 +11,11 @@ import tomllib
 from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 import yaml
+from builders import load_script
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -31,17 +30,10 @@ FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
 MAKEFILE = (ROOT / "Makefile").read_text("utf-8")
 
 
-def script(name: str) -> ModuleType:
-    """A script of ``scripts/``, imported without running it."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-lowest_versions, check_release = script("lowest_versions"), script("check_release")
+lowest_versions, check_release = (
+    load_script(ROOT / "scripts" / "lowest_versions.py"),
+    load_script(ROOT / "scripts" / "check_release.py"),
+)
 
 
 def required(*extras: str) -> dict[str, Requirement]:

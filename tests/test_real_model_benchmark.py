@@ -2,12 +2,10 @@
 
 from __future__ import annotations
 
-import importlib.util
-import sys
 from pathlib import Path
 
 import pytest
-from builders import save_tiny_model, write_short_texts
+from builders import load_script, save_tiny_model, write_short_texts
 
 pytestmark = pytest.mark.slow
 
@@ -16,14 +14,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "real_model.py"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    sys.path.insert(0, str(SCRIPT.parent))
-    try:
-        spec = importlib.util.spec_from_file_location("real_model_benchmark", SCRIPT)
-        module = importlib.util.module_from_spec(spec)
-        spec.loader.exec_module(module)
-    finally:
-        sys.path.remove(str(SCRIPT.parent))
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from builders import save_tiny_model, write_short_texts
+from builders import load_script, save_tiny_model, write_short_texts
 
 from pruning_comparison.agency.recovery import recovery_grid
 from pruning_comparison.run.cell import build
@@ -23,11 +21,7 @@ SCRIPT = Path(__file__).parents[1] / "benchmarks" / "recovery.py"
 
 @pytest.fixture(scope="module")
 def benchmark():
-    spec = importlib.util.spec_from_file_location("recovery_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPT)
 
 
 @pytest.fixture(scope="module")

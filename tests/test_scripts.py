@@ -23,6 +23,7 @@ from types import ModuleType, SimpleNamespace
 
 import jupytext
 import pytest
+from builders import load_script
 
 from pruning_comparison.cli import _spec_of, parse
 
@@ -364,12 +365,7 @@ def test_the_notebook_runs_without_a_file_and_shows_the_charts(colab: Checkout, 
 
 @pytest.fixture
 def colab_module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("colab_script", SCRIPTS / COLAB)
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return load_script(SCRIPTS / COLAB)
 
 
 @dataclass

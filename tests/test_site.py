@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import re
 import subprocess
@@ -10,11 +9,11 @@ import sys
 import tomllib
 from html.parser import HTMLParser
 from pathlib import Path
-from types import ModuleType
 from urllib.parse import unquote, urlsplit
 
 import pytest
 import yaml
+from builders import load_script
 from markdown_it import MarkdownIt
 
 import pruning_comparison
@@ -29,17 +28,10 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))["project"]
 NOTEBOOK, SCRIPT = (ROOT / "notebooks" / f"stored_run.{kind}" for kind in ("ipynb", "py"))
 
 
-def script(name: str) -> ModuleType:
-    """A script of ``scripts/documentation``, imported without running it."""
-    spec = importlib.util.spec_from_file_location(name, ROOT / "scripts" / "documentation" / f"{name}.py")
-    assert spec is not None
-    assert spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-site_hooks, write_reference = script("site_hooks"), script("write_reference")
+site_hooks, write_reference = (
+    load_script(ROOT / "scripts" / "documentation" / "site_hooks.py"),
+    load_script(ROOT / "scripts" / "documentation" / "write_reference.py"),
+)
 
 
 # The site as it is built

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-from builders import save_tiny_model, write_short_texts
+from builders import load_script, save_tiny_model, write_short_texts
 from scipy import stats
 
 from pruning_comparison.measure.tasks import TaskAnswer
 from pruning_comparison.models import live_heads
+from pruning_comparison.run import inputs
 
 SCRIPT = Path(__file__).parents[1] / "benchmarks" / "tasks.py"
 RIGHT = {8: (1, 1, 1, 0), 4: (1, 0, 0, 0)}
@@ -37,12 +36,9 @@ class Answers:
 
 @pytest.fixture
 def benchmark(monkeypatch):
-    spec = importlib.util.spec_from_file_location("tasks_benchmark", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    for where in ("pruning_comparison.run.inputs", "tasks_benchmark"):
-        monkeypatch.setattr(f"{where}.load_tasks", lambda names, limit: Answers())
+    module = load_script(SCRIPT)
+    for where in (inputs, module):
+        monkeypatch.setattr(where, "load_tasks", lambda names, limit: Answers())
     return module
 
 

@@ -2,27 +2,21 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from builders import save_tiny_model, tiny_gpt2, write_short_texts
+from builders import load_script, save_tiny_model, tiny_gpt2, write_short_texts
 
 PATH = Path(__file__).parents[2] / "benchmarks" / "agency_ablation.py"
 
 
 @pytest.fixture(scope="module")
 def ablation():
-    spec = importlib.util.spec_from_file_location("agency_ablation", PATH)
-    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    yield module
-    del sys.modules[spec.name]
+    return load_script(PATH)
 
 
 def lines_of(ablation, capsys, tmp_path, configurations, *more):

@@ -322,8 +322,8 @@ def test_a_missing_package_ends_a_run_before_it_begins(folder, tmp_path, monkeyp
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.extras
 def test_a_run_of_a_model_that_llama_cpp_has_not_says_so_before_and_in_place_of_figures(folder, tmp_path, monkeypatch):
-    pytest.importorskip("xllamacpp")  # without it a run does not begin
     monkeypatch.setattr("pruning_comparison.engines.find_spec", lambda name: name)
     run = run_comparison(engine_spec(folder, engines=("llama.cpp",)), output_dir=tmp_path)
     reason = "the gguf form is not possible: llama.cpp builds layers of different sizes for one architecture only"
