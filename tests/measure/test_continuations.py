@@ -52,6 +52,15 @@ def test_so_are_those_of_pruned_models_with_layers_that_have_lost_all_heads(fami
             assert log_likelihood == pytest.approx(one_by_one(model, *pair)[0], abs=1e-4)
 
 
+def test_pairs_of_one_length_that_are_read_together_are_split_where_each_has_its_own_context_end():
+    model = tiny_model("llama")
+    pairs = [(ids(0, 7), ids(1, 5)), (ids(2, 10), ids(3, 2)), (ids(4, 11), ids(5, 1))]
+    for (context, continuation), (log_likelihood, _) in zip(
+        pairs, continuation_likelihoods(model, pairs, batch_size=8), strict=True
+    ):
+        assert log_likelihood == pytest.approx(one_by_one(model, context, continuation)[0], abs=1e-4)
+
+
 def test_what_the_model_would_say_itself_is_greedy():
     model = tiny_model("llama")
     context, said = ids(0, 6), []
