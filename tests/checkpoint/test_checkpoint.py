@@ -18,9 +18,10 @@ import torch
 from builders import FAMILIES, save_tiny_model, tiny_gpt2, tiny_model
 from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from pruning_comparison.checkpoint.forms import forms_that_hold, load_pruned, save_pruned, stock_form
+from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.errors import InputError, ModelLoadError
 from pruning_comparison.models import heads, load_model, preview_model
 from pruning_comparison.models.heads import mlp_output_projections, output_projections
@@ -404,6 +405,68 @@ def test_a_dense_model_and_one_loaded_before_can_be_saved_too(tmp_path):
     shutil.rmtree(tmp_path / "dense")
 
 
+def code_in(card, language):
+    return [part.split("```")[0] for part in card.split(f"```{language}\n")[1:]]
+
+
+@pytest.mark.parametrize("form", ["compact", "plain", "padded"])
+def test_code_in_the_card_runs_as_pasted(form, tmp_path, monkeypatch, capsys):
+    """Every block by itself, in the folder; all of them write the same text, one token per byte of a random model."""
+    dense = save_tiny_model(tmp_path / "dense", model=tiny_model("llama", vocab_size=257))
+    tokenizer = AutoTokenizer.from_pretrained(dense)
+    keep = torch.ones(3, 6, dtype=torch.bool)
+    keep[:, 2:4] = False  # a group of each layer, which any form can hold
+    model = remove_heads(AutoModelForCausalLM.from_pretrained(dense), keep)
+    save_pruned(model, tokenizer, tmp_path / "model", form=form)
+    monkeypatch.chdir(tmp_path / "model")
+    blocks = code_in(Path("README.md").read_text("utf-8"), "python")
+    assert len(blocks) == (2 if form == "compact" else 1)
+    capsys.readouterr()
+    for block in blocks:
+        exec(block, {})
+    prompt = tokenizer("The people of the United States", return_tensors="pt")
+    expected = tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0])
+    assert capsys.readouterr().out == (expected + "\n") * len(blocks)
+
+
+def test_code_in_the_card_of_a_model_without_tokenizer_loads_it(tmp_path, monkeypatch):
+    save_pruned(remove_heads(tiny_model("llama"), HARD), None, tmp_path / "model")
+    monkeypatch.chdir(tmp_path / "model")
+    for block in code_in(Path("README.md").read_text("utf-8"), "python"):
+        names = {}
+        exec(block, names)
+        assert names["model"].config.num_hidden_layers == 3
+
+
+def test_the_card_says_in_one_line_what_was_lost_and_gained(tmp_path):
+    """By hand: 26 / 20 = 1.3 times; 33 / 30 is 10 % more, 0.09 s against 0.1 s and 15 MB against 30 less."""
+    measured = (
+        BeforeAndAfter("perplexity", "on the evaluation text", 20.0, 26.0, "perplexity"),
+        BeforeAndAfter("speed", "tokens per second", 30.0, 33.0),
+        BeforeAndAfter("first-token latency", "s", 0.1, 0.09),
+        BeforeAndAfter("key-value cache", "bytes, after a timed prompt", 30e6, 15e6),
+    )
+    model = remove_heads(tiny_model("llama"), HARD)
+    for form in ("compact", "padded"):
+        save_pruned(model, None, tmp_path / form, form=form, measured=measured)
+    card = (tmp_path / "compact" / "README.md").read_text("utf-8")
+    assert (
+        "**Lost**: perplexity is 1.300 times the dense model's. **Gained**: speed +10.0 %, first-token latency −10.0 %, "
+        "key-value cache −50.0 %.\n" in card
+    )
+    dense, left = (sum(p.numel() for p in one.parameters()) for one in (tiny_model("llama"), model))
+    assert f"That leaves {left:,} of {dense:,} parameters (−{100 * (1 - left / dense):.1f} %)." in card
+    padded = (tmp_path / "padded" / "README.md").read_text("utf-8")
+    assert "**Gained**: nothing: its shapes are the dense model's." in padded
+
+
+def test_tied_parameters_are_counted_once_in_the_card(tmp_path):
+    model = tiny_model("gpt2")
+    save_pruned(model, None, tmp_path / "model")
+    count = sum(parameter.numel() for parameter in model.parameters())
+    assert f"That leaves {count:,} of {count:,} parameters (" in (tmp_path / "model" / "README.md").read_text("utf-8")
+
+
 def test_the_card_says_what_was_cut_and_which_ways_hold(tmp_path):
     model = remove_heads(tiny_model("llama"), HARD)
     model.config.pruning = {"base_model": "a|b <script>", "licence": "mit", "method": "fisher", "variant": "baseline"}
@@ -415,5 +478,6 @@ def test_the_card_says_what_was_cut_and_which_ways_hold(tmp_path):
     assert "| 1 | 3 | 0, 3, 4 | 2 |" in card
     assert "a\\|b &lt;script>" in card
     assert "no: the plain form is not possible: layer 0 has lost all its heads" in card
+    assert "**Lost and gained**: not measured." in card
     assert "Not measured." in card
     assert len(output_projections(load_pruned(tmp_path / "model")[0])) == 3

@@ -108,3 +108,14 @@ def test_smollm2s_tokenizer_has_the_fields_of_the_file_it_came_from():
     for name in ("model", "pre", "tokens", "token_type", "merges", "bos_token_id", "eos_token_id", "padding_token_id"):
         key = f"tokenizer.ggml.{name}"
         assert written[key] == gguf.field_value(source, key, gguf.smollm2_file()), name
+
+
+def test_the_code_in_the_card_runs_as_pasted(tmp_path, monkeypatch, capsys):
+    save_pruned(pruned_to_rectangles("llama"), ascii_tokenizer(), tmp_path / "model", form="gguf")
+    monkeypatch.chdir(tmp_path / "model")
+    card = (tmp_path / "model" / "README.md").read_text("utf-8")
+    code = card.split("```python\n")[1].split("```")[0]
+    capsys.readouterr()
+    exec(code, {})
+    assert len(capsys.readouterr().out.strip()) > 5
+    assert "llama-cli -m model-f32.gguf -p " in card

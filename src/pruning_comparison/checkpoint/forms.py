@@ -127,7 +127,15 @@ def save_pruned(
             write_as_gguf(model, tokenizer, temporary / _gguf_name(model, gguf_dtype), gguf_dtype)
         else:
             _save_for_transformers(saved, model, tokenizer, temporary, max_shard_size)
-        card = model_card(model, form=form, holds=forms_that_hold(model), measured=measured)
+        card = model_card(
+            model,
+            form=form,
+            holds=forms_that_hold(model),
+            dense_parameters=dense_parameters(model.config),
+            weights=_gguf_name(model, gguf_dtype),
+            with_tokenizer=tokenizer is not None,
+            measured=measured,
+        )
         (temporary / "README.md").write_text(card, "utf-8", newline="\n")
         if folder.exists():
             folder.rmdir()
@@ -398,6 +406,14 @@ def _checked_config(model: PreTrainedModel) -> Any:
         setattr(config, field, [layer for layer, one in enumerate(found) if getattr(one, "bias", None) is not None])
     config.pruning = getattr(model.config, "pruning", None)
     return config
+
+
+def dense_parameters(config: Any) -> int:
+    """How many parameters the dense model has that a pruned model's config describes, tied ones counted once."""
+    stock = _stock_config(config, {})
+    dense = _without_memory(MODEL_FOR_CAUSAL_LM_MAPPING[type(stock)], stock)
+    dense.tie_weights()
+    return sum(parameter.numel() for parameter in dense.parameters())
 
 
 def _without_memory(model_class: Any, config: Any) -> Any:

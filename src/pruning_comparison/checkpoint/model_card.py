@@ -30,6 +30,20 @@ _ROUTES = (
 )
 
 
+_PROMPT = "The people of the United States"
+_GENERATE = f"""prompt = tokenizer("{_PROMPT}", return_tensors="pt")
+print(tokenizer.decode(model.generate(**prompt, max_new_tokens=20)[0]))
+"""
+_IN_LLAMA_CPP = f"""import xllamacpp
+
+settings = xllamacpp.CommonParams()
+settings.model.path = "{{weights}}"
+answer = xllamacpp.Server(settings).handle_completions({{{{"prompt": "{_PROMPT}", "max_tokens": 20}}}})
+print(answer["choices"][0]["text"])
+"""
+# What is measured is the compact form: speed and memory of these are others.
+_UNLIKE_COMPACT = ("padded", "gguf")
+
 _TAGS = ("pruned", "attention-heads", "pruning-comparison")
 _TASK = "text-generation"
 _NOT_HOW_IT_WAS_MADE = ("measured_on", "evaluation")
@@ -52,12 +66,21 @@ class BeforeAndAfter:
 
 
 def model_card(
-    model: Any, *, form: str, holds: Mapping[str, str | None], measured: Sequence[BeforeAndAfter] = ()
+    model: Any,
+    *,
+    form: str,
+    holds: Mapping[str, str | None],
+    dense_parameters: int,
+    weights: str = "",
+    with_tokenizer: bool = True,
+    measured: Sequence[BeforeAndAfter] = (),
 ) -> str:
     """The README.md of a pruned model saved in ``form``: Markdown with the header that the hub reads.
 
-    ``holds`` gives, for each form, None or the reason why the model cannot have it. What ``prune`` has noted in the model's
-    config is shown; what was not measured is said to be missing.
+    ``holds`` gives, for each form, None or the reason why the model cannot have it. ``dense_parameters`` is how many
+    parameters the dense model has, tied ones counted once. ``weights`` is the name of the GGUF file where ``form`` is
+    "gguf". Without a tokenizer the code in the card loads the model and generates nothing. What ``prune`` has noted in the
+    model's config is shown; what was not measured is said to be missing.
     """
     made: Mapping[str, Any] = getattr(model.config, "pruning", None) or {}
     keep, grid = kept_heads(model.config), head_grid(model.config)
@@ -69,8 +92,10 @@ def model_card(
         f"---\n{card_data(made, name, () if form == 'gguf' else measured).to_yaml()}\n---\n",
         f"# {_plain(name)}\n",
         f"{gone} of {total} heads ({100 * gone / total:.1f} %) have been removed, in {grid.n_layers} layers of "
-        f"{grid.n_heads}{_format_method(made)}.\n",
+        f"{grid.n_heads}{_format_method(made)}. {_format_parameters(model, dense_parameters)}\n",
+        f"{_lost_and_gained(measured, form)}\n",
         "## How it loads\n",
+        _snippets(form, weights, with_tokenizer=with_tokenizer),
         _table(("", "", "holds for this model"), [_route_row(route, form, holds) for route in _ROUTES]),
         f"This folder is in {form} form. Weights are {'in the .gguf file' if form == 'gguf' else 'safetensors only'}.\n",
         "## What was cut\n",
@@ -149,6 +174,64 @@ def _format_method(made: Mapping[str, Any]) -> str:
     if "method" not in made:
         return ""
     return f", ranked by `{_plain(str(made['method']))}`, variant `{_plain(str(made['variant']))}`"
+
+
+def _format_parameters(model: Any, dense_parameters: int) -> str:
+    left = sum(parameter.numel() for parameter in model.parameters())
+    change = 100 * (left / dense_parameters - 1)
+    return f"That leaves {left:,} of {dense_parameters:,} parameters ({_signed(change)})."
+
+
+def _lost_and_gained(measured: Sequence[BeforeAndAfter], form: str) -> str:
+    """One line: what the model lost in quality, and what it gained in speed and memory."""
+    ratios = {
+        one.label: one.after / one.before for one in measured if one.before and one.after is not None
+    }  # where one was not measured, there is nothing to say of it
+    if form in _UNLIKE_COMPACT:
+        ratios = {label: ratio for label, ratio in ratios.items() if label == "perplexity"}
+    lost = f"perplexity is {ratios['perplexity']:.3f} times the dense model's" if "perplexity" in ratios else ""
+    gained = [
+        f"{label} {_signed(100 * (ratios[label] - 1))}"
+        for label in ("speed", "first-token latency", "key-value cache")
+        if label in ratios
+    ]
+    if form == "padded":
+        gained = ["nothing: its shapes are the dense model's"]
+    if not lost and not gained:
+        return "**Lost and gained**: not measured."
+    return f"**Lost**: {lost or 'not measured'}. **Gained**: {', '.join(gained) or 'not measured'}."
+
+
+def _snippets(form: str, weights: str, *, with_tokenizer: bool) -> str:
+    """Code that runs as pasted, in a shell or Python that was started in the folder."""
+    parts = [
+        "In this folder. Elsewhere, put its path in place of `.`; of a model on the hub, that is what "
+        "`huggingface_hub.snapshot_download` returns.\n"
+    ]
+    if form == "gguf":
+        parts.append(f'```bash\nllama-cli -m {weights} -p "{_PROMPT}" -n 20\n```\n')
+        parts += ["Or from Python, with `pip install xllamacpp`:\n", _python(_IN_LLAMA_CPP.format(weights=weights))]
+        return "\n".join(parts)
+    generate = _GENERATE if with_tokenizer else ""
+    if form == "compact":
+        loaded = "model, tokenizer" if with_tokenizer else "model, _"
+        parts.append("With pruning-comparison, which runs no code from the folder:\n")
+        parts.append(_python(f'from pruning_comparison import load_pruned\n\n{loaded} = load_pruned(".")\n{generate}'))
+        parts.append("With transformers alone, which runs code from the folder. Do that only if you trust it:\n")
+    trust = ", trust_remote_code=True" if form == "compact" else ""
+    classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if with_tokenizer else [])]
+    lines = [f"from transformers import {', '.join(classes)}", "", f'model = {classes[0]}.from_pretrained("."{trust})']
+    lines += [f'tokenizer = {name}.from_pretrained("."{trust})' for name in classes[1:]]
+    parts.append(_python("\n".join(lines) + f"\n{generate}"))
+    return "\n".join(parts)
+
+
+def _python(code: str) -> str:
+    return f"```python\n{code}```\n"
+
+
+def _signed(per_cent: float) -> str:
+    return f"{per_cent:+.1f} %".replace("-", "−")
 
 
 def _route_row(route: tuple[str, str, str], form: str, holds: Mapping[str, str | None]) -> tuple[str, str, str]:
