@@ -118,7 +118,8 @@ wheel: $(BIN)/python
 	$(WHEEL)/bin/python -m pip install --quiet -c constraints.txt dist/*.whl
 	cd $(WHEEL) && bin/python -c "import pruning_comparison; assert '$(WHEEL)' in pruning_comparison.__file__"
 	cd $(WHEEL) && bin/pruning-comparison --version
-	cd $(WHEEL) && bin/pruning-comparison run --help > /dev/null
+	cd $(WHEEL) && bin/pruning-comparison run --model_name=bundled --preset=quick --iterations=2 --pruning_levels=0,50 \
+		--timing_limit_s=2 --quiet
 
 # The calibration of the statistics takes hours and has commands of its own, see the head of its file.
 bench: $(VENV)/installed $(PACKAGED)

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pruning_comparison.spec import ComparisonSpec
     from pruning_comparison.store.tables import load_run
 
-__version__ = "0.1.0"
+__version__ = "1.0.0rc1"
 
 __all__ = [
     "METHODS",

@@ -20,7 +20,7 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
-    """``load_pruned`` was here in 0.1.0, and the cards of models saved then name this place. It goes with 0.3."""
+    """``load_pruned`` was here in 0.1.0, and the cards of models saved then name this place. It goes with 2.0."""
     if name != "load_pruned":
         raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
     warnings.warn(
