@@ -464,8 +464,8 @@ def _add_run_options(parser: argparse.ArgumentParser, *, without: frozenset[str]
     add("entropy_direction", help=f"{', '.join(ENTROPY_DIRECTIONS)}: which heads are pruned first under entropy")
     add(
         "consent",
-        help=f"{', '.join(CONSENT_RULES)}: whether a head that is asked refuses by its price, or by its price over the "
-        "decoding time or the cache bytes that its going saves",
+        help=f"{', '.join(CONSENT_RULES)}: whether a head's answer depends on its price, or on its price per unit of "
+        "decoding time or cache bytes that removing it saves",
     )
     add(
         "adaptation",

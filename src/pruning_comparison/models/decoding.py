@@ -495,7 +495,7 @@ class _Weights:
     """Weights as [inputs, outputs], in the order in which a product with one row reads them fastest.
 
     The longer side lies together: on CPUs the other order took up to twice as long in products with a single row
-    (``docs/performance.md``).
+    (``docs/decisions/0038-speed-measured-and-tried.md``).
     """
 
     def __init__(self, reordered: dict[int, Tensor], allowed: bool) -> None:

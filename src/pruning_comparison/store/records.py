@@ -189,7 +189,7 @@ class SignalRow(_RowOfCell):
 
 @dataclass(frozen=True)
 class ReplyRow(_RowOfCell):
-    """What a head answered that was asked in a round, with the cost of its going and the limit it was held against."""
+    """The answer of a head that was asked in a round, with its price and the limit that the price was compared with."""
 
     round_level: float
     layer: int
