@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 import re
 import shlex
 import shutil
@@ -23,7 +24,12 @@ from pruning_comparison.report.terminal import answer_text, stored_answer
 
 ROOT = Path(__file__).resolve().parents[1]
 DOCS = ROOT / "docs"
-GUIDES = [DOCS / "tutorial.md", *sorted((DOCS / "how-to").glob("*.md")), DOCS / "reference" / "run-folder.md"]
+GUIDES = [
+    ROOT / "README.md",
+    DOCS / "tutorial.md",
+    *sorted((DOCS / "how-to").glob("*.md")),
+    DOCS / "reference" / "run-folder.md",
+]
 NOTEBOOK, SCRIPT = (ROOT / "notebooks" / f"stored_run.{kind}" for kind in ("ipynb", "py"))
 
 ELSEWHERE = {
@@ -33,6 +39,7 @@ ELSEWHERE = {
     "ray": "starts a cluster, as tests/run/test_ray.py does",
     "llama-cli": "is llama.cpp's",
     "make": "is tested in tests/test_project.py",
+    "python": "starts a script, as tests/test_scripts.py does",
 }
 """Commands that the guides show and that no test here runs, and why."""
 
@@ -48,7 +55,7 @@ SMALLER = {
 }
 """What makes a command of the guides short: of two equal options the last one counts."""
 
-BASELINE_ALONE = ("own-model", "own-method")
+BASELINE_ALONE = ("own-model", "own-method", "README")
 """Guides that say nothing of agency, whose runs leave it out here."""
 
 
@@ -66,7 +73,8 @@ def commands(text: str) -> Iterator[list[str]]:
 
 def smaller(words: list[str], page: str) -> list[str] | None:
     """A command of this package as it is run here for a page; None where it needs what is not here."""
-    if words[0] == "run" and ("--device=cuda" in words or "--launcher=ray" in words or "--model_name=gpt2" in words):
+    elsewhere = {"--device=cuda", "--launcher=ray", "--model_name=gpt2", "--model_name=smollm2-135m"}
+    if words[0] in ("run", "plan") and elsewhere & set(words):
         cli.parse(words)
         return None
     more = SMALLER[words[0]].split()
@@ -175,7 +183,21 @@ def _check_run_folder(desk: Path, names: dict[str, Any]) -> None:
     assert missing == [], "the example run's answer has changed: show it in docs/tutorial.md as it is now"
 
 
+def _check_readme(desk: Path, names: dict[str, Any]) -> None:
+    """Scores by hand: GPT-2 keeps queries, keys and values side by side in c_attn, heads side by side in each of them."""
+    assert 48 - sum(map(len, names["model"].config.kept_heads)) == 14  # 30 % of 48 is 14.4
+    dense = pruning_comparison.load_model(pruning_comparison.preview_model("bundled")).model
+    scores = importlib.import_module("my_methods").value_norm(dense)
+    width = dense.config.n_embd
+    values = dense.transformer.h[4].attn.c_attn.weight[:, 2 * width :]
+    assert scores.shape == (6, 8)
+    assert float(scores[4, 3]) == pytest.approx(
+        float(values[:, 3 * width // 8 : 4 * width // 8].square().sum().sqrt()), rel=1e-4
+    )
+
+
 CHECKS = {
+    "README": _check_readme,
     "run-folder": _check_run_folder,
     "tutorial": _check_tutorial,
     "own-method": _check_own_method,

@@ -180,8 +180,8 @@ METHODS: dict[str, Method] = {
         "obs",
         score="pruning_comparison.agency.prices_across_layers:score_obs",
         summary=(
-            "has the least price: what its going costs once the others have adapted (the optimal brain surgeon of Hassibi "
-            "and Stork 1993 on heads, layers weighed by what an error in them was measured to cost)"
+            "has the lowest price: what removing it costs once the others have adapted (the optimal brain surgeon of "
+            "Hassibi and Stork 1993 on heads, layers weighed by what an error in them was measured to cost)"
         ),
         runs_on_pruned=True,
         passes=3.0,

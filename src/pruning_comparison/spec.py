@@ -89,7 +89,7 @@ class ComparisonSpec:
     against it. ``threads`` and ``quality_batch_size`` belong to the spec because they change floating point.
 
     ``consent`` says what a head that is asked to leave is held by: its price ("quality"), or its price over the decoding
-    time, or the cache bytes, that its going saves.
+    time, or the cache bytes, that removing it saves.
 
     ``prune_unit`` says what leaves: single heads, whole key-value groups, or heads so that every layer keeps a rectangle, as
     many query heads of each key-value group that it keeps.
