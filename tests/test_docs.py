@@ -105,3 +105,11 @@ def test_the_example_report_says_what_its_journal_says(tmp_path, monkeypatch):
         assert sentence in shown
     for chip in answer["chips"]:
         assert chip["number"] in shown
+
+
+def test_every_figure_of_the_readme_is_in_the_results():
+    """An estimate with its interval, as results.md has it, which has the command."""
+    figures = re.findall(r"[−\d][\d.,]* \[[^\]]+ to [^\]]+\]", (ROOT / "README.md").read_text("utf-8"))
+    known = (ROOT / "docs" / "results.md").read_text("utf-8")
+    assert len(figures) >= 3
+    assert [figure for figure in figures if figure not in known] == []

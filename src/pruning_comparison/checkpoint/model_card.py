@@ -11,7 +11,13 @@ from torch import Tensor
 
 from pruning_comparison.formatting import measured_number
 from pruning_comparison.metrics import METRICS
-from pruning_comparison.models.heads import MODELING_FILE, head_grid, kept_heads, live_groups
+from pruning_comparison.models.heads import (
+    MODELING_FILE,
+    attention_implementation,
+    head_grid,
+    kept_heads,
+    live_groups,
+)
 
 _ROUTES = (
     (
@@ -95,7 +101,7 @@ def model_card(
         f"{grid.n_heads}{_format_method(made)}. {_format_parameters(model, dense_parameters)}\n",
         f"{_lost_and_gained(measured, form)}\n",
         "## How it loads\n",
-        _snippets(form, weights, with_tokenizer=with_tokenizer),
+        _snippets(form, weights, attention_implementation(model.config), with_tokenizer=with_tokenizer),
         _table(("", "", "holds for this model"), [_route_row(route, form, holds) for route in _ROUTES]),
         f"This folder is in {form} form. Weights are {'in the .gguf file' if form == 'gguf' else 'safetensors only'}.\n",
         "## What was cut\n",
@@ -202,7 +208,7 @@ def _lost_and_gained(measured: Sequence[BeforeAndAfter], form: str) -> str:
     return f"**Lost**: {lost or 'not measured'}. **Gained**: {', '.join(gained) or 'not measured'}."
 
 
-def _snippets(form: str, weights: str, *, with_tokenizer: bool) -> str:
+def _snippets(form: str, weights: str, attention: str, *, with_tokenizer: bool) -> str:
     """Code that runs as pasted, in a shell or Python that was started in the folder."""
     parts = [
         "In this folder. Elsewhere, put its path in place of `.`; of a model on the hub, that is what "
@@ -220,7 +226,10 @@ def _snippets(form: str, weights: str, *, with_tokenizer: bool) -> str:
         parts.append("With transformers alone, which runs code from the folder. Do that only if you trust it:\n")
     trust = ", trust_remote_code=True" if form == "compact" else ""
     classes = ["AutoModelForCausalLM", *(["AutoTokenizer"] if with_tokenizer else [])]
-    lines = [f"from transformers import {', '.join(classes)}", "", f'model = {classes[0]}.from_pretrained("."{trust})']
+    # Where that alone computes what the family means: transformers 5.15 takes another, and leaves out Gemma 2's cap.
+    eager = ', attn_implementation="eager"' if attention == "eager" and not trust else ""
+    lines = [f"from transformers import {', '.join(classes)}", ""]
+    lines.append(f'model = {classes[0]}.from_pretrained("."{trust}{eager})')
     lines += [f'tokenizer = {name}.from_pretrained("."{trust})' for name in classes[1:]]
     parts.append(_python("\n".join(lines) + f"\n{generate}"))
     return "\n".join(parts)

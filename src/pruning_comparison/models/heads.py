@@ -791,6 +791,8 @@ def pruned_classes(family: str) -> tuple[type[Any], type[Any]]:
     body: dict[str, Any] = {"model_type": PRUNED + family, "__module__": __name__}
     config_class = type(f"Pruned{config_base.__name__}", (config_base,), body)
     body = {"config_class": config_class, "__module__": __name__}
+    if LAYOUTS[family].soft_cap is not None:
+        body["_supports_sdpa"] = False  # transformers 5.15 would take it by itself, and leave the cap out in silence
     return config_class, type(f"Pruned{model_base.__name__}", (_PrunedModel, model_base), body)
 
 
