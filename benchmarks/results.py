@@ -304,6 +304,9 @@ def verdict_of(recorded: Figure, new: Figure | None, *, same_machine: bool) -> s
     if kind == "size":
         return "same" if change < 1e-7 else "moved"
     interval = recorded.interval
+    if interval is not None and math.isclose(recorded.estimate, new.estimate, rel_tol=1e-6, abs_tol=1e-9):
+        interval = (-math.inf, math.inf)  # where nothing varies the interval is a point, which rounding would leave
+        change = 0.0
     if change > TOLERANCE if interval is None else not interval[0] <= new.estimate <= interval[1]:
         return "moved"
     return "changed" if change > TOLERANCE or recorded.n != new.n else "same"

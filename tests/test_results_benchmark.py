@@ -164,6 +164,9 @@ def test_the_file_of_the_project_is_as_it_would_be_written(tmp_path):
         (figure(1.25, 1.2, 1.3), figure(1.25, 1.2, 1.3, n=60), "changed"),
         (figure(1.25, 1.249, 1.251), figure(1.253, 1.2, 1.3), "moved"),
         (figure(1.25, 1.2, None), figure(1.3, 1.2, None), "changed"),  # no upper end: nothing lies above it
+        # At level 0 nothing varies, and divergence is what rounding has left of zero.
+        (figure(0.0, 0.0, 0.0, unit="nat/token"), figure(3e-12, 0.0, 1e-11, unit="nat/token"), "same"),
+        (figure(0.0, 0.0, 0.0, unit="nat/token"), figure(3e-6, 0.0, 1e-5, unit="nat/token"), "moved"),
         (figure(1.25), figure(1.251), "same"),
         (figure(1.25), figure(1.26), "moved"),  # no interval: 0.8 % off
         (figure(1.25, 1.2, 1.3), None, "missing"),
