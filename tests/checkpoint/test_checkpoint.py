@@ -20,7 +20,7 @@ from huggingface_hub import ModelCard
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from pruning_comparison.checkpoint.forms import forms_that_hold, load_pruned, save_pruned, stock_form
+from pruning_comparison.checkpoint.forms import dense_parameters, forms_that_hold, load_pruned, save_pruned, stock_form
 from pruning_comparison.checkpoint.model_card import BeforeAndAfter
 from pruning_comparison.errors import InputError, ModelLoadError
 from pruning_comparison.models import heads, load_model, preview_model
@@ -470,6 +470,20 @@ def test_the_card_says_in_one_line_what_was_lost_and_gained(tmp_path):
     assert f"That leaves {left:,} of {dense:,} parameters (−{100 * (1 - left / dense):.1f} %)." in card
     padded = (tmp_path / "padded" / "README.md").read_text("utf-8")
     assert "**Gained**: nothing: its shapes are the dense model's." in padded
+
+
+def test_half_of_the_heads_of_smollm2_are_a_small_part_of_its_parameters():
+    """By hand: a head has 64 rows of query weights and as many output columns, 576 wide; 135 of 270 are 7.4 %."""
+    recorded = Path(__file__).parents[1] / "recorded" / "hub_configs" / "HuggingFaceTB+SmolLM2-135M.json"
+    fields = json.loads(recorded.read_text("utf-8"))
+    config = AutoConfig.for_model(**fields)
+    assert dense_parameters(config) == 134_515_008
+    config.kept_heads = [[0, 1, 3, 4, 6]] * 15 + [[0, 3, 6, 7]] * 15  # some of each group: no key or value goes
+    with torch.device("meta"):
+        pruned = heads.pruned_classes("llama")[1](config)
+    left = sum(parameter.numel() for parameter in pruned.parameters())
+    assert 134_515_008 - left == 135 * 2 * 64 * 576
+    assert round(100 * (1 - left / 134_515_008), 1) == 7.4
 
 
 def test_tied_parameters_are_counted_once_in_the_card(tmp_path):
