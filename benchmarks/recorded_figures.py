@@ -88,7 +88,7 @@ class Figure:
 class Entry:
     """A command of ``pruning-comparison run``, and the figures that it gave.
 
-    ``minutes`` is what it took on the wall, and ``recorded`` where and when that was; None where there are no figures yet.
+    ``minutes`` is what it took, and ``recorded`` where and when that was; None where there are no figures yet.
     """
 
     command: tuple[str, ...]

@@ -48,7 +48,9 @@ from pruning_comparison.errors import InputError, PruningComparisonError
 from pruning_comparison.formatting import counted, unknown_name
 from pruning_comparison.metrics import METRICS
 from pruning_comparison.options import with_underscores
+from pruning_comparison.run.phases import phases_in
 from pruning_comparison.run.provenance import versions
+from pruning_comparison.run.run_log import RUN_LOG
 from pruning_comparison.store import Manifest, Run, latest_run
 
 HERE = Path(__file__).resolve().parents[1]
@@ -246,7 +248,6 @@ def entry_of(command: Sequence[str], run: Run) -> Entry:
     manifest = run.manifest
     if manifest.started is None or manifest.finished is None:
         raise InputError(f"{run.folder} is not finished, so its figures may still change. Continue the run first.")
-    seconds = (datetime.fromisoformat(manifest.finished) - datetime.fromisoformat(manifest.started)).total_seconds()
     recorded = {
         "commit": manifest.commit,
         "date": manifest.finished[:10],
@@ -254,7 +255,18 @@ def entry_of(command: Sequence[str], run: Run) -> Entry:
         **{name: manifest.versions.get(name) for name in ("torch", "transformers")},
     }
     figures = tuple(sorted(figures_of(run), key=lambda figure: figure.key))
-    return Entry(tuple(command), figures, round(seconds / 60, 1), recorded)
+    return Entry(tuple(command), figures, round(_seconds(run) / 60, 1), recorded)
+
+
+def _seconds(run: Run) -> float:
+    """What measuring took: processor time over threads where the log has it, so that interruptions do not count."""
+    manifest, log = run.manifest, run.folder / RUN_LOG
+    phases = phases_in(log.read_text("utf-8")) if log.is_file() else {}
+    if phases:
+        return sum(phases.values()) / int(manifest.hardware.get("threads") or 1)
+    return (
+        datetime.fromisoformat(str(manifest.finished)) - datetime.fromisoformat(str(manifest.started))
+    ).total_seconds()
 
 
 def machine_of(manifest: Manifest) -> dict[str, Any]:

@@ -342,10 +342,16 @@ def test_a_run_that_is_not_finished_is_not_recorded(run, read_once):
         results.entry_of((), unfinished)
 
 
-def test_minutes_are_those_from_start_to_end(run, read_once):
+def test_minutes_are_processor_time_over_threads_and_else_from_start_to_end(run, read_once, tmp_path):
+    """By hand: (60 + 12.3 + 7.7 + 40) s over 2 threads are 1 minute; interrupted in between, it took days on the wall."""
     loaded = load_run(run)
-    manifest = replace(loaded.manifest, started="2026-11-27T08:00:00Z", finished="2026-11-27T09:15:30Z")
-    assert results.entry_of((), replace(loaded, manifest=manifest)).minutes == 75.5
+    manifest = replace(loaded.manifest, started="2026-11-27T08:00:00Z", finished="2026-11-29T09:15:30Z")
+    manifest = replace(manifest, hardware={**manifest.hardware, "threads": 2})
+    line = "2026-11-27 08:01:00,000 INFO processor time by phase: "
+    (tmp_path / "run.log").write_text(f"{line}timing 60.0 s, scores by obs 12.3 s\n{line}timing 7.7 s, texts 40.0 s\n")
+    assert results._seconds(replace(loaded, manifest=manifest, folder=tmp_path)) == 60.0
+    (tmp_path / "run.log").unlink()
+    assert results._seconds(replace(loaded, manifest=manifest, folder=tmp_path)) == 49.25 * 3600 + 30
 
 
 def test_an_entry_is_a_process_of_its_own_in_a_folder_of_its_name(tmp_path, monkeypatch):
