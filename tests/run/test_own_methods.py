@@ -112,6 +112,7 @@ def test_from_the_command_line_beside_a_method_of_the_package(folder, tmp_path, 
     assert all(":" not in file.name for file in run.rglob("*"))
 
 
+@pytest.mark.slow
 def test_from_python_with_agency_report_and_plan(folder, tmp_path, write_module, monkeypatch):
     write_module(GOOD)
     monkeypatch.syspath_prepend(tmp_path)

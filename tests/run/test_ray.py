@@ -101,6 +101,7 @@ def test_two_workers_measure_what_one_process_measures_whoever_dies(spec, whole,
     assert [done for done, _ in progress] == sorted(done for done, _ in progress)
 
 
+@pytest.mark.slow
 def test_workers_read_the_first_tokens_that_one_process_reads(tmp_path):
     """In a model whose first tokens are sinks; also of a run that is continued, and each iteration reads its own."""
     place, texts = save_tiny_model(tmp_path / "model"), write_short_texts(tmp_path / "texts")
@@ -205,6 +206,7 @@ def test_a_lost_cluster_is_started_again_and_goes_on_with_what_is_missing(spec, 
     assert read_manifest(run).finished is not None
 
 
+@pytest.mark.slow
 def test_a_node_that_would_measure_otherwise_is_refused(folder, tmp_path, monkeypatch):
     monkeypatch.setattr(launching, "versions", lambda: {"torch": "0.4"})
     with pytest.raises(ClusterError, match=r"has .*torch .*unlike the driver"):
