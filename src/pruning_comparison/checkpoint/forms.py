@@ -413,7 +413,7 @@ def dense_parameters(config: Any) -> int:
     stock = _stock_config(config, {})
     dense = _without_memory(MODEL_FOR_CAUSAL_LM_MAPPING[type(stock)], stock)
     dense.tie_weights()
-    return sum(parameter.numel() for parameter in dense.parameters())
+    return int(dense.num_parameters())
 
 
 def _without_memory(model_class: Any, config: Any) -> Any:

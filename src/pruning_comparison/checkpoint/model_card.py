@@ -70,6 +70,11 @@ class BeforeAndAfter:
     after: float | None
     metric: str = ""
 
+    @property
+    def ratio(self) -> float | None:
+        """The pruned model's figure over the dense one's; None where either is missing, or the dense one's is 0."""
+        return self.after / self.before if self.before and self.after is not None else None
+
 
 def model_card(
     model: Any,
@@ -155,8 +160,8 @@ def evaluation_results(made: Mapping[str, Any], measured: Sequence[BeforeAndAfte
     for figure in measured:
         if figure.metric and figure.after is not None:
             values[figure.metric] = figure.after
-            if figure.metric == "perplexity" and figure.before:
-                values["perplexity_ratio"] = figure.after / figure.before
+            if figure.metric == "perplexity" and figure.ratio is not None:
+                values["perplexity_ratio"] = figure.ratio
     dataset, config, split = (evaluation.get(key) for key in ("dataset", "config", "split"))
     text = str(evaluation["text"])
     return [
@@ -183,16 +188,14 @@ def _format_method(made: Mapping[str, Any]) -> str:
 
 
 def _format_parameters(model: Any, dense_parameters: int) -> str:
-    left = sum(parameter.numel() for parameter in model.parameters())
+    left = model.num_parameters()
     change = 100 * (left / dense_parameters - 1)
     return f"That leaves {left:,} of {dense_parameters:,} parameters ({_signed(change)})."
 
 
 def _lost_and_gained(measured: Sequence[BeforeAndAfter], form: str) -> str:
     """One line: what the model lost in quality, and what it gained in speed and memory."""
-    ratios = {
-        one.label: one.after / one.before for one in measured if one.before and one.after is not None
-    }  # where one was not measured, there is nothing to say of it
+    ratios = {one.label: one.ratio for one in measured if one.ratio is not None}
     if form in _UNLIKE_COMPACT:
         ratios = {label: ratio for label, ratio in ratios.items() if label == "perplexity"}
     lost = f"perplexity is {ratios['perplexity']:.3f} times the dense model's" if "perplexity" in ratios else ""
@@ -265,9 +268,7 @@ def _format_measured(measured: Sequence[BeforeAndAfter], form: str, made: Mappin
         return "Not measured.\n"
     rows = []
     for figure in measured:
-        change = (
-            f"{100 * (figure.after / figure.before - 1):+.1f} %" if figure.before and figure.after is not None else ""
-        )
+        change = "" if figure.ratio is None else _signed(100 * (figure.ratio - 1))
         rows.append(
             (f"{figure.label} ({figure.unit})", measured_number(figure.before), measured_number(figure.after), change)
         )
