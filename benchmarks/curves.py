@@ -1,8 +1,8 @@
 """Draws perplexity, times the dense model's, against the share of heads pruned: python benchmarks/curves.py RUN... --to=PNG
 
-One panel for each run, from its ``summary.csv``: estimates of ``perplexity_ratio`` with their 95 % intervals, by variant, on
-a logarithmic axis. A file of what ``agency_ablation.py`` printed has a panel for each method: as ``agency``, and, where
-nothing adapts (``steps=none``), as ``baseline``.
+One panel for each method of each run, from its ``summary.csv``: estimates of ``perplexity_ratio`` with their 95 % intervals,
+by variant, on one logarithmic axis for all panels. A file of what ``agency_ablation.py`` printed has panels as well: of
+``agency``, and, where nothing adapts (``steps=none``), of ``baseline``.
 """
 
 from __future__ import annotations
@@ -43,9 +43,13 @@ def main() -> None:
     parser.add_argument("--to", type=Path, required=True)
     options = parser.parse_args()
     found = [panel for run in options.runs for panel in (of_run(run) if run.is_dir() else of_ablation(run))]
-    figure, panels = plt.subplots(1, len(found), figsize=(4.4 * len(found), 3.6), squeeze=False, layout="constrained")
+    width = 4.4 if len(found) < 4 else 2.9
+    figure, panels = plt.subplots(
+        1, len(found), figsize=(width * len(found), 3.6), squeeze=False, sharey=True, layout="constrained"
+    )
     for axes, (title, rows) in zip(panels[0], found, strict=True):
         draw(axes, title, rows)
+    scale(panels[0][0])
     panels[0][0].set_ylabel("perplexity, times the dense model's")
     handles: dict[str, object] = {}
     for axes in panels[0]:
@@ -56,10 +60,12 @@ def main() -> None:
 
 
 def of_run(run: Path) -> Iterator[tuple[str, pd.DataFrame]]:
-    """The title of a run's panel, and its estimates."""
+    """The titles of a run's panels, and their estimates, methods in the run's order."""
+    spec = read_manifest(run).spec
     rows = pd.read_csv(run / "summary.csv")
     rows = rows[rows["metric"] == "perplexity_ratio"]
-    yield f"{read_manifest(run).spec['model_name']}, {', '.join(sorted(set(rows['method'])))}", rows
+    for method in spec["pruning_methods"]:
+        yield f"{spec['model_name']}, {method}", rows[rows["method"] == method]
 
 
 def of_ablation(file: Path) -> Iterator[tuple[str, pd.DataFrame]]:
@@ -101,13 +107,6 @@ def draw(axes: Axes, title: str, rows: pd.DataFrame) -> None:
             ms=5,
             label=variant,
         )
-    axes.set_yscale("log")
-    top = max(axes.get_ylim()[1], 1.5)
-    axes.set_ylim(0.97, top)
-    axes.yaxis.set_minor_locator(NullLocator())
-    ticks = HUGE_TICKS if top > COARSE_TICKS[-1] else COARSE_TICKS if top > TICKS[-1] else TICKS
-    axes.set_yticks([tick for tick in ticks if tick <= top])
-    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
     axes.set_xticks(sorted({0.0, *rows["level"]}))
     axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
     axes.set_xlabel("heads pruned, %")
@@ -115,6 +114,17 @@ def draw(axes: Axes, title: str, rows: pd.DataFrame) -> None:
     axes.grid(color="#E5E5E5")
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+
+
+def scale(axes: Axes) -> None:
+    """A logarithmic axis from 1 upwards, with round numbers, for these axes and those that share theirs."""
+    axes.set_yscale("log")
+    top = max(axes.get_ylim()[1], 1.5)
+    axes.set_ylim(0.97, top)
+    axes.yaxis.set_minor_locator(NullLocator())
+    ticks = HUGE_TICKS if top > COARSE_TICKS[-1] else COARSE_TICKS if top > TICKS[-1] else TICKS
+    axes.set_yticks([tick for tick in ticks if tick <= top])
+    axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,.12g}"))
 
 
 if __name__ == "__main__":

@@ -29,6 +29,16 @@ def test_an_ablation_has_a_panel_for_each_method(tmp_path):
     assert of_random[columns].values.tolist() == [["agency", 30, 1.75, 1.5, 2]]
 
 
+def test_a_run_has_a_panel_for_each_of_its_methods_in_their_order(tmp_path):
+    curves = load_script(CURVES)
+    settings = {"model_name": "tiny", "pruning_methods": ["random", "obs"], "variants": ["baseline"], "seed": 0}
+    (tmp_path / "manifest.json").write_text(json.dumps({"spec": settings}), "utf-8")
+    rows = ["perplexity_ratio,obs,agency,50,1.5", "perplexity_ratio,random,agency,50,2", "perplexity,obs,agency,50,9"]
+    (tmp_path / "summary.csv").write_text("\n".join(["metric,method,variant,level,estimate", *rows]), "utf-8")
+    panels = {title: found["estimate"].tolist() for title, found in curves.of_run(tmp_path)}
+    assert list(panels.items()) == [("tiny, random", [2.0]), ("tiny, obs", [1.5])]
+
+
 def test_curves_are_drawn(tmp_path):
     file, picture = tmp_path / "printed.jsonl", tmp_path / "curves.png"
     file.write_text("\n".join(map(json.dumps, LINES)), "utf-8")
