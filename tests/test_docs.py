@@ -16,6 +16,7 @@ from pruning_comparison.report import write
 
 ROOT = Path(__file__).resolve().parents[1]
 PAGES = sorted([ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").rglob("*.md")])
+EXAMPLES = [ROOT / "docs" / "example", ROOT / "docs" / "example" / "smollm2"]
 
 
 def test_the_python_examples_run_in_their_order(tmp_path, monkeypatch):
@@ -81,26 +82,34 @@ def test_the_readme_is_short_and_names_every_page_that_a_user_begins_with():
         assert f"(docs/{name}.md)" in page, name
 
 
-def test_the_example_report_is_whole_small_and_offline():
-    html = (ROOT / "docs" / "example" / "report.html").read_text("utf-8")
+@pytest.mark.parametrize("example", EXAMPLES, ids=lambda example: example.name)
+def test_an_example_report_is_whole_small_and_offline(example: Path):
+    html = (example / "report.html").read_text("utf-8")
     assert len(html.encode()) < 3_000_000
     assert 'id="heads"' in html
     assert 'id="texts"' in html
     assert not re.search(r"(?:src|href)=[\"']?(?:https?:)?//", html)
 
 
-def test_the_example_report_says_what_its_journal_says(tmp_path, monkeypatch):
+@pytest.mark.parametrize(
+    ("example", "sentences"),
+    [
+        pytest.param(EXAMPLES[0], 5, id="bundled"),
+        pytest.param(EXAMPLES[1], 4, id="smollm2", marks=pytest.mark.slow),  # many times as large
+    ],
+)
+def test_an_example_report_says_what_its_journal_says(example: Path, sentences: int, tmp_path, monkeypatch):
     """It was drawn from the journal beside it, by code that said the same. Charts are drawn elsewhere."""
     for name in ("journal.sqlite", "manifest.json"):
-        shutil.copy(ROOT / "docs" / "example" / name, tmp_path)
+        shutil.copy(example / name, tmp_path)
     monkeypatch.setattr(
         write, "draw_charts", lambda jobs, folder, **options: dict.fromkeys(jobs, '<svg viewBox="0 0 1 1"></svg>')
     )
     write.write_results(tmp_path, save_outputs=False)
     answer = json.loads((tmp_path / "results.json").read_text("utf-8"))["answer"]
-    shown = unescape((ROOT / "docs" / "example" / "report.html").read_text("utf-8"))
+    shown = unescape((example / "report.html").read_text("utf-8"))
     shown = re.sub(r"</?code>", "", shown).replace("\N{NO-BREAK SPACE}%", " %")
-    assert len(answer["sentences"]) == 5
+    assert len(answer["sentences"]) == sentences
     for sentence in answer["sentences"]:
         assert sentence in shown
     for chip in answer["chips"]:

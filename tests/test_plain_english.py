@@ -44,7 +44,7 @@ FILES = sorted(
     path.relative_to(ROOT).as_posix()
     for pattern in (
         "*.md", "Makefile", "pyproject.toml", "CITATION.cff", "mkdocs.yml", "docs/*.md", "docs/how-to/*.md",
-        "docs/explanation/*.md", "docs/reference/*.md", "docs/example/*.md", "notebooks/*.ipynb", "notebooks/*.py",
+        "docs/explanation/*.md", "docs/reference/*.md", "docs/example/**/*.md", "notebooks/*.ipynb", "notebooks/*.py",
         "scripts/**/*.py", "scripts/**/*.md", "src/**/*.py", "src/**/*.html", "src/**/templates/*.js",
         ".github/**/*.yml", ".github/*.md",
     )
