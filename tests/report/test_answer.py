@@ -69,8 +69,8 @@ def test_the_first_sentence_says_what_each_variant_keeps_at_each_level():
 
 def test_a_change_whose_interval_holds_none_is_called_unclear():
     rows = [relative_row("perplexity", "agency", 20, 1.01, 0.99, 1.03, certain=False), *CURVES[1:]]
-    assert answered(relative=rows).sentences[0].endswith("baseline's is 1.15, 2.5 and 12.4. Whether that is a change is "
-                                                         "unclear at 20 % for agency.")  # fmt: skip
+    assert answered(relative=rows).sentences[0].endswith("baseline's is 1.15, 2.5 and 12.4. The 95 % interval includes "
+                                                         "no change at 20 % for agency.")  # fmt: skip
 
 
 def test_a_change_that_does_not_stand_after_correction_is_called_likely():
@@ -81,7 +81,9 @@ def test_a_change_that_does_not_stand_after_correction_is_called_likely():
         relative_row("tokens_per_second", "agency", 20, 0.5, 0.43, 0.74, certain=False),
     ]
     said = answered(relative=rows, optimal=[optimum_row("agency", 20.0)])
-    assert said.sentences[0].endswith("12.4. That is a likely but uncertain change at 20 % for agency.")
+    assert said.sentences[0].endswith(
+        "12.4. Corrected for the number of comparisons, the change is likely but not certain at 20 % for agency."
+    )
     assert "likely 50 % fewer tokens per second (−57 % to −26 %)" in said.sentences[2]
 
 
@@ -192,10 +194,13 @@ def test_a_chip_has_verdict_number_and_detail():
 
 
 def test_with_several_methods_a_chip_counts_and_has_the_colour_of_the_worst():
-    words = ("supported", "supported", "refuted", "not enough data")
-    rows = [verdict_row("E2", word, 0.1 * at, 0.0, 0.2, method=f"m{at}") for at, word in enumerate(words)]
+    """Its number is of those that it counts, the smaller one; where it counts none, of those with the worst verdict."""
+    words = {-0.4: "supported", -0.2: "supported", 0.1: "refuted", -4.0: "not enough data"}
+    rows = [verdict_row("E2", word, size, 0.0, 0.2, method=f"m{size}") for size, word in words.items()]
     chip = answered(answers=rows).chips[1]
-    assert (chip.verdict, chip.label, chip.number) == ("refuted", "supported: 2 of 4 methods", "+22.1 %")  # exp(0.2)
+    assert (chip.verdict, chip.label, chip.number) == ("refuted", "supported: 2 of 4 methods", "−18.1 %")  # exp(-0.2)
+    chip = answered(answers=rows[2:]).chips[1]
+    assert (chip.verdict, chip.label, chip.number) == ("refuted", "supported: 0 of 2 methods", "+10.5 %")  # exp(0.1)
     alike = [verdict_row("E2", "supported", method=f"m{at}") for at in range(4)]
     assert answered(answers=alike).chips[1].label == "supported: all 4 methods"
     assert answered(answers=alike[:2]).chips[1].label == "supported: both methods"

@@ -543,7 +543,7 @@ def test_missing_figures_failures_and_warnings_are_listed_and_announced_on_top()
         manifest={"warnings": ["first", "second"]},
     )
     document = Document(html)
-    assert "2 warnings, 1 kind of missing figure, 1 failed cell" in document.words
+    assert "2 warnings, 3 missing figures, 1 failed cell" in document.words
     assert ["agency", "entropy", "80", "peak_memory_bytes", "no counter on this device", "3"] in document.cells
     assert ["agency", "entropy", "1", "80", "out of memory"] in document.cells
     assert "Before you rely on this" not in Document(render_page()).words

@@ -232,8 +232,8 @@ def _reservations(relative: pd.DataFrame, method: str, variants: Sequence[str], 
     quality = quality[~quality["certain"].astype(bool)]
     sentences = []
     for open_still, said in (
-        (True, "Whether that is a change is unclear"),
-        (False, "That is a likely but uncertain change"),
+        (True, "The 95 % interval includes no change"),
+        (False, "Corrected for the number of comparisons, the change is likely but not certain"),
     ):
         rows = quality[(quality["change"] == "unclear") == open_still]
         told = []
@@ -400,17 +400,18 @@ def _chip(name: str, methods: Sequence[str], rows: Sequence[Mapping[str, Any]]) 
         method: _worst([str(row["verdict"]) for row in _deciding(name, found)]) for method, found in measured.items()
     }
     worst = _worst(list(verdicts.values()))
-    label = worst
+    label, told = worst, worst
     if len(methods) > 1 and worst != ANSWERED:
         best = ANSWERED if name == "Q5" else SUPPORTED
         good = sum(verdict == best for verdict in verdicts.values())
+        told = best if good else worst
         same = len(set(verdicts.values())) == 1 and len(verdicts) == len(methods)
         label = (
             f"{worst}: {'both' if len(methods) == 2 else f'all {len(methods)}'} methods"
             if same
             else f"{best}: {good} of {counted(len(methods), 'method')}"
         )
-    shown = _shown_row(name, measured, verdicts, worst)
+    shown = _shown_row(name, measured, verdicts, told)
     several = len(methods) > 1
     detail = [QUESTIONS[name].asked]
     for method, found in measured.items():
@@ -439,12 +440,16 @@ def _worst(verdicts: Sequence[str]) -> str:
 
 
 def _shown_row(
-    name: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], verdicts: Mapping[str, str], worst: str
+    name: str, rows: Mapping[str, Sequence[Mapping[str, Any]]], verdicts: Mapping[str, str], told: str
 ) -> Mapping[str, Any]:
-    """The row whose number stands on a chip: the one that made the verdict."""
-    method = next(method for method, verdict in verdicts.items() if verdict == worst)
-    candidates = _deciding(name, rows[method])
-    return next((row for row in candidates if row["verdict"] == worst), candidates[0])
+    """The row whose number stands on a chip: of methods with the verdict ``told`` the one with the smallest estimate."""
+    found = []
+    for method, verdict in verdicts.items():
+        if verdict == told:
+            candidates = _deciding(name, rows[method])
+            found.append(next((row for row in candidates if row["verdict"] == told), candidates[0]))
+    known = [row for row in found if not pd.isna(row["estimate"])]
+    return min(known or found, key=lambda row: abs(float(row["estimate"])))
 
 
 def _number(row: Mapping[str, Any]) -> str:

@@ -60,7 +60,7 @@ def notices(warnings: Sequence[str], missing: pd.DataFrame, cells: pd.DataFrame)
     failed = int((cells["status"] == "failed").sum())
     found = [
         (len(warnings), "warning", "warnings"),
-        (len(missing), "kind of missing figure", "kinds of missing figures"),
+        (int(missing["count"].sum()), "missing figure", "missing figures"),
         (failed, "failed cell", "failed cells"),
     ]
     return [counted(count, word, plural) for count, word, plural in found if count]

@@ -56,7 +56,7 @@ function specOf({rows, log, title, anchor, safe, width, panels, height, against}
   const x = {field: "x", type: "quantitative", title: "Heads pruned (%)", scale: {domain: [levels[0] - .06 * span, levels.at(-1) + .06 * span], nice: false, zero: false}, axis: levels.length <= 7 ? {values: levels} : {tickCount: 5}};
   const scale = log ? {type: "log", domain, nice: false} : {type: "linear", domain, nice: false, zero: false};
   // A panel that is too low for these words has them in its heading.
-  const y = {field: "estimate", type: "quantitative", title: height < 135 ? null : title, scale, axis: {values: ticksOf(domain, log), tickCount: 5, format: ",.4~g"}};
+  const y = {field: "estimate", type: "quantitative", title: height < 135 ? null : title, scale, axis: {values: ticksOf(domain, log), tickCount: 5, format: ",.4~r"}};
   const tooltip = [["variant", "variant"], ["method", "method"], ["level", "heads pruned"], ["told", "estimate"], ["interval", "95 % interval"], ["n", "n"]]
     .map(([field, name]) => ({field, title: name, type: "nominal"}));
   const line = (at, strokeDash) => ({mark: {type: "rule", strokeDash, color: "var(--muted)"}, encoding: {y: {datum: at, type: "quantitative", scale}}});
