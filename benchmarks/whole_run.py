@@ -13,8 +13,8 @@ processors with matrix units for bfloat16 our entropies come from rounded produc
 round: then at least 95 % of a model's heads must be the same and perplexity within 1 %, and the lines name the cells that
 differ. Each comparison that does not agree is printed as such, and ends the script with exit code 1.
 
-With ``--profile`` our comparison runs once more, and seconds of processor time are printed by part: what a part spends in
-another one is not counted twice.
+With ``--profile`` our comparison runs once more, and seconds of processor time are printed by phase, as its ``run.log`` has
+them; "all else" is reading, tokenising and writing.
 
 Prints one JSON line per run, and one with the ratios. ``ratio`` is the time of the plain script over ours, a geometric mean
 over the rounds, with the 95 % interval of their logarithms (t distribution). No tool may buy its time with wider intervals:
@@ -33,11 +33,9 @@ import math
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Callable, Sequence
-from contextlib import ExitStack
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 import numpy as np
 import plain_competent
@@ -48,13 +46,11 @@ from scipy import stats
 from pruning_comparison.measure.generation import common_uniforms
 from pruning_comparison.methods import METHODS
 from pruning_comparison.models import load_model
-from pruning_comparison.run import cell as cells
-from pruning_comparison.run import comparison
 from pruning_comparison.run.comparison import run_comparison
 from pruning_comparison.run.inputs import prepare
-from pruning_comparison.run.launchers import serial
+from pruning_comparison.run.phases import phases_in
+from pruning_comparison.run.run_log import RUN_LOG
 from pruning_comparison.run.workspace import Workspace
-from pruning_comparison.scoring import scores as scoring
 from pruning_comparison.spec import ComparisonSpec
 from pruning_comparison.store import load_run
 from pruning_comparison.variants import DENSE
@@ -228,46 +224,15 @@ def ours(spec: ComparisonSpec) -> dict[str, Any]:
     return {"cells": found, "timings": wide.to_dict("records")}
 
 
-PARTS = (
-    ("reading and tokenising", comparison, "prepare"),
-    ("loading", serial, "load_workspace"),
-    ("scores", cells, "score_heads"),
-    ("trying entropy's direction", scoring, "window_losses"),
-    ("removing heads", cells, "remove_heads"),
-    ("perplexity", cells, "measure_perplexity"),
-    ("texts", cells, "generate"),
-    ("plausibility of texts", cells, "generation_losses"),
-    ("timing", cells, "time_generation"),
-    ("decoding steps made ready", cells, "decode_step"),
-    ("decoding steps made ready", cells, "decode_steps"),
-)
-"""What functions do, the modules that call them, and by which names."""
-
-
 def profile(spec: ComparisonSpec) -> dict[str, float]:
-    """Seconds of processor time that a comparison takes in all, and by part."""
-    seconds: dict[str, float] = defaultdict(float)
-    within: list[float] = [0.0]
-
-    def watched(part: str, function: Callable[..., Any]) -> Callable[..., Any]:
-        def wrapper(*arguments: Any, **more: Any) -> Any:
-            started = time.process_time()
-            within.append(0.0)
-            try:
-                return function(*arguments, **more)
-            finally:
-                took, inner = time.process_time() - started, within.pop()
-                seconds[part] += took - inner
-                within[-1] += took
-
-        return wrapper
-
-    with ExitStack() as stack:
-        for part, module, name in PARTS:
-            stack.enter_context(mock.patch.object(module, name, watched(part, getattr(module, name))))
-        watched("all else", ours)(spec)
-    seconds["all"] = sum(seconds.values())
-    return {part: round(took, 2) for part, took in sorted(seconds.items(), key=lambda item: -item[1])}
+    """Seconds of processor time that a comparison takes in all, and by phase."""
+    started = time.process_time()
+    with tempfile.TemporaryDirectory() as folder:
+        run = run_comparison(spec, output_dir=Path(folder), raise_failures=True)
+        phases = phases_in((run / RUN_LOG).read_text("utf-8"))
+    everything = time.process_time() - started
+    seconds = {**phases, "all else": everything - sum(phases.values()), "all": everything}
+    return {phase: round(took, 2) for phase, took in sorted(seconds.items(), key=lambda item: -item[1])}
 
 
 _SUMS = ("window_nats", "window_tokens")

@@ -4,7 +4,7 @@ from copy import deepcopy
 from pathlib import Path
 
 import pytest
-from builders import load_script
+from builders import load_script, tiny_spec
 
 whole_run = load_script(Path(__file__).parents[1] / "benchmarks" / "whole_run.py")
 
@@ -67,3 +67,11 @@ def test_one_text_in_twenty_may_differ():
         for text in other["cells"][0]["texts"][:unequal]:
             text["text"] = "War"
         assert whole_run.check_agreement(results(), other)["agree"] is agree
+
+
+def test_a_profile_has_the_phases_of_the_run_and_adds_up(folder):
+    seconds = whole_run.profile(tiny_spec(folder, timing_limit_s=0.0))
+    assert {"timing", "perplexity", "texts", "loading", "all else"} <= set(seconds)
+    parts = [took for phase, took in seconds.items() if phase != "all"]
+    assert sum(parts) == pytest.approx(seconds["all"], abs=0.01 * len(parts))
+    assert seconds["all"] > 0
