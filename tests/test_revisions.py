@@ -63,7 +63,7 @@ def test_a_raised_revision_that_was_not_pinned_again_is_found(pinned):
     raised = copy.deepcopy(pinned)
     raised["method entropy"]["revision"] += 1
     assert changes(pinned, raised) == [
-        "method entropy has revision 4 and is pinned at revision 3: pin again with `python tests/pin_results.py`"
+        "method entropy has revision 5 and is pinned at revision 4: pin again with `python tests/pin_results.py`"
     ]
 
 

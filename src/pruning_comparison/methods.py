@@ -103,7 +103,8 @@ METHODS: dict[str, Method] = {
         tokens=4096,
         passes=0.7,
         trial_passes=1.0,
-        revision=3,  # 1 divided entropies in sliding layers by the log of all positions; 2 read all of the text
+        # 1 divided entropies in sliding layers by the log of all positions; 2 read all of the text; 3 was all in float32.
+        revision=4,
     ),
     "random": Method(
         "random",

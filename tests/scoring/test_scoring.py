@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 from pruning_comparison.errors import InputError
 from pruning_comparison.measure.perplexity import window_losses
 from pruning_comparison.methods import method_named
+from pruning_comparison.models import devices
 from pruning_comparison.pruning.selection import expected_heads_pruned, heads_to_prune, select_heads
-from pruning_comparison.pruning.surgery import mask_heads
+from pruning_comparison.pruning.surgery import mask_heads, remove_heads
+from pruning_comparison.scoring import entropy as entropy_scores
 from pruning_comparison.scoring.entropy import mean_attention_entropy, score_entropy
 from pruning_comparison.scoring.weights import score_magnitude, score_random
 
@@ -68,6 +70,53 @@ def test_direction_says_which_heads_leave_first(model):
             model, WINDOWS, batch_size=5, entropy_direction=direction, smallest_level=10, scope="model"
         ).scores
         assert select_heads(scores, 100 / 12).flatten().logical_not().nonzero().item() == extreme
+
+
+@pytest.fixture
+def gains(monkeypatch):
+    """As on a processor with units for bfloat16, with a model large enough to gain from them."""
+    for module in (devices, entropy_scores):
+        monkeypatch.setattr(module, "gains_from_bfloat16", lambda model: True)
+
+
+MANY = torch.randint(1, 97, (8, 16), generator=torch.Generator().manual_seed(3))
+
+
+def test_entropies_are_rounded_where_ranks_agree(model, gains):
+    exact = mean_attention_entropy(model, MANY, batch_size=4)
+    found = score_entropy(model, MANY, batch_size=4, entropy_direction="low", smallest_level=10, scope="model")
+    assert found.details["entropy_precision"] == "bfloat16"
+    assert 0.99 <= found.details["entropy_precision_spearman"] <= 1
+    assert not torch.equal(found.scores, exact)
+    torch.testing.assert_close(found.scores, exact, rtol=0, atol=2e-3)
+
+
+def test_entropies_are_not_rounded_where_ranks_disagree(model, gains, monkeypatch):
+    monkeypatch.setattr(entropy_scores, "rank_agreement", lambda one, other: 0.98)
+    found = score_entropy(model, MANY, batch_size=4, entropy_direction="low", smallest_level=10, scope="model")
+    assert found.details["entropy_precision"] == "float32"
+    assert torch.equal(found.scores, mean_attention_entropy(model, MANY, batch_size=4))
+
+
+def test_entropies_of_few_windows_or_on_other_processors_are_not_rounded(model, gains, monkeypatch):
+    def details(windows):
+        asked = {"batch_size": 4, "entropy_direction": "low", "smallest_level": 10, "scope": "model"}
+        return score_entropy(model, windows, **asked).details
+
+    assert details(MANY[:7]) == {"entropy_direction": "low"}
+    monkeypatch.setattr(entropy_scores, "gains_from_bfloat16", lambda model: False)
+    assert details(MANY) == {"entropy_direction": "low"}
+
+
+def test_ranks_agree_over_the_heads_that_a_pruned_model_has(model, gains, monkeypatch):
+    """Lost heads are 0 in either precision, and would make any two orders look alike."""
+    compared = []
+    monkeypatch.setattr(entropy_scores, "rank_agreement", lambda *both: compared.append([len(one) for one in both]))
+    keep = torch.ones(3, 4, dtype=torch.bool)
+    keep[0, 1] = keep[1] = False
+    pruned = remove_heads(model, keep)
+    score_entropy(pruned, MANY, batch_size=4, entropy_direction="low", smallest_level=10, scope="model")
+    assert compared == [[7, 7]]
 
 
 def test_magnitude_by_hand():

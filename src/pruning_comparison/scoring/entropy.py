@@ -6,7 +6,7 @@ Dimension letters: N windows, T time, L layers, H heads.
 from __future__ import annotations
 
 import math
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from typing import Any
 
 import torch
@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.measure.perplexity import window_losses
-from pruning_comparison.models.devices import fast_products
+from pruning_comparison.models.devices import fast_products, gains_from_bfloat16
 from pruning_comparison.models.heads import (
     attentions,
     kept_heads,
@@ -22,8 +22,14 @@ from pruning_comparison.models.heads import (
 from pruning_comparison.pruning.selection import select_heads
 from pruning_comparison.pruning.surgery import mask_heads
 from pruning_comparison.scoring.entropy_attention import entropies_in_place_of_maps, keys_seen
+from pruning_comparison.scoring.gradients import LEAST_RANK_AGREEMENT, rank_agreement
 from pruning_comparison.scoring.scores import HeadScores
 from pruning_comparison.spec import Scope
+
+_AGREEMENT_WINDOWS = 2
+
+_LEAST_WINDOWS_FOR_BFLOAT16 = 8
+"""With fewer, comparing both precisions costs about what the faster one saves."""
 
 
 class _NothingMoreWanted(Exception):
@@ -86,12 +92,12 @@ def score_entropy(
     Published evidence contradicts itself on the direction, so "auto" takes the one that costs less loss on every other
     calibration window when ``smallest_level`` per cent of the heads are cut; both losses are recorded. On all windows the
     two trials would cost more than the scores themselves. Which loss is larger is all that counts, so the trials may run in
-    bfloat16 where that is faster (``fast_products``).
+    bfloat16 where that is faster (``fast_products``). So may the entropies, as long as ranks agree (``_entropies``).
     """
-    entropy = mean_attention_entropy(model, windows, batch_size=batch_size)
+    entropy, precision = _entropies(model, windows, batch_size)
     by_direction = {"high": -entropy, "low": entropy}
     if entropy_direction != "auto":
-        return HeadScores(by_direction[entropy_direction], {"entropy_direction": entropy_direction})
+        return HeadScores(by_direction[entropy_direction], {"entropy_direction": entropy_direction, **precision})
     losses = {}
     for name, scores in by_direction.items():
         keep = select_heads(scores, smallest_level, scope, group_size=group_size, rectangle=rectangle)
@@ -103,5 +109,26 @@ def score_entropy(
         "entropy_direction": best,
         "entropy_direction_level": smallest_level,
         "entropy_direction_losses_nats": losses,
+        **precision,
     }
     return HeadScores(by_direction[best], details)
+
+
+def _entropies(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
+    """``mean_attention_entropy``, with products in bfloat16 on a processor that gains from it, and what was decided.
+
+    The ranks decide, as they do for gradients: where entropies of the first windows in both precisions correlate by less
+    than ``LEAST_RANK_AGREEMENT`` (Spearman, over all heads that are there), everything is computed as the model is.
+    """
+    live = kept_heads(model.config)
+    if len(windows) < _LEAST_WINDOWS_FOR_BFLOAT16 or not live.any() or not gains_from_bfloat16(model):
+        return mean_attention_entropy(model, windows, batch_size=batch_size), {}
+    few = windows[:_AGREEMENT_WINDOWS]
+    exact = mean_attention_entropy(model, few, batch_size=batch_size)
+    with fast_products(model):
+        rounded = mean_attention_entropy(model, few, batch_size=batch_size)
+    agreement = rank_agreement(exact[live], rounded[live])
+    agree = agreement is not None and agreement >= LEAST_RANK_AGREEMENT
+    with fast_products(model) if agree else nullcontext():
+        entropy = mean_attention_entropy(model, windows, batch_size=batch_size)
+    return entropy, {"entropy_precision": "bfloat16" if agree else "float32", "entropy_precision_spearman": agreement}
