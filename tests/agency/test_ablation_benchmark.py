@@ -133,6 +133,7 @@ def test_the_best_is_lowest_over_levels_and_samples_unless_it_is_clearly_worse_a
     assert ablation.best_of(alone, [], tokens) == "reference"
 
 
+@pytest.mark.slow
 def test_the_best_is_measured_beside_the_reference_on_another_text(ablation, capsys, tmp_path):
     texts = write_short_texts(tmp_path / "final")
     kept = tmp_path / "windows.npz"

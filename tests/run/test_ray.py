@@ -125,6 +125,7 @@ def test_workers_read_the_first_tokens_that_one_process_reads(tmp_path):
     assert read.tolist() == [128 + 8] * 2
 
 
+@pytest.mark.slow
 def test_a_run_is_continued_by_the_other_launcher_and_keeps_its_models(spec, whole, tmp_path):
     """Begun in one process and cut off, finished by workers, which also save what has been measured before."""
     with cut_off_after(5):
