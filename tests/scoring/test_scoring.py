@@ -75,8 +75,7 @@ def test_direction_says_which_heads_leave_first(model):
 @pytest.fixture
 def gains(monkeypatch):
     """As on a processor with units for bfloat16, with a model large enough to gain from them."""
-    for module in (devices, entropy_scores):
-        monkeypatch.setattr(module, "gains_from_bfloat16", lambda model: True)
+    monkeypatch.setattr(devices, "gains_from_bfloat16", lambda model: True)
 
 
 MANY = torch.randint(1, 97, (8, 16), generator=torch.Generator().manual_seed(3))
@@ -104,7 +103,11 @@ def test_entropies_of_few_windows_or_on_other_processors_are_not_rounded(model, 
         return score_entropy(model, windows, **asked).details
 
     assert details(MANY[:7]) == {"entropy_direction": "low"}
-    monkeypatch.setattr(entropy_scores, "gains_from_bfloat16", lambda model: False)
+    devices.prepare_in(model, "bfloat16")  # asked for: whoever calls has it done
+    assert details(MANY) == {"entropy_direction": "low"}
+    devices.prepare_in(model, "float32")
+    assert details(MANY)["entropy_precision"] == "bfloat16"
+    monkeypatch.setattr(devices, "gains_from_bfloat16", lambda model: False)
     assert details(MANY) == {"entropy_direction": "low"}
 
 

@@ -98,9 +98,13 @@ def fast_products(model: nn.Module) -> AbstractContextManager[Any]:
     asked: torch.dtype | None = getattr(model, _PREPARED_IN, None)
     if asked is not None:
         return torch.autocast(where, dtype=asked)
-    if where != "cuda" and gains_from_bfloat16(model):
-        return torch.autocast(where, dtype=torch.bfloat16)
-    return nullcontext()
+    return torch.autocast(where, dtype=torch.bfloat16) if chooses_bfloat16(model) else nullcontext()
+
+
+def chooses_bfloat16(model: nn.Module) -> bool:
+    """Whether ``fast_products`` takes bfloat16 of its own accord: nothing else was asked for, and the processor gains."""
+    asked = getattr(model, _PREPARED_IN, None)
+    return asked is None and next(model.parameters()).device.type != "cuda" and gains_from_bfloat16(model)
 
 
 def prepare_in(model: nn.Module, precision: str) -> None:

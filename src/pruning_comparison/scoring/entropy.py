@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import PreTrainedModel
 
 from pruning_comparison.measure.perplexity import window_losses
-from pruning_comparison.models.devices import fast_products, gains_from_bfloat16
+from pruning_comparison.models.devices import chooses_bfloat16, fast_products
 from pruning_comparison.models.heads import (
     attentions,
     kept_heads,
@@ -115,13 +115,13 @@ def score_entropy(
 
 
 def _entropies(model: PreTrainedModel, windows: Tensor, batch_size: int) -> tuple[Tensor, dict[str, Any]]:
-    """``mean_attention_entropy``, with products in bfloat16 on a processor that gains from it, and what was decided.
+    """``mean_attention_entropy``, with products in bfloat16 where ``fast_products`` chooses it, and what was decided.
 
     The ranks decide, as they do for gradients: where entropies of the first windows in both precisions correlate by less
     than ``LEAST_RANK_AGREEMENT`` (Spearman, over all heads that are there), everything is computed as the model is.
     """
     live = kept_heads(model.config)
-    if len(windows) < _LEAST_WINDOWS_FOR_BFLOAT16 or not live.any() or not gains_from_bfloat16(model):
+    if len(windows) < _LEAST_WINDOWS_FOR_BFLOAT16 or not live.any() or not chooses_bfloat16(model):
         return mean_attention_entropy(model, windows, batch_size=batch_size), {}
     few = windows[:_AGREEMENT_WINDOWS]
     exact = mean_attention_entropy(model, few, batch_size=batch_size)
